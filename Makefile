@@ -1,0 +1,72 @@
+# Every target makes the environment that it needs; nothing but python3 and make has to be there.
+# ARGS is passed on: make demo ARGS="--steps 50", make test ARGS="-k blocking".
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PEER_VENV := .venv-psgd-jax
+RUN := $(VENV)/bin/python
+
+# psgd-jax imports a private Optax module; these are the newest releases that still have it.
+PEER_PINS := psgd-jax==0.2.9 jax==0.4.38 jaxlib==0.4.38 optax==0.2.4 flax==0.10.2 scikit-learn
+
+# A hang must end as a failure. Systems without GNU timeout (macOS) run without the limit.
+# On a terminal the command stays in the foreground, or Ctrl-C would not reach it; elsewhere the
+# limit ends its whole process group.
+TIMEOUT := $(shell command -v timeout || command -v gtimeout)
+FOREGROUND := $(shell test -t 0 && echo --foreground)
+within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
+
+.DEFAULT_GOAL := help
+# Two pips must not write to one environment at the same time.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint docs bench bench-peers soak clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psgd; writes out/digits.png
+	@mkdir -p out
+	$(call within,600) $(RUN) examples/digits.py --out out/digits.png $(ARGS)
+
+test: $(VENV)/.installed-test ## Run the test suite
+	$(call within,900) $(RUN) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(call within,600) $(RUN) -m pyright
+
+docs: $(VENV)/.installed-docs ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(call within,600) $(RUN) -m mkdocs build --strict
+
+bench: $(VENV)/.installed-examples ## Measure compile time, step time and state size
+	$(call within,1800) $(RUN) benchmarks/step.py $(ARGS)
+
+bench-peers: $(VENV)/.installed-examples $(PEER_VENV)/.installed ## Measure the same beside psgd-jax
+	$(call within,3600) $(RUN) benchmarks/peers.py --peer-python $(PEER_VENV)/bin/python $(ARGS)
+
+soak: $(VENV)/.installed-examples ## Run 300 updates with every geometry, under a time limit
+	$(call within,3600) $(RUN) benchmarks/soak.py $(ARGS)
+
+clean: ## Remove the environments and everything that the other targets made
+	rm -rf $(VENV) $(PEER_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an interrupted installation is done again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "optax_kron needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(PEER_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PINS)
+	@touch $@

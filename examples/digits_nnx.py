@@ -1,0 +1,88 @@
+"""The digits task in Flax NNX: kron_psgd inside nnx.Optimizer, like any other transformation.
+
+python examples/digits_nnx.py --help
+"""
+
+import argparse
+import math
+
+import optax
+from common import batch_order, batch_size, load_data, positive_int, progress_bar
+from flax import nnx
+
+import optax_kron as ok
+
+
+class ConvNet(nnx.Module):
+    """Three 3x3 convolutions, the last two halving the image, then a linear readout."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(1, 32, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(32, 32, (3, 3), strides=2, rngs=rngs)
+        self.conv3 = nnx.Conv(32, 32, (3, 3), strides=2, rngs=rngs)
+        self.readout = nnx.Linear(2 * 2 * 32, 10, rngs=rngs)
+
+    def __call__(self, images):
+        """Maps images [batch, 8, 8, 1] to logits [batch, 10]."""
+        x = nnx.tanh(self.conv1(images))
+        x = nnx.tanh(self.conv2(x))
+        x = nnx.tanh(self.conv3(x))
+        return self.readout(x.reshape(x.shape[0], -1))
+
+
+def loss_fn(model, images, labels):
+    """Returns the mean cross-entropy of the net's predictions."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+
+@nnx.jit
+def train_step(model, optimizer, images, labels):
+    """Changes model and optimizer in place by one step and returns the loss before it."""
+    loss, grads = nnx.value_and_grad(loss_fn)(model, images, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def accuracy_of(model, images, labels):
+    """Returns the share of images that the model labels rightly."""
+    return (model(images).argmax(axis=-1) == labels).mean()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a small convolutional net in Flax NNX with kron_psgd.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=positive_int, default=200, help="training steps")
+    parser.add_argument("--batch-size", type=batch_size, default=256, help="images per step")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="at the first step")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and optimizer")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trains with a progress bar and prints the accuracy on images never trained on."""
+    arguments = parse_arguments()
+    steps, seed = arguments.steps, arguments.seed
+    data = load_data()
+
+    model = ConvNet(nnx.Rngs(seed))
+    schedule = optax.cosine_decay_schedule(arguments.learning_rate, steps)
+    transform = optax.chain(ok.kron_psgd(seed=seed), optax.scale_by_learning_rate(schedule))
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+
+    with progress_bar() as bars:
+        bar = bars.add_task("kron_psgd in Flax NNX", total=steps, loss=math.nan, accuracy=math.nan)
+        batches = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
+        for step, batch in enumerate(batches, start=1):
+            loss = train_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
+            if step % 10 == 0 or step == steps:
+                accuracy = float(accuracy_of(model, data.test_images, data.test_labels))
+                bars.update(bar, completed=step, loss=float(loss), accuracy=accuracy)
+    print(f"Test accuracy after {steps} steps: {accuracy:.1%}")
+
+
+if __name__ == "__main__":
+    main()

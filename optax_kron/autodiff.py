@@ -1,0 +1,69 @@
+"""Derivatives of a loss function that optimizers ask for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+def hessian_vector_product(
+    loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False
+) -> Callable[[PyTree], PyTree]:
+    """The map from a direction v to the product Hv with the Hessian of a loss.
+
+    The product is forward-over-reverse: exact, and never forms the Hessian. For complex parameters
+    it is the derivative, along v, of the conjugate of `jax.grad`, which is the direction of
+    steepest ascent that Optax expects as a gradient.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
+      params: where the Hessian is taken, any pytree of floating-point or complex arrays.
+      *args: passed on to `loss_fn`.
+      has_aux: whether `loss_fn` returns auxiliary data, which is dropped.
+
+    Returns:
+      A function of a pytree `v` with the structure of `params`, that returns one like it. Leaves
+      that `v` lacks (`None` or `optax.MaskedNode`, as inside `optax.masked`) count as zero, and
+      the product lacks them too. Cost of a call: about four evaluations of the loss, and the memory
+      of one gradient.
+
+    Raises:
+      ValueError: if `v` has a leaf that `params` has not.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> loss = lambda params, x: jnp.sum(x * params**2)
+      >>> hvp_fn = ok.hessian_vector_product(loss, jnp.ones(2), jnp.array([1.0, 3.0]))
+      >>> print(hvp_fn(jnp.array([1.0, 1.0])))
+      [2. 6.]
+
+    Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
+    """
+
+    def gradient(point):
+        result = jax.grad(loss_fn, has_aux=has_aux)(point, *args)
+        return optax.tree.conj(result[0] if has_aux else result)
+
+    def product(v: PyTree) -> PyTree:
+        given, treedef = jax.tree_util.tree_flatten_with_path(v)
+        given = {jax.tree_util.keystr(path): leaf for path, leaf in given}
+        leaves, params_treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+        if unknown := sorted(set(given) - set(paths)):
+            raise ValueError(
+                f"hessian_vector_product: v has leaves that params has not: {', '.join(unknown)}."
+            )
+        tangent = [
+            given.get(path, jnp.zeros_like(x)) for path, (_, x) in zip(paths, leaves, strict=True)
+        ]
+        tangent = params_treedef.unflatten(tangent)
+        _, result = jax.jvp(gradient, (params,), (tangent,))
+        result = dict(zip(paths, jax.tree.leaves(result), strict=True))
+        return treedef.unflatten([result[path] for path in given])
+
+    return product

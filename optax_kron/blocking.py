@@ -1,0 +1,341 @@
+"""How parameter leaves become equal blocks, stacked, and exactly leaves again.
+
+A leaf of shape [s_1, ..., s_m, d_1, ..., d_k] (the first m axes stacked, as in scanned layers) is
+taken apart in four steps, each a reshape, a pad or a transpose, so that joining is exact:
+
+1. merge: neighbouring small axes become one;
+2. cut: a long axis becomes equal pieces, the last one padded with zeros if need be;
+3. order: the axes of a block are sorted by size, so that [m, n] and [n, m] are one kind of block;
+4. stack: blocks of one signature, from any leaves, form one array [N, *block shape].
+
+A signature says the shape of a block and which of its axes get a diagonal factor. Compile time
+grows with the number of signatures, not of leaves, and a mesh can cut the axis N.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocking:
+    """How parameters are merged, cut and stacked into blocks, and which axes get dense factors.
+
+    An axis of a block gets a diagonal factor if it has one element or fewer, if it is longer than
+    `max_size`, if `d² > max_skew · n` with n the elements of the block, or, with `max_skew=None`,
+    if it holds all elements of the block (d = n), as the axis of a vector does. All other axes get
+    a dense factor [d, d].
+
+    Args:
+      max_size: longest axis that gets a dense factor.
+      max_skew: how much larger a dense factor may be than the block that it preconditions.
+      block_size: axes longer than this are cut into equal pieces of at most this length. The last
+        piece is padded with zeros, which are masked wherever they could be seen. `None`: no cuts.
+      merge_below: neighbouring axes are merged while their product is at most this. `None`: none.
+      stacked_axes: leading axes that stack independent tensors (scanned layers, ensembles) and get
+        no factor: one number for every leaf, a pytree of numbers with the structure of the
+        parameters, or a function of a leaf's path (as `jax.tree_util.keystr` prints it) and shape.
+        Axes beyond the leaf's own are ignored. `None`: none.
+
+    Raises:
+      ValueError: if a size is not a positive integer, or `max_skew` is negative.
+
+    Examples:
+      >>> import optax_kron as ok
+      >>> tx = ok.kron_psgd(1e-3, blocking=ok.Blocking(max_size=1024, block_size=512))
+    """
+
+    max_size: int = 8192
+    max_skew: float | None = None
+    block_size: int | None = None
+    merge_below: int | None = None
+    stacked_axes: int | Callable[[str, tuple[int, ...]], int] | PyTree | None = None
+
+    def __post_init__(self):
+        _check_size("max_size", self.max_size, least=0)
+        for name in ("block_size", "merge_below"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name), least=1)
+        if self.max_skew is not None and not self.max_skew >= 0:
+            raise ValueError(f"Blocking: max_skew must be None or ≥ 0; got {self.max_skew!r}.")
+        if isinstance(self.stacked_axes, int):
+            _check_size("stacked_axes", self.stacked_axes, least=0)
+
+    def _diagonal(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
+        """For each axis of a block, whether its factor is diagonal."""
+        count = math.prod(shape)
+
+        def rule(size):
+            skewed = size == count if self.max_skew is None else size**2 > self.max_skew * count
+            return size <= 1 or size > self.max_size or skewed
+
+        return tuple(rule(size) for size in shape)
+
+    def _merged(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with neighbouring small axes merged, from the left."""
+        merged: list[int] = []
+        for size in shape:
+            if merged and self.merge_below and merged[-1] * size <= self.merge_below:
+                merged[-1] *= size
+            else:
+                merged.append(size)
+        return tuple(merged)
+
+    def _stacked(self, tree: PyTree) -> list[int]:
+        """For each leaf of the tree, how many leading axes are stacked."""
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        setting = self.stacked_axes
+        if setting is None or isinstance(setting, int):
+            numbers = [setting or 0] * len(leaves)
+        elif callable(setting):
+            numbers = [setting(jax.tree_util.keystr(path), jnp.shape(x)) for path, x in leaves]
+        else:
+            if jax.tree.structure(setting) != jax.tree.structure(tree):
+                raise ValueError(
+                    "Blocking: stacked_axes must have the structure of the parameters; got "
+                    f"{jax.tree.structure(setting)}, expected {jax.tree.structure(tree)}."
+                )
+            numbers = jax.tree.leaves(setting)
+        for number, (path, _) in zip(numbers, leaves, strict=True):
+            _check_size(f"stacked_axes of {jax.tree_util.keystr(path)}", number, least=0)
+        return [min(int(n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What blocks of one stack have in common.
+
+    Attributes:
+      shape: of a block, sizes descending.
+      diagonal: for each axis, whether its factor is diagonal.
+      is_complex: whether the elements are complex.
+    """
+
+    shape: tuple[int, ...]
+    diagonal: tuple[bool, ...]
+    is_complex: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements of a block, padding included."""
+        return math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """A short name, such as "1024x256" or "256diag", that keys the stack in a state."""
+        sizes = (
+            f"{d}diag" if x else str(d) for d, x in zip(self.shape, self.diagonal, strict=True)
+        )
+        return "x".join(sizes) + ("_complex" if self.is_complex else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """How one leaf is taken apart.
+
+    Attributes:
+      path: of the leaf, for messages.
+      shape: of the leaf.
+      dtype: of the leaf.
+      stacked: elements along the stacked axes.
+      merged: shape after merging, without stacked axes; [1] for a scalar.
+      pieces: number of pieces of each merged axis.
+      order: which merged axis each axis of a block is.
+      signature: of its blocks.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    stacked: int
+    merged: tuple[int, ...]
+    pieces: tuple[int, ...]
+    order: tuple[int, ...]
+    signature: Signature
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return self.stacked * math.prod(self.pieces)
+
+    @property
+    def _piece_sizes(self) -> tuple[int, ...]:
+        return tuple(-(-d // n) for d, n in zip(self.merged, self.pieces, strict=True))
+
+    def _axes(self) -> tuple[int, ...]:
+        """The transpose from [stacked, p_1, b_1, p_2, b_2, ...] to [stacked, p..., b...]."""
+        k = len(self.merged)
+        return (0, *range(1, 2 * k, 2), *(2 + 2 * i for i in self.order))
+
+    def split(self, leaf: Array) -> Array:
+        """[*shape] to [count, *block shape]."""
+        x = leaf.reshape(self.stacked, *self.merged)
+        padded = [n * b for n, b in zip(self.pieces, self._piece_sizes, strict=True)]
+        padding = [(0, p - d) for p, d in zip(padded, self.merged, strict=True)]
+        if any(after for _, after in padding):
+            x = jnp.pad(x, [(0, 0), *padding])
+        cut = [size for pair in zip(self.pieces, self._piece_sizes, strict=True) for size in pair]
+        x = x.reshape(self.stacked, *cut).transpose(self._axes())
+        return x.reshape(self.count, *self.signature.shape)
+
+    def join(self, blocks: Array) -> Array:
+        """[count, *block shape] to [*shape]; the inverse of `split`."""
+        x = blocks.reshape(self.stacked, *self.pieces, *self.signature.shape)
+        x = x.transpose(np.argsort(self._axes()))
+        padded = [n * b for n, b in zip(self.pieces, self._piece_sizes, strict=True)]
+        x = x.reshape(self.stacked, *padded)
+        return x[(slice(None), *map(slice, self.merged))].reshape(self.shape)
+
+    def sizes(self) -> np.ndarray:
+        """Valid extent of every block along each of its axes, int [count, k]."""
+        extents = [
+            np.minimum(d - b * np.arange(n), b)
+            for d, n, b in zip(self.merged, self.pieces, self._piece_sizes, strict=True)
+        ]
+        grid = np.stack(np.meshgrid(*extents, indexing="ij"), axis=-1)
+        grid = grid.reshape(-1, len(self.merged))[:, list(self.order)]
+        return np.tile(grid, (self.stacked, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How a tree of parameters is taken apart into stacks, one per signature.
+
+    Attributes:
+      treedef: of the tree.
+      leaves: plan of each leaf, `None` for an empty one.
+      stacks: the signatures by label, in order of first appearance.
+    """
+
+    treedef: Any
+    leaves: tuple[LeafPlan | None, ...]
+    stacks: Mapping[str, Signature]
+
+    def members(self, label: str) -> list[tuple[int, LeafPlan]]:
+        """The leaves in a stack, in order, with their position in the tree."""
+        return [
+            (i, leaf)
+            for i, leaf in enumerate(self.leaves)
+            if leaf is not None and leaf.signature.label == label
+        ]
+
+    def count(self, label: str) -> int:
+        """Number of blocks in a stack."""
+        return sum(leaf.count for _, leaf in self.members(label))
+
+    def sizes(self, label: str) -> tuple[np.ndarray, ...] | None:
+        """Valid extents along each axis, int [N] per axis; `None` if no block is padded."""
+        sizes = np.concatenate([leaf.sizes() for _, leaf in self.members(label)])
+        if (sizes == np.array(self.stacks[label].shape)).all():
+            return None
+        return tuple(sizes.T)
+
+    def mask(self, label: str) -> np.ndarray | None:
+        """Where the blocks of a stack hold elements, bool [N, *block shape]; `None` if everywhere.
+
+        An axis without padding has length one in the mask.
+        """
+        sizes = self.sizes(label)
+        if sizes is None:
+            return None
+        mask = np.ones((1,) * (1 + len(sizes)), bool)
+        for axis, (size, length) in enumerate(zip(sizes, self.stacks[label].shape, strict=True)):
+            if (size < length).any():
+                valid = np.arange(length) < size[:, None]
+                others = [j + 1 for j in range(len(sizes)) if j != axis]
+                mask = mask & np.expand_dims(valid, others)
+        return mask
+
+    def split(self, tree: PyTree, dtype: DTypeLike) -> dict[str, Array]:
+        """Take a tree apart into stacks [N, *block shape].
+
+        Args:
+          tree: arrays with the structure and shapes of the plan.
+          dtype: real dtype of the stacks; complex blocks get the complex dtype of that precision.
+        """
+        leaves = self.treedef.flatten_up_to(tree)
+        return {
+            label: jnp.concatenate(
+                [
+                    plan.split(leaves[i].astype(complex_like(dtype, signature.is_complex)))
+                    for i, plan in self.members(label)
+                ]
+            )
+            for label, signature in self.stacks.items()
+        }
+
+    def join(self, stacks: Mapping[str, Array], like: PyTree) -> PyTree:
+        """Put stacks back together.
+
+        Args:
+          stacks: what `split` returns.
+          like: a tree of the plan's structure that gives the dtypes, and the empty leaves.
+        """
+        leaves = list(self.treedef.flatten_up_to(like))
+        for label in self.stacks:
+            start = 0
+            for i, plan in self.members(label):
+                blocks = stacks[label][start : start + plan.count]
+                leaves[i] = plan.join(blocks).astype(leaves[i].dtype)
+                start += plan.count
+        return self.treedef.unflatten(leaves)
+
+
+def plan_blocks(tree: PyTree, blocking: Blocking) -> BlockPlan:
+    """Plan how the leaves of a tree become stacks of blocks.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s; `None` and masked nodes are no leaves.
+      blocking: the settings.
+
+    Raises:
+      ValueError: for a leaf that is not floating-point or complex, by path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    plans = [
+        _plan_leaf(jax.tree_util.keystr(path), leaf, stacked, blocking)
+        for (path, leaf), stacked in zip(leaves, blocking._stacked(tree), strict=True)
+    ]
+    stacks = {plan.signature.label: plan.signature for plan in plans if plan is not None}
+    return BlockPlan(jax.tree.structure(tree), tuple(plans), stacks)
+
+
+def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
+    """The real dtype, or the complex one of its precision (at least complex64)."""
+    return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)
+
+
+def _plan_leaf(path: str, leaf: Any, stacked: int, blocking: Blocking) -> LeafPlan | None:
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"Parameter {path or 'at the root'} has dtype {dtype}; expected floating-point or "
+            "complex. Leave it out, with optax.masked or optax.partition."
+        )
+    if math.prod(shape) == 0:
+        return None
+    merged = blocking._merged(shape[stacked:]) or (1,)
+    limit = blocking.block_size
+    pieces = tuple(-(-d // limit) if limit else 1 for d in merged)
+    sizes = [-(-d // n) for d, n in zip(merged, pieces, strict=True)]
+    order = tuple(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
+    block = tuple(sizes[i] for i in order)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    signature = Signature(block, blocking._diagonal(block), is_complex)
+    return LeafPlan(
+        path, tuple(shape), dtype, math.prod(shape[:stacked]), merged, pieces, order, signature
+    )
+
+
+def _check_size(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"Blocking: {name} must be an integer ≥ {least}; got {value!r}.")

@@ -1,0 +1,1 @@
+"""One optimizer per file: `scale_by_x` holds the mathematics, `x` chains it into an optimizer."""

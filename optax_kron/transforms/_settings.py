@@ -1,0 +1,100 @@
+"""Checks of settings, and the chain that turns a preconditioner into an optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def check_range(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    most: float = np.inf,
+    open_left: bool = False,
+    open_right: bool = False,
+) -> None:
+    """Raise unless a number lies in a range; traced values, `None` and callables pass.
+
+    Args:
+      owner: name of the function whose argument it is.
+      name: of the argument.
+      value: a number, array scalar, tracer, schedule or `None`.
+      least: lower end of the range.
+      most: upper end of the range.
+      open_left: exclude the lower end.
+      open_right: exclude the upper end.
+
+    Raises:
+      ValueError: if the value is not a real scalar, or lies outside of the range.
+    """
+    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    interval = f"{'(' if open_left else '['}{least:g}, {most:g}{')' if open_right else ']'}"
+    expected = f"{owner}: {name} must be a number in {interval}"
+    if isinstance(value, bool | str) or np.ndim(value) or not np.isrealobj(value):
+        raise ValueError(f"{expected}; got {value!r}.")
+    number = float(value)
+    above = number > least if open_left else number >= least
+    below = number < most if open_right else number <= most
+    if not (above and below):
+        raise ValueError(f"{expected}; got {number!r}.")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless a setting is one of the given strings."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def is_off(value: Any) -> bool:
+    """Whether a setting is switched off: `None`, or a concrete zero."""
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
+def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
+    """The dtype in which factors are stored, float32 unless asked otherwise.
+
+    Raises:
+      ValueError: if the dtype is not real floating-point, or needs x64 while that is off.
+    """
+    asked = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if not jnp.issubdtype(asked, jnp.floating):
+        raise ValueError(
+            f"{owner}: factor_dtype must be a real floating-point dtype; got {asked}. Factors of "
+            "complex parameters get the complex dtype of the same precision by themselves."
+        )
+    if jax.dtypes.canonicalize_dtype(asked) != asked:
+        raise ValueError(
+            f"{owner}: factor_dtype={asked} needs 64-bit types; set jax_enable_x64 first."
+        )
+    return asked
+
+
+def key_data(seed: Any) -> jax.Array:
+    """Raw data, uint32 [2], of a threefry key made from an integer or from any PRNG key."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.bits(seed, dtype=jnp.uint32)
+    elif jnp.ndim(seed) != 0:
+        seed = jax.random.bits(jnp.asarray(seed), dtype=jnp.uint32)
+    seed = jnp.asarray(seed, dtype=jnp.uint32)
+    return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+
+
+def complete(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule | None,
+    weight_decay: Any,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Chain a preconditioner with decoupled weight decay and a learning rate, where they are on."""
+    chain = [preconditioner]
+    if not is_off(weight_decay):
+        chain.append(optax.add_decayed_weights(weight_decay, mask))
+    if learning_rate is not None:
+        chain.append(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*chain)

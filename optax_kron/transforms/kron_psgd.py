@@ -1,0 +1,357 @@
+"""PSGD-Kron: preconditioned SGD whose preconditioner is a Kronecker product, fitted online."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.blocking import Blocking, plan_blocks
+from optax_kron.kernels import psgd
+from optax_kron.transforms import _settings, clipping, kron_stacks, moving_average
+
+PyTree = Any
+CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
+
+_DEFAULT_BLOCKING = Blocking()
+
+
+class ScaleByKronPsgdState(NamedTuple):
+    """State of `scale_by_kron_psgd`."""
+
+    count: Array  # accepted gradients, int32 []
+    since_refresh: Array  # accepted gradients since the factors moved, int32 []
+    refreshes: Array  # moves of the factors, int32 []
+    failed_refreshes: Array  # blocks whose move was not finite and was dropped, int32 []
+    skipped_steps: Array  # gradients that were not finite and were dropped, int32 []
+    cached: Array  # whether the cached preconditioners belong to the factors, bool []
+    key: Array  # raw PRNG key, uint32 [2]; each draw folds in how often the factors have moved
+    momentum: Mapping[str, Array] | None  # moving average of gradients [N, ...], by signature
+    stacks: (
+        Mapping[str, kron_stacks.KronStack] | Array
+    )  # by signature; an array for a tree without leaves
+
+
+def update_probability_schedule(
+    *, highest: float = 1.0, lowest: float = 0.03, decay: float = 0.001, flat_steps: int = 500
+) -> optax.Schedule:
+    """How often the factors move: `clip(highest·exp(−decay·(t − flat_steps)), lowest, highest)`.
+
+    At every step while the preconditioner is young, then less and less often.
+
+    Args:
+      highest: probability during the first `flat_steps` steps, in [0, 1].
+      lowest: probability in the long run, in [0, highest].
+      decay: rate of the exponential, per step.
+      flat_steps: steps before the decay begins.
+
+    Returns:
+      A schedule: from the step, an int array, to the probability, a float array.
+
+    Examples:
+      >>> import optax_kron as ok
+      >>> schedule = ok.update_probability_schedule(lowest=0.1)
+      >>> print(schedule(0), schedule(10_000))
+      1.0 0.1
+    """
+    owner = "update_probability_schedule"
+    _settings.check_range(owner, "highest", highest, most=1)
+    _settings.check_range(owner, "lowest", lowest, most=highest)
+    _settings.check_range(owner, "decay", decay)
+    _settings.check_range(owner, "flat_steps", flat_steps)
+
+    def schedule(count):
+        fall = jnp.exp(-decay * jnp.maximum(count - flat_steps, 0))
+        return jnp.clip(highest * fall, lowest, highest)
+
+    return schedule
+
+
+def scale_by_kron_psgd(
+    *,
+    momentum: ArrayLike | None = 0.9,
+    precond_lr: ArrayLike = 0.1,
+    geometry: str = "EQ",
+    criterion: str = "whiten_momentum",
+    update_probability: optax.ScalarOrSchedule | None = None,
+    damping: ArrayLike = 1e-9,
+    init_scale: ArrayLike | None = None,
+    rms_clip: ArrayLike | None = 1.1,
+    max_abs_clip: ArrayLike | None = None,
+    blocking: Blocking = _DEFAULT_BLOCKING,
+    cache_preconditioner: bool = True,
+    factor_dtype: DTypeLike | None = None,
+    momentum_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    seed: int | Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale gradients by PSGD-Kron: no learning rate, no weight decay, no sign flip.
+
+    Each block of a parameter has one factor `Q_i` per axis, and the update is `P·m`: `P = QᴴQ`
+    along every axis, `m` the bias-corrected momentum. The factors follow a Lie group descent on the
+    criterion, made of matrix products only.
+
+    Args:
+      momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum.
+      precond_lr: relative step of the factors, in (0, 1).
+      geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5", or
+        "QUAD" (Q Hermitian).
+      criterion: "whiten_momentum" and "whiten_gradient" fit `P = E[ggᴴ]^-½` of the momentum or the
+        gradient; "newton" fits `P = |H|⁻¹` and needs `hvp_fn` at every update.
+      update_probability: share of the steps at which the factors move, in [0, 1], or a schedule of
+        it. Deterministic: they move at the first step, then once `1/p` steps have passed. `None`:
+        `update_probability_schedule()`.
+      damping: curvature, in units of the gradient, below which none is believed; ≥ 0.
+      init_scale: `Q` starts at this scale times the identity. `None`: at the scale that whitens
+        the first nonzero gradient of the block.
+      rms_clip: cap of the root mean square of each parameter's update. `None`: no cap.
+      max_abs_clip: a parameter's update with a larger entry than this is rescaled as a whole.
+        `None`: no cap.
+      blocking: how parameters become blocks, and which axes get a diagonal factor.
+      cache_preconditioner: keep `P = QᴴQ` in the state between moves of the factors. Steps without
+        a move take half the operations, the factors twice the memory.
+      factor_dtype: real dtype of the stored factors, float32 by default also for bfloat16 and
+        float64 parameters. The arithmetic is at least float32.
+      momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+      seed: an integer or a PRNG key; the noise of the fit is drawn from it.
+
+    Returns:
+      A transformation. Its `update(grads, state, params=None, *, hvp_fn=None)` returns updates with
+      the structure, shapes and dtypes of the gradients. A gradient that is not finite gives a zero
+      update and leaves the state as it was, but for the count of skipped steps. A block whose
+      factors would not be finite keeps the last good ones. A block whose gradient is exactly zero
+      does not move its factors.
+
+    Raises:
+      ValueError: for a setting out of range, at construction; for a parameter that is neither
+        floating-point nor complex, in `init`; in `update`, if `hvp_fn` is missing in Newton mode or
+        gradients do not match the state.
+
+    Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + mn numbers; m² + n² + mn
+    without the cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without. A
+    step at which the factors move: in "EQ" about 11·mn·(m + n) + 2·(m³ + n³), plus one
+    Hessian-vector product in Newton mode.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> tx = optax.chain(ok.scale_by_kron_psgd(), optax.scale_by_learning_rate(1e-2))
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+
+    Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
+    arXiv:2402.11858.
+    """
+    owner = "kron_psgd"
+    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True)
+    _settings.check_range(owner, "precond_lr", precond_lr, most=1, open_left=True, open_right=True)
+    _settings.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
+    _settings.check_choice(owner, "criterion", criterion, CRITERIA)
+    _settings.check_range(owner, "update_probability", update_probability, most=1)
+    _settings.check_range(owner, "damping", damping)
+    _settings.check_range(owner, "init_scale", init_scale, open_left=True)
+    _settings.check_range(owner, "rms_clip", rms_clip, open_left=True)
+    _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True)
+    if not isinstance(blocking, Blocking):
+        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
+    dtype = _settings.real_factor_dtype(owner, factor_dtype)
+    has_momentum = not _settings.is_off(momentum)
+    newton = criterion == "newton"
+    if update_probability is None:
+        update_probability = update_probability_schedule()
+    fit = kron_stacks.Fit(
+        geometry=geometry,
+        precond_lr=precond_lr,
+        damping=damping,
+        newton=newton,
+        precision=precision,
+    )
+
+    def init(params: PyTree) -> ScaleByKronPsgdState:
+        plan = plan_blocks(params, blocking)
+        # Each counter is a buffer of its own, so that the state can be donated.
+        counters = ("count", "since_refresh", "refreshes", "failed_refreshes", "skipped_steps")
+        return ScaleByKronPsgdState(
+            **{name: jnp.zeros([], jnp.int32) for name in counters},
+            cached=jnp.zeros([], bool),
+            key=_settings.key_data(seed),
+            momentum=moving_average.init(plan, momentum_dtype) if has_momentum else None,
+            stacks=kron_stacks.init(plan, init_scale, dtype, cached=cache_preconditioner),
+        )
+
+    def update(updates, state, params=None, *, hvp_fn=None, **extra_args):
+        del params, extra_args
+        if newton and hvp_fn is None:
+            raise ValueError(
+                f"{owner}: criterion='newton' needs hvp_fn at every update: pass "
+                "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
+            )
+        plan = plan_blocks(updates, blocking)
+        kron_stacks.check_match(owner, plan, state.stacks)
+
+        compute = jnp.promote_types(dtype, jnp.float32)
+        gradients = plan.split(updates, compute)
+        average = state.momentum
+        if has_momentum:
+            average = moving_average.step(gradients, state.momentum, momentum)
+        # A gradient that is not finite shows in the average.
+        finite = guards.all_finite(average if has_momentum else gradients)
+        count = state.count + finite
+        direction = gradients
+        if has_momentum:
+            direction = moving_average.correct(average, momentum, count, compute)
+
+        due = finite & _is_due(update_probability, state)
+        # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
+        # every operation that reads it.
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.refreshes)
+        draw = functools.partial(kron_stacks.draw, plan, key, compute, noise=not newton)
+        nothing = jnp.zeros(jax.eval_shape(draw).shape, compute)
+        drawn = jax.lax.cond(due, draw, lambda: nothing)
+        stacks = jax.lax.cond(
+            cache_preconditioner & ~state.cached & ~due, fit.cache, lambda x: x, state.stacks
+        )
+
+        def refresh(stacks):
+            rows, noise = kron_stacks.take_rows(plan, drawn)
+            if newton:
+                probe_key = jax.random.fold_in(key, 1)
+                fitted, probes = kron_stacks.hessian_probe(
+                    plan, probe_key, updates, hvp_fn, compute
+                )
+            else:
+                fitted = gradients if criterion == "whiten_gradient" else direction
+                probes = kron_stacks.shape_noise(plan, noise)
+            return fit.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
+
+        def keep(stacks):
+            return stacks, jnp.zeros([], jnp.int32), fit.precondition(stacks, direction)
+
+        stacks, failed, blocks = jax.lax.cond(due, refresh, keep, stacks)
+        blocks = clipping.clip_leaves(plan, blocks, rms_clip, max_abs_clip)
+        new_state = ScaleByKronPsgdState(
+            count=count,
+            since_refresh=jnp.where(due, 0, state.since_refresh + finite),
+            refreshes=state.refreshes + due,
+            failed_refreshes=state.failed_refreshes + failed,
+            skipped_steps=state.skipped_steps + ~finite,
+            cached=~due,
+            key=state.key,
+            momentum=guards.select(finite, average, state.momentum),
+            stacks=stacks,
+        )
+        return plan.join(guards.zero_unless(finite, blocks), like=updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kron_psgd(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    momentum: ArrayLike | None = 0.9,
+    precond_lr: ArrayLike = 0.1,
+    geometry: str = "EQ",
+    criterion: str = "whiten_momentum",
+    update_probability: optax.ScalarOrSchedule | None = None,
+    damping: ArrayLike = 1e-9,
+    init_scale: ArrayLike | None = None,
+    rms_clip: ArrayLike | None = 1.1,
+    max_abs_clip: ArrayLike | None = None,
+    weight_decay: ArrayLike = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    blocking: Blocking = _DEFAULT_BLOCKING,
+    cache_preconditioner: bool = True,
+    factor_dtype: DTypeLike | None = None,
+    momentum_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    seed: int | Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """PSGD-Kron: SGD with momentum and an online-fitted Kronecker-factored preconditioner.
+
+    With a learning rate this is a complete optimizer; without, the bare preconditioner, to chain:
+    `optax.chain(ok.kron_psgd(), optax.scale_by_learning_rate(1e-3))` equals `ok.kron_psgd(1e-3)`.
+    With the default `rms_clip`, an update has about the size of one of Adam's, so that learning
+    rates carry over.
+
+    Args:
+      learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
+      momentum: see `scale_by_kron_psgd`, as for all arguments up to `max_abs_clip`.
+      precond_lr: relative step of the factors.
+      geometry: in which geometry the factors move.
+      criterion: "whiten_momentum", "whiten_gradient" or "newton".
+      update_probability: share of the steps at which the factors move.
+      damping: curvature below which none is believed.
+      init_scale: initial scale of the preconditioner.
+      rms_clip: cap of the root mean square of each parameter's update.
+      max_abs_clip: cap of the largest entry of each parameter's update.
+      weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
+      mask: which parameters decay, as in `optax.add_decayed_weights`.
+      blocking: how parameters become blocks.
+      cache_preconditioner: keep `P` in the state between moves of the factors.
+      factor_dtype: real dtype of the stored factors.
+      momentum_dtype: dtype of the stored momentum.
+      precision: of the matrix products.
+      seed: an integer or a PRNG key.
+
+    Returns:
+      A gradient transformation; its cost is that of `scale_by_kron_psgd`.
+
+    Raises:
+      ValueError: as `scale_by_kron_psgd`, and for a negative learning rate or weight decay.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> loss = lambda params: jnp.sum(jnp.square(params @ jnp.ones((2, 4)) - 1.0))
+      >>> params = jnp.zeros((3, 2))
+      >>> tx = ok.kron_psgd(0.1)
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 0.1)
+      True
+
+    Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
+    arXiv:2402.11858.
+    """
+    _settings.check_range("kron_psgd", "learning_rate", learning_rate)
+    _settings.check_range("kron_psgd", "weight_decay", weight_decay)
+    preconditioner = scale_by_kron_psgd(
+        momentum=momentum,
+        precond_lr=precond_lr,
+        geometry=geometry,
+        criterion=criterion,
+        update_probability=update_probability,
+        damping=damping,
+        init_scale=init_scale,
+        rms_clip=rms_clip,
+        max_abs_clip=max_abs_clip,
+        blocking=blocking,
+        cache_preconditioner=cache_preconditioner,
+        factor_dtype=factor_dtype,
+        momentum_dtype=momentum_dtype,
+        precision=precision,
+        seed=seed,
+    )
+    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)
+
+
+def _is_due(update_probability: optax.ScalarOrSchedule, state: ScaleByKronPsgdState) -> Array:
+    """Whether the factors move now: at the first step, then once 1/p steps have passed."""
+    probability = update_probability
+    if callable(probability):
+        probability = probability(state.count)
+    waited = (state.since_refresh + 1).astype(jnp.float32)
+    # The slack keeps rounding from adding a step where 1/p is whole.
+    return (state.count == 0) | (waited * probability >= 1 - 1e-6)

@@ -1,0 +1,268 @@
+"""The factors of PSGD-Kron as stacks: how they start, move, and precondition."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.blocking import BlockPlan, Signature, complex_like
+from optax_kron.kernels import contract, linalg, psgd
+
+PyTree = Any
+Stacks = Mapping[str, "KronStack"]
+
+_BALANCE_EVERY = 100
+
+
+class KronStack(NamedTuple):
+    """Factors of the N blocks of one signature."""
+
+    factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
+    bounds: tuple[Array, ...]  # per axis: running bound of the fit's curvature [N], ≥ float32
+    started: Array  # whether the scale has been set from a gradient, bool [N]
+    preconditioner: tuple[Array, ...] | None  # P per axis, as the factors; None without a cache
+
+
+def init(
+    plan: BlockPlan, init_scale: ArrayLike | None, dtype: DTypeLike, *, cached: bool
+) -> Stacks | Array:
+    """Factors at the identity, or at the given scale times it."""
+    if not plan.leaves:
+        return jnp.zeros([])  # One leaf where the stacks would be, as optax.tree.map_params needs.
+    stacks = {}
+    for label, signature in plan.stacks.items():
+        count = plan.count(label)
+        scale = 1.0 if init_scale is None else init_scale ** (1 / len(signature.shape))
+        factors = []
+        for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
+            if diagonal:
+                factor = jnp.ones((count, size), dtype)
+            else:
+                identity = jnp.eye(size, dtype=complex_like(dtype, signature.is_complex))
+                factor = jnp.tile(identity, (count, 1, 1))
+            factors.append((factor * scale).astype(factor.dtype))
+        bound_dtype = jnp.promote_types(dtype, jnp.float32)
+        stacks[label] = KronStack(
+            factors=tuple(factors),
+            bounds=tuple(jnp.zeros(count, bound_dtype) for _ in factors),
+            started=jnp.full(count, init_scale is not None),
+            preconditioner=tuple(jnp.zeros_like(q) for q in factors) if cached else None,
+        )
+    return stacks
+
+
+def draw(plan: BlockPlan, key: Array, dtype: DTypeLike, *, noise: bool) -> Array:
+    """All that one move of the factors needs of randomness, in a single draw.
+
+    Returns:
+      Standard normal numbers: PROBE_ROWS rows for the norm bounds and, if asked, the noise of every
+      signature, one behind the other.
+    """
+    width = sum(_noise_width(s) for s in plan.stacks.values()) if noise else 0
+    return jax.random.normal(key, (linalg.PROBE_ROWS * _longest_axis(plan) + width,), dtype)
+
+
+def take_rows(plan: BlockPlan, drawn: Array) -> tuple[Array, Array]:
+    """The rows [PROBE_ROWS, max d] of a draw, and the rest."""
+    longest = _longest_axis(plan)
+    end = linalg.PROBE_ROWS * longest
+    return drawn[:end].reshape(linalg.PROBE_ROWS, longest), drawn[end:]
+
+
+def _longest_axis(plan: BlockPlan) -> int:
+    return max((max(s.shape) for s in plan.stacks.values()), default=1)
+
+
+def shape_noise(plan: BlockPlan, noise: Array) -> dict[str, Array]:
+    """White noise for the blocks of every stack, [1, *block shape], or [N, ...] where padded.
+
+    The blocks of a stack share it: their fits do not interact, so that each sees white noise that
+    is independent of its gradient, and N times fewer numbers are drawn.
+    """
+    stacks, start = {}, 0
+    for label, signature in plan.stacks.items():
+        width = _noise_width(signature)
+        x = noise[start : start + width]
+        start += width
+        if signature.is_complex:
+            x = jax.lax.complex(*jnp.split(x * 0.5**0.5, 2))
+        x = x.reshape(1, *signature.shape)
+        mask = plan.mask(label)
+        stacks[label] = x if mask is None else x * mask.astype(noise.dtype)
+    return stacks
+
+
+def _noise_width(signature: Signature) -> int:
+    return signature.size * (2 if signature.is_complex else 1)
+
+
+def hessian_probe(
+    plan: BlockPlan, key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree], dtype: DTypeLike
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Stacks of a Hessian-vector product and of its white probe.
+
+    Raises:
+      ValueError: if `hvp_fn` returns a tree unlike its argument.
+    """
+    probe = optax.tree.random_like(key, like, sampler=jax.random.normal)
+    product = hvp_fn(probe)
+
+    def describe(tree):
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    if describe(product) != describe(probe):
+        raise ValueError(
+            f"kron_psgd: hvp_fn must return a tree like its argument; got {describe(product)}, "
+            f"expected {describe(probe)}."
+        )
+    return plan.split(product, dtype), plan.split(probe, dtype)
+
+
+def check_match(owner: str, plan: BlockPlan, stacks: Stacks | Array) -> None:
+    """Raise unless the blocks of the gradients are those of the state.
+
+    Raises:
+      ValueError: with the stacks that came, and those that `init` made.
+    """
+    got = {label: plan.count(label) for label in plan.stacks}
+    known = stacks if isinstance(stacks, Mapping) else {}
+    expected = {label: stack.started.shape[0] for label, stack in known.items()}
+    if got != expected:
+        raise ValueError(
+            f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
+            f"init made {expected}. Pass gradients of the parameters, and the blocking, of init."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How the factors follow the criterion; the settings of `scale_by_kron_psgd`."""
+
+    geometry: str
+    precond_lr: ArrayLike
+    damping: ArrayLike
+    newton: bool
+    precision: jax.lax.PrecisionLike
+
+    def refresh(
+        self,
+        plan: BlockPlan,
+        stacks: Stacks,
+        fitted: Mapping[str, Array],
+        probes: Mapping[str, Array],
+        direction: Mapping[str, Array],
+        rows: Array,
+        refreshes: Array,
+    ) -> tuple[Stacks, Array, dict[str, Array]]:
+        """Move the factors of every stack once, and apply the new preconditioner.
+
+        Args:
+          plan: of the blocks.
+          stacks: the factors.
+          fitted: stacks of gradients or Hessian-vector products.
+          probes: stacks of white noise or probes; length one where the blocks share it.
+          direction: stacks of what to precondition.
+          rows: standard normal [PROBE_ROWS, ≥ max d], for the norm bounds.
+          refreshes: how often the factors have moved, int [].
+
+        Returns:
+          The new stacks; how many blocks failed, so that their old factors were kept; and `P·m`.
+        """
+        balance_due = refreshes % _BALANCE_EVERY == _BALANCE_EVERY - 1
+        moved, failures, results = {}, jnp.zeros([], jnp.int32), {}
+        for label in plan.stacks:
+            stack, probe = stacks[label], probes[label]
+            shared = probe[0] if probe.shape[0] == 1 else None
+
+            def refresh(factors, bounds, started, gradient, m, probe, sizes, shared=shared):
+                old = factors, bounds, started
+                probe = shared if probe is None else probe
+                new, failed = self._move(old, gradient, probe, sizes, rows, balance_due)
+                return new, failed, self._apply(new[0], m, contract.precondition)
+
+            new, failed, results[label] = _mapping(stack.factors)(
+                refresh,
+                stack.factors,
+                stack.bounds,
+                stack.started,
+                fitted[label],
+                direction[label],
+                probe if shared is None else None,
+                plan.sizes(label),
+            )
+            moved[label] = KronStack(*new, stack.preconditioner)
+            failures = failures + jnp.sum(failed, dtype=jnp.int32)
+        return moved, failures, results
+
+    def _move(self, old, gradient, probe, sizes, rows, balance_due):
+        """Move the factors of one block; keep them if that fails, or if the gradient is zero."""
+        old_factors, bounds, started = old
+        factors = tuple(map(_wide, old_factors))
+        scale = psgd.initial_scale(gradient, self.damping, probe if self.newton else None, sizes)
+        scale = jnp.where(started, 1, scale ** (1 / len(factors)))
+        factors, bounds = psgd.update_factors(
+            tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
+            bounds,
+            psgd.noised(gradient, probe, self.damping),
+            probe,
+            rows,
+            geometry=self.geometry,
+            precond_lr=self.precond_lr,
+            newton=self.newton,
+            sizes=sizes,
+            precision=self.precision,
+        )
+        factors = guards.select(balance_due, psgd.balance(factors, sizes), factors)
+        factors = tuple(
+            q.astype(before.dtype) for q, before in zip(factors, old_factors, strict=True)
+        )
+        finite = guards.all_finite((factors, bounds))
+        informed = guards.largest_magnitude(gradient) > 0
+        new = factors, bounds, jnp.ones([], bool)
+        return guards.select(informed & finite, new, old), informed & ~finite
+
+    def _apply(self, factors, x, kernel):
+        return kernel(tuple(map(_wide, factors)), x, precision=self.precision)
+
+    def cache(self, stacks: Stacks) -> Stacks:
+        """Form `P` of every factor, where there is room for it."""
+
+        def square(q):
+            return contract.square(_wide(q), precision=self.precision).astype(q.dtype)
+
+        def form(stack):
+            if stack.preconditioner is None:
+                return stack
+            return stack._replace(preconditioner=tuple(map(jax.vmap(square), stack.factors)))
+
+        return {label: form(stack) for label, stack in stacks.items()}
+
+    def precondition(self, stacks: Stacks, direction: Mapping[str, Array]) -> dict[str, Array]:
+        """`P·m` for every block, from the cache if there is one."""
+
+        def apply(stack, x):
+            if stack.preconditioner is not None:
+                factors, kernel = stack.preconditioner, contract.apply_factors
+            else:
+                factors, kernel = stack.factors, contract.precondition
+            return _mapping(factors)(lambda q, m: self._apply(q, m, kernel), factors, x)
+
+        return {label: apply(stacks[label], x) for label, x in direction.items()}
+
+
+def _mapping(factors: tuple[Array, ...]) -> Callable:
+    """How to map over blocks: those without a dense factor are cheapest all at once."""
+    if all(q.ndim == 2 for q in factors):
+        return lambda fn, *stacks: jax.vmap(fn)(*stacks)
+    return linalg.map_blocks
+
+
+def _wide(factor: Array) -> Array:
+    """The factor in the dtype of the arithmetic, at least float32."""
+    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))

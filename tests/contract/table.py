@@ -1,0 +1,382 @@
+"""The one table of optimizers, and the small problems that the contract is checked on.
+
+A new optimizer joins the contract by a `Row` in `ROWS`. Every row goes through convergence, faults,
+serialization, and abstract evaluation in every dtype, tree and wrapper. Rows marked `core` also go
+through the checks that compile a program of their own (values under wrappers, ensembles, donation,
+eager execution, low precision), and stand for the others there: each kind of state and each kind of
+extra argument needs one core row.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_kron as ok
+
+# ---------------------------------------------------------------------------------------- problems
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A loss of parameters and data, and, where it is an optimization target, its solution."""
+
+    params: Any
+    loss_fn: Callable[..., jax.Array]
+    args: tuple = ()
+    solution: Any = None
+
+    def loss(self, params):
+        return self.loss_fn(params, *self.args)
+
+
+def _abs_sq(x):
+    return jnp.real(x * jnp.conj(x))
+
+
+def _squared_distance(solution, scales=None):
+    def loss_fn(params):
+        terms = jax.tree.map(lambda p, s: jnp.sum(_abs_sq(p - s)), params, solution)
+        weights = jax.tree.map(lambda _: 1.0, solution) if scales is None else scales
+        return sum(jax.tree.leaves(jax.tree.map(jnp.multiply, weights, terms)))
+
+    return loss_fn
+
+
+def parabola():
+    solution = jnp.array([1.0, -1.0, 1.0])
+    return Problem(jnp.array([-1.0, 2.0, 1.5]), _squared_distance(solution), solution=solution)
+
+
+def rosenbrock():
+    def loss_fn(x):
+        return jnp.square(1.0 - x[0]) + 100.0 * jnp.square(x[1] - jnp.square(x[0]))
+
+    return Problem(jnp.zeros(2), loss_fn, solution=jnp.ones(2))
+
+
+def least_squares():
+    """A X = B for a 6×4 matrix A whose squared singular values span two decades."""
+    rng = np.random.default_rng(0)
+    left, _ = np.linalg.qr(rng.normal(size=(6, 4)))
+    right, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    A = jnp.asarray((left * np.array([2.0, 1.0, 0.5, 0.2])) @ right.T, jnp.float32)
+    solution = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+
+    def loss_fn(X, A, B):
+        return 0.5 * jnp.sum(jnp.square(A @ X - B))
+
+    args = (A, A @ solution)
+    return Problem(jnp.zeros((4, 3)), loss_fn, args, solution=solution)
+
+
+def mixed():
+    """A scalar, a vector, a matrix, a 3-D and a 4-D tensor, with unlike scales of the loss."""
+    shapes = {
+        "cube": (2, 3, 2),
+        "kernel": (2, 1, 2, 3),
+        "matrix": (3, 4),
+        "scalar": (),
+        "vector": (4,),
+    }
+    scales = {"cube": 3.0, "kernel": 0.1, "matrix": 1.0, "scalar": 0.5, "vector": 10.0}
+    rng = np.random.default_rng(1)
+    solution = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    params = jax.tree.map(jnp.zeros_like, solution)
+    return Problem(params, _squared_distance(solution, scales), solution=solution)
+
+
+def complex_parabola():
+    solution = {"matrix": jnp.array([[1 + 1j, -1j], [0.5 + 0j, -1 + 0.5j], [1j, 2 + 0j]])}
+    params = jax.tree.map(jnp.zeros_like, solution)
+    return Problem(params, _squared_distance(solution), solution=solution)
+
+
+def regression():
+    """A dense layer of 3 to 2 units: the workhorse of the tests that are not about speed."""
+    rng = np.random.default_rng(2)
+    x, y, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (5, 2), (3, 2)))
+
+    def loss_fn(params, x, y):
+        out = x @ params["kernel"] + params["bias"]
+        return jnp.mean(jnp.sum(optax.squared_error(out, y), axis=-1))
+
+    return Problem({"kernel": kernel, "bias": jnp.array([0.5, -0.5], jnp.float32)}, loss_fn, (x, y))
+
+
+def perceptron():
+    """A tanh network of three layers, 4-4-4-4, on eight examples."""
+    rng = np.random.default_rng(3)
+    sizes = (4, 4, 4, 4)
+    x = jnp.asarray(rng.normal(size=(8, sizes[0])), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(8, sizes[-1])), jnp.float32)
+
+    def loss_fn(params, x, y):
+        for name in sorted(params):
+            x = jnp.tanh(x) @ params[name]["kernel"] + params[name]["bias"]
+        return jnp.mean(jnp.sum(optax.squared_error(x, y), axis=-1))
+
+    params = {
+        f"layer{i}": {
+            "kernel": jnp.asarray(rng.normal(size=(d, e)) / np.sqrt(d), jnp.float32),
+            "bias": jnp.zeros(e),
+        }
+        for i, (d, e) in enumerate(itertools.pairwise(sizes))
+    }
+    return Problem(params, loss_fn, (x, y))
+
+
+def norms(params):
+    """Half the squared norm of any tree: its gradient is the parameters themselves."""
+
+    def loss_fn(params):
+        terms = [jnp.sum(_abs_sq(p)).astype(jnp.float32) for p in jax.tree.leaves(params)]
+        return 0.5 * sum(terms, jnp.zeros((), jnp.float32))
+
+    return Problem(params, loss_fn)
+
+
+TARGETS = {f.__name__: f for f in (parabola, rosenbrock, least_squares, mixed, complex_parabola)}
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def _no_extras(loss_fn, params, *args):
+    return {}
+
+
+def _hvp(loss_fn, params, *args):
+    return {"hvp_fn": ok.hessian_vector_product(loss_fn, params, *args)}
+
+
+def _hvp_not_finite(loss_fn, params, *args):
+    hvp = ok.hessian_vector_product(loss_fn, params, *args)
+    return {"hvp_fn": lambda v: jax.tree.map(lambda x: x * jnp.nan, hvp(v))}
+
+
+class Target(NamedTuple):
+    """How fast, how long and how close an optimizer is to approach the solution of a target."""
+
+    learning_rate: float
+    steps: int
+    atol: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One optimizer in one setting."""
+
+    name: str
+    # The alias: with learning_rate a complete optimizer; without it, the bare preconditioner.
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    # The mathematics alone.
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs]
+    # The targets of the convergence test that it must reach.
+    targets: Mapping[str, Target]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Settings that depend on the problem, such as the layers of a loss.
+    settings_for: Callable[[Problem], Mapping[str, Any]] = lambda problem: {}
+    # Extra arguments of update, from (loss_fn, params, *args); and the same, spoilt, so that a
+    # refresh of the factors would not be finite (None: only the gradients reach the factors).
+    extras: Callable[..., dict[str, Any]] = _no_extras
+    spoilt_extras: Callable[..., dict[str, Any]] | None = None
+    # Fields of the state that hold the curvature, which a failed refresh leaves as they are.
+    curvature: tuple[str, ...] = ("stacks",)
+    # Fields that only hold what can be computed from the others.
+    cached: tuple[str, ...] = ("cached", "preconditioner")
+    # Numeric settings that may be traced, and changed between two updates, each with another value
+    # that must tell in the updates; and the value that switches on those that are off by default.
+    tunable: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    switched_on: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # How many trees shaped like the parameters the state holds.
+    param_trees: int = 0
+    supports_complex: bool = True
+    # Draws random numbers that reach the updates.
+    random: bool = True
+    core: bool = False
+
+    def __str__(self):
+        return self.name
+
+    def all_settings(self, problem, **overrides):
+        return {**self.settings, **self.settings_for(problem), **overrides}
+
+    def make(self, problem, learning_rate=0.01, **overrides):
+        return self.factory(learning_rate, **self.all_settings(problem, **overrides))
+
+    def make_extras(self, problem, params):
+        return self.extras(problem.loss_fn, params, *problem.args)
+
+
+# Whitened updates keep their size at a constant learning rate, and end up circling the solution at
+# a few times that distance; Newton steps vanish with the gradient.
+_WHITENING_TARGETS = dict.fromkeys(TARGETS, Target(0.003, 4000, 0.02)) | {
+    "rosenbrock": Target(0.003, 4000, 0.05)
+}
+_NEWTON_TARGETS = dict.fromkeys(TARGETS, Target(0.1, 2000, 1e-4)) | {
+    "rosenbrock": Target(0.3, 15000, 0.05)  # a vector has a diagonal factor: no help in the valley
+}
+_PSGD_TUNABLE = {
+    "learning_rate": 0.02,
+    "momentum": 0.5,
+    "precond_lr": 0.5,
+    "damping": 1.0,
+    "rms_clip": 0.1,
+    "max_abs_clip": 0.01,
+    "weight_decay": 0.1,
+}
+
+
+def _psgd(name, **kwargs):
+    settings = kwargs.pop("settings", {})
+    return Row(
+        f"kron_psgd-{name}",
+        ok.kron_psgd,
+        ok.scale_by_kron_psgd,
+        targets=kwargs.pop("targets", _WHITENING_TARGETS),
+        settings=settings,
+        tunable=_PSGD_TUNABLE,
+        switched_on={"max_abs_clip": 10.0, "weight_decay": 0.01},
+        **kwargs,
+    )
+
+
+ROWS = (
+    _psgd("EQ", core=True),
+    _psgd("QEP", settings={"geometry": "QEP"}),
+    _psgd("QEQ", settings={"geometry": "QEQ"}),
+    _psgd("Q0.5EQ1.5", settings={"geometry": "Q0.5EQ1.5"}),
+    _psgd("QUAD", settings={"geometry": "QUAD"}),
+    _psgd("gradient", settings={"criterion": "whiten_gradient"}),
+    _psgd(
+        "newton",
+        targets=_NEWTON_TARGETS,
+        settings={"criterion": "newton"},
+        extras=_hvp,
+        spoilt_extras=_hvp_not_finite,
+        core=True,
+    ),
+    _psgd(
+        "blocks",
+        settings={"blocking": ok.Blocking(block_size=2, merge_below=4)},
+        core=True,
+    ),
+    _psgd("no_momentum", settings={"momentum": None}),
+)
+
+CORE_ROWS = tuple(row for row in ROWS if row.core)
+every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+core_rows = pytest.mark.parametrize("row", CORE_ROWS, ids=str)
+
+# --------------------------------------------------------------------------------------- helpers
+
+# Compiling takes most of the time of these tests, and how well it is done is no matter here.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
+def updater(row, tx, problem, extras=None):
+    """`update(grads, state, params)` with the row's extra arguments made from the problem."""
+    extras = row.extras if extras is None else extras
+
+    def update(grads, state, params):
+        return tx.update(grads, state, params, **extras(problem.loss_fn, params, *problem.args))
+
+    return update
+
+
+def stepper(row, tx, problem):
+    """`step((params, state)) -> (params, state), loss`: one step of training."""
+
+    def step(carry, _=None):
+        params, state = carry
+        loss, grads = jax.value_and_grad(problem.loss)(params)
+        updates, state = updater(row, tx, problem)(optax.tree.conj(grads), state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    return step
+
+
+def train(row, tx, problem, steps, state=None):
+    """Train in one `lax.scan`; return the parameters, the state and the loss at every step."""
+    state = tx.init(problem.params) if state is None else state
+    step = stepper(row, tx, problem)
+    run = quick_jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+    (params, state), losses = run((problem.params, state))
+    return params, state, losses
+
+
+class Trained(NamedTuple):
+    """A row on `regression` after four updates."""
+
+    problem: Problem
+    tx: optax.GradientTransformationExtraArgs
+    update: Callable[..., Any]  # jitted (grads, state, params)
+    params: Any
+    state: Any
+    traces: int  # of the update
+
+
+@functools.lru_cache
+def trained(row):
+    """The row on `regression` after four updates: compiled once in a process, and shared."""
+    problem = regression()
+    tx = row.make(problem)
+    traces = []
+
+    def counted(grads, state, params):
+        traces.append(1)
+        return updater(row, tx, problem)(grads, state, params)
+
+    update = quick_jit(counted)
+    params, state = problem.params, tx.init(problem.params)
+    for _ in range(4):
+        updates, state = update(jax.grad(problem.loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return Trained(problem, tx, update, params, state, len(traces))
+
+
+def random_like(tree, seed=0, scale=1.0):
+    """Normal entries in the shapes and dtypes of a tree, complex where it is complex."""
+    rng = np.random.default_rng(seed)
+
+    def draw(x):
+        value = rng.normal(size=x.shape)
+        if jnp.iscomplexobj(x):
+            value = value + 1j * rng.normal(size=x.shape)
+        return jnp.asarray(scale * value, x.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
+def avals(tree):
+    """Structure, shapes, dtypes and weak types of a tree of arrays or abstract arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
+
+
+def get(state, name):
+    """The value of the one field of that name, anywhere in a state."""
+    return optax.tree.get(state, name)
+
+
+def largest_difference(tree, other):
+    """The largest absolute difference between two trees of arrays of any dtype."""
+
+    def difference(a, b):
+        a, b = (np.asarray(x).astype(complex) for x in (a, b))
+        return np.max(np.abs(a - b), initial=0.0)
+
+    return max(jax.tree.leaves(jax.tree.map(difference, tree, other)), default=0.0)

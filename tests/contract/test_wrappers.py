@@ -1,0 +1,220 @@
+"""Optax's wrappers take every optimizer, and pass its extra arguments on."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from .table import (
+    avals,
+    core_rows,
+    every_row,
+    get,
+    norms,
+    quick_jit,
+    random_like,
+    regression,
+    train,
+    trained,
+    updater,
+)
+
+MASK = {"kernel": True, "bias": False}
+
+
+@every_row
+def test_unexpected_extra_arguments_are_accepted_and_change_nothing(row):
+    problem, tx, _, params, state, _ = trained(row)
+    extras = row.make_extras(problem, params)
+    plain = functools.partial(tx.update, **extras)
+    more = functools.partial(tx.update, **extras, value=1.0, unforeseen="x", grad={"y": None})
+    programs = [str(jax.make_jaxpr(f)(params, state, params)) for f in (plain, more)]
+    assert programs[0] == programs[1]
+
+
+@every_row
+def test_parameters_are_optional_in_update(row):
+    problem, tx, _, params, state, _ = trained(row)
+    extras = row.make_extras(problem, params)
+    without, _ = jax.eval_shape(functools.partial(tx.update, **extras), params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(without, params)
+
+
+@core_rows
+@pytest.mark.parametrize("way", ["factory", "scale_by"])
+def test_without_learning_rate_it_is_the_bare_preconditioner(row, way):
+    problem, tx, update, params, _, _ = trained(row)
+    bare = getattr(row, way)(**row.all_settings(problem))
+    chained = optax.chain(bare, optax.scale_by_learning_rate(0.01))
+
+    @quick_jit
+    def both(grads, state, params):
+        chained_updates, after = updater(row, chained, problem)(grads, state, params)
+        return updater(row, bare, problem)(grads, state[0], params)[0], chained_updates, after
+
+    state, chained_state = tx.init(params), chained.init(params)
+    for i in range(2):
+        grads = random_like(params, i)
+        expected, state = update(grads, state, params)
+        bare_updates, updates, chained_state = both(grads, chained_state, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+        chex.assert_trees_all_close(optax.tree.scale(-0.01, bare_updates), expected, rtol=1e-5)
+
+
+@every_row
+def test_map_params_reaches_what_is_shaped_like_the_parameters_and_nothing_else(row):
+    problem, tx, _, params, trained_state, _ = trained(row)
+    seen, rest = [], []
+
+    def record(leaf, param):
+        seen.append(leaf.shape == param.shape)
+        return leaf
+
+    def record_rest(leaf):
+        rest.extend(jax.tree.leaves(leaf))
+        return leaf
+
+    for state in (tx.init(problem.params), trained_state):
+        seen.clear()
+        rest.clear()
+        same = optax.tree.map_params(tx, lambda leaf: leaf, state)
+        chex.assert_trees_all_equal_structs(same, state)
+        chex.assert_trees_all_equal(same, state)
+        same = optax.tree.map_params(tx, record, state, params, transform_non_params=record_rest)
+        chex.assert_trees_all_equal(same, state)
+        assert all(seen)
+        assert len(seen) == row.param_trees * len(jax.tree.leaves(params))
+        assert len(seen) + len(rest) == len(jax.tree.leaves(state))
+
+
+@every_row
+def test_map_params_inside_wrappers(row):
+    problem = regression()
+    plain = row.make(problem)
+    for tx in (
+        optax.masked(plain, MASK),
+        optax.chain(optax.clip(1.0), plain),
+        optax.inject_hyperparams(row.factory)(0.01, **row.all_settings(problem)),
+        optax.apply_if_finite(plain, 3),
+    ):
+        state = tx.init(problem.params)
+        chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+
+
+@every_row
+@pytest.mark.parametrize("mask", [MASK, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)])
+def test_masked(row, mask):
+    problem = regression()
+    tx = optax.masked(row.make(problem), mask)
+    params = problem.params
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(updater(row, tx, problem), params, state, params)
+    assert avals(after) == avals(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@core_rows
+def test_partition_gives_each_group_its_own_optimizer(row):
+    problem, _, _, params, _, _ = trained(row)
+    plain = row.make(problem)
+    alone = optax.masked(plain, MASK)
+    labels = {"kernel": "first", "bias": "second"}
+    tx = optax.partition({"first": plain, "second": optax.sgd(0.5)}, labels)
+
+    @quick_jit
+    def both(grads, states, params):
+        results = [
+            updater(row, t, problem)(grads, s, params)
+            for t, s in zip((alone, tx), states, strict=True)
+        ]
+        return zip(*results, strict=True)
+
+    states = (alone.init(params), tx.init(params))
+    for i in range(2):
+        grads = random_like(params, i)
+        (masked, updates), states = both(grads, states, params)
+        chex.assert_trees_all_equal(masked["bias"], grads["bias"])
+        chex.assert_trees_all_close(updates["bias"], -0.5 * grads["bias"], rtol=1e-6)
+        chex.assert_trees_all_close(updates["kernel"], masked["kernel"], rtol=1e-4)
+        assert np.all(np.asarray(updates["kernel"]) != np.asarray(grads["kernel"]))
+
+
+@core_rows
+def test_multi_steps_averages_gradients(row):
+    problem, tx, update, params, _, _ = trained(row)
+    multi = optax.MultiSteps(row.make(problem), 2)
+    multi_update = quick_jit(updater(row, multi, problem))
+    multi_state, state = multi.init(params), tx.init(params)
+    for i in range(2):
+        first, second = random_like(params, 2 * i), random_like(params, 2 * i + 1)
+        updates, multi_state = multi_update(first, multi_state, params)
+        chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
+        chex.assert_trees_all_close(multi_state.inner_opt_state, state, rtol=1e-3, atol=1e-6)
+        updates, multi_state = multi_update(second, multi_state, params)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+        expected, state = update(mean, state, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-3, atol=1e-6)
+
+
+@core_rows
+def test_apply_if_finite_guards_the_state(row):
+    problem, _, _, params, _, _ = trained(row)
+    tx = optax.apply_if_finite(row.make(problem), 3)
+    update = quick_jit(updater(row, tx, problem))
+    grads = random_like(params)
+    _, state = update(grads, tx.init(params), params)
+    bad = {**grads, "bias": grads["bias"].at[0].set(jnp.nan)}
+    updates, after = update(bad, state, params)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(grads))
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    assert after.total_notfinite == 1
+    updates, after = update(grads, after, params)
+    assert get(after, "count") == 2
+    assert optax.tree.norm(updates) > 0
+
+
+@core_rows
+def test_chained_with_clipping_it_trains(row):
+    problem = regression()
+    clip = optax.clip_by_global_norm
+    tx = optax.chain(clip(1.0), row.make(problem, 0.02), clip(0.05))
+    params, state, losses = train(row, tx, problem, 40)
+    chex.assert_tree_all_finite((losses, state))
+    assert losses[-1] < 0.9 * losses[0]
+    moved = optax.tree.norm(optax.tree.sub(params, problem.params))
+    assert moved <= 40 * 0.05 * (1 + 1e-5)
+
+
+@core_rows
+def test_weight_decay_is_decoupled_and_masked(row):
+    problem, tx, update, params, _, _ = trained(row)
+    settings = row.all_settings(problem, weight_decay=0.5, mask=MASK)
+    whole = row.factory(0.01, **settings)
+    chained = optax.chain(row.factory(**settings), optax.scale_by_learning_rate(0.01))
+    grads = random_like(params)
+
+    @quick_jit
+    def decayed(grads, params):
+        return [
+            updater(row, t, problem)(grads, t.init(params), params)[0] for t in (whole, chained)
+        ]
+
+    expected, _ = update(grads, tx.init(params), params)
+    expected["kernel"] -= 0.01 * 0.5 * params["kernel"]
+    for updates in decayed(grads, params):
+        chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
+
+
+@every_row
+def test_masked_node_and_none_share_a_tree(row):
+    params = {"a": jnp.ones((2, 3)), "b": {"c": None, "d": jnp.ones(2)}}
+    problem = norms(params)
+    tx = optax.masked(row.make(problem), {"a": True, "b": False})
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(updater(row, tx, problem), params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    assert avals(after) == avals(state)

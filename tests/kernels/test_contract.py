@@ -1,0 +1,125 @@
+"""Contractions against literal Kronecker products."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optax_kron.kernels import contract
+from tests.kernels.problems import random
+from tests.reference import psgd as reference
+
+DTYPES = (np.float32, np.float64, np.complex64, np.complex128)
+# A result is a sum of at most a few hundred products of numbers near 1: its error is some tens of
+# roundings of the largest partial sum.
+TOLERANCE = {4: 2e-5, 8: 1e-13}
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5]), min_size=1, max_size=5)
+layouts = shapes.flatmap(
+    lambda shape: st.tuples(
+        st.just(tuple(shape)),
+        st.tuples(*[st.booleans() for _ in shape]),
+        st.sampled_from(DTYPES),
+        st.integers(0, 2**16),
+    )
+)
+
+
+def problem(shape, diagonal, dtype, seed):
+    """Random factors (a real vector where `diagonal` says so) and a random tensor."""
+    rng = np.random.default_rng(seed)
+    real = np.finfo(dtype).dtype
+    factors = [
+        random(rng, (d,), real) if is_diagonal else random(rng, (d, d), dtype)
+        for d, is_diagonal in zip(shape, diagonal, strict=True)
+    ]
+    return factors, random(rng, shape, dtype)
+
+
+def assert_close(actual, expected, dtype):
+    """Close relative to the largest entry; same shape; no change of dtype."""
+    chex.assert_shape(actual, expected.shape)
+    assert actual.dtype == dtype
+    scale = np.max(np.abs(expected), initial=0.0)
+    tolerance = TOLERANCE[np.finfo(dtype).dtype.itemsize]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def kron_times(factors, tensor):
+    matrix = reference.kron(factors)
+    return (matrix @ reference.wide(tensor).reshape(-1)).reshape(tensor.shape)
+
+
+def adjoint(factors):
+    return [reference.dense(factor).conj().T for factor in factors]
+
+
+EXPECTED = {
+    "apply_factors": lambda factors, X: kron_times(factors, X),
+    "apply_adjoint": lambda factors, X: kron_times(adjoint(factors), X),
+    "precondition": lambda factors, X: kron_times(adjoint(factors), kron_times(factors, X)),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(layouts)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_factors_act_as_their_kronecker_product(name, layout):
+    shape, diagonal, dtype, seed = layout
+    factors, X = problem(shape, diagonal, dtype, seed)
+    actual = getattr(contract, name)(tuple(map(jnp.asarray, factors)), jnp.asarray(X))
+    assert_close(actual, EXPECTED[name](factors, X), dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layouts, st.booleans(), st.data())
+def test_gram(layout, diagonal, data):
+    shape, _, dtype, seed = layout
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    _, X = problem(shape, shape, dtype, seed)
+    actual = contract.gram(jnp.asarray(X), axis, diagonal=diagonal)
+    expected = np.tensordot(
+        reference.wide(X),
+        reference.wide(X).conj(),
+        (others := [i for i in range(len(shape)) if i != axis], others),
+    )
+    if diagonal:
+        expected = np.diag(expected).real
+        assert not np.iscomplexobj(actual) or np.all(np.imag(actual) == 0)
+        actual = actual.astype(dtype)
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_vmap_and_jit(name, dtype):
+    problems = [problem((3, 4, 2), (False, True, False), dtype, seed) for seed in range(3)]
+    factors, X = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    actual = jax.jit(jax.vmap(getattr(contract, name)))(tuple(factors), X)
+    expected = np.stack([EXPECTED[name](*one) for one in problems])
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_gram_under_vmap_and_jit(diagonal):
+    X = random(np.random.default_rng(0), (3, 2, 4, 3), np.complex128)
+    gram = functools.partial(contract.gram, axis=1, diagonal=diagonal)
+    actual = jax.jit(jax.vmap(gram))(jnp.asarray(X))
+    expected = np.stack([reference.gram(one, 1, diagonal) for one in X])
+    assert_close(actual.astype(np.complex128), expected, np.complex128)
+
+
+def test_reference_agrees_with_kron():
+    """The reference contracts axis by axis; the definition is one Kronecker product."""
+    factors, X = problem((2, 3, 4), (False, True, False), np.complex128, 1)
+    for name, function in (
+        ("apply_factors", reference.apply),
+        ("apply_adjoint", reference.apply_adjoint),
+        ("precondition", reference.precondition),
+    ):
+        assert_close(function(factors, X), EXPECTED[name](factors, X), np.complex128)

@@ -1,0 +1,94 @@
+"""Sums and differences of Gram matrices, without forming them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_kron.kernels import grams
+from tests.kernels.problems import ROWS, random
+
+# Within one panel and over several; narrow roots and wide ones.
+SIZES = [(1, 1), (5, 2), (5, 9), (300, 40)]
+every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.complex128])
+every_kind = pytest.mark.parametrize("kind", ["root", "weights"])
+every_size = pytest.mark.parametrize(("d", "width"), SIZES)
+
+
+def problem(d, width, kind, dtype):
+    """A pair, and its T1 and T2 in double precision."""
+    rng = np.random.default_rng(d + width)
+    F, S = random(rng, (d, width), dtype), 2 * random(rng, (d, width + 1), dtype)
+    weights = np.asarray(rng.uniform(0.5, 2, d), np.finfo(dtype).dtype)
+    T1 = np.einsum("ik,jk->ij", F.astype(complex), F.conj())
+    if kind == "weights":
+        return grams.GramPair(jnp.asarray(F), None, jnp.asarray(weights)), T1, np.diag(weights)
+    T2 = np.einsum("ik,jk->ij", S.astype(complex), S.conj())
+    return grams.GramPair(jnp.asarray(F), jnp.asarray(S), None), T1, T2
+
+
+def assert_close(actual, expected, dtype):
+    assert actual.dtype == dtype
+    # Sums of some hundred products, relative to the largest.
+    atol = 50 * np.finfo(dtype).eps * np.max(np.abs(expected))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+@every_size
+@every_kind
+@every_dtype
+def test_combine(d, width, kind, dtype):
+    pair, T1, T2 = problem(d, width, kind, dtype)
+    assert_close(pair.combine(1, precision=None), T1 + T2, dtype)
+    assert_close(pair.combine(-1, precision=None), T1 - T2, dtype)
+    start, stop = d // 3, d // 3 + (d + 1) // 2
+    part = pair.combine(-1, start, stop, precision=None)
+    assert_close(part, (T1 - T2)[start:stop, start:], dtype)
+
+
+@every_size
+@every_kind
+@every_dtype
+def test_norm_bound(d, width, kind, dtype):
+    pair, T1, T2 = problem(d, width, kind, dtype)
+    norm = np.linalg.norm(T1 + T2, 2)
+    bound = jax.jit(lambda pair: pair.norm_bound(ROWS, precision=None))(pair)
+    # The bound is a norm of rounded sums of some hundred products.
+    assert bound <= norm * (1 + 100 * np.finfo(dtype).eps)
+    assert bound >= norm / np.sqrt(2)
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e15])
+@every_kind
+def test_norm_bound_scales(kind, scale, dtype):
+    pair, T1, T2 = problem(20, 3, kind, dtype)
+    pair = grams.GramPair(*(None if x is None else x * dtype(scale) for x in pair[:2]), pair[2])
+    if pair.weights is not None:
+        pair = pair._replace(weights=pair.weights * np.finfo(dtype).dtype.type(scale**2))
+    bound = jax.jit(lambda pair: pair.norm_bound(ROWS, precision=None))(pair)
+    norm = scale**2 * np.linalg.norm(T1 + T2, 2)
+    assert norm / np.sqrt(2) <= bound <= norm * (1 + 100 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("height", [1.6, 1.7, 2.0, 3.0])
+def test_norm_bound_of_a_weak_spike(height):
+    """One direction a little above many equal ones: the hardest case for a power iteration."""
+    for d in (128, 1024):
+        u = random(np.random.default_rng(0), (d, 1))
+        u *= np.sqrt(height - 1) / np.linalg.norm(u)
+        pair = grams.GramPair(*(jnp.asarray(x, jnp.float32) for x in (u,)), None, jnp.ones(d, "f"))
+        bound = pair.norm_bound(ROWS, precision=None)
+        assert height / np.sqrt(2) <= bound <= height * (1 + 1e-5)
+
+
+@every_size
+@every_kind
+@every_dtype
+def test_subtract_upper(d, width, kind, dtype):
+    pair, T1, T2 = problem(d, width, kind, dtype)
+    Q = np.triu(random(np.random.default_rng(0), (d, d), dtype))
+    step = np.finfo(dtype).dtype.type(0.1 / np.linalg.norm(T1 + T2, 2))
+    actual = pair.subtract_upper(jnp.asarray(Q), step, precision=None)
+    assert_close(actual, Q - step * np.triu(T1 - T2) @ Q, dtype)
+    np.testing.assert_array_equal(np.tril(actual, -1), 0)

@@ -1,0 +1,110 @@
+"""The examples run as a reader would run them: in a process of their own, from another folder."""
+
+import os
+import runpy
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TIME_LIMIT = 170  # seconds; compilation dominates
+
+
+def run(script, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+
+
+def read_png(path):
+    """Checks signature and checksums, then returns width, height and the decompressed bytes."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = [], 8
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        kind, body = content[at + 4 : at + 8], content[at + 8 : at + 8 + length]
+        (checksum,) = struct.unpack(">I", content[at + 8 + length : at + 12 + length])
+        assert zlib.crc32(kind + body) == checksum
+        chunks.append((kind, body))
+        at += 12 + length
+    assert chunks[-1][0] == b"IEND"
+    width, height = struct.unpack(">II", chunks[0][1][:8])
+    return width, height, zlib.decompress(b"".join(b for kind, b in chunks if kind == b"IDAT"))
+
+
+def test_digits_prints_the_table_and_draws_the_curves(tmp_path):
+    result = run(
+        "digits.py", "--steps", "7", "--batch-size", "16", "--out", "new/curves.png", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("kron_psgd", "adamw", "to 97%", "final", "accuracy", "per", "compile", "KiB"):
+        assert text in result.stdout
+    # One starred row for each optimizer, and three rows each.
+    assert result.stdout.count("adamw *") == 1
+    assert result.stdout.count("kron_psgd *") == 1
+    width, height, pixels = read_png(tmp_path / "new" / "curves.png")
+    assert width > 1000
+    assert height > 400
+    assert len(set(pixels)) > 50  # a blank picture would hold a handful of values
+
+
+def test_digits_runs_one_optimizer_alone(tmp_path):
+    result = run("digits.py", "--steps", "1", "--optimizer", "adamw", "--seed", "3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "kron_psgd" not in result.stdout
+    read_png(tmp_path / "digits.png")
+
+
+def test_digits_nnx_trains(tmp_path):
+    result = run("digits_nnx.py", "--steps", "3", "--batch-size", "16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Test accuracy after 3 steps:" in result.stdout
+
+
+@pytest.fixture
+def stop(monkeypatch, capsys):
+    """Runs a script in this process up to its exit; returns the exit code and what it printed."""
+
+    def run_and_stop(script, *arguments):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return caught.value.code, capsys.readouterr()
+
+    return run_and_stop
+
+
+@pytest.mark.parametrize("script", ["digits.py", "digits_nnx.py"])
+def test_help(script, stop):
+    code, printed = stop(script, "--help")
+    assert code == 0
+    for option in ("--steps", "--batch-size", "--seed"):
+        assert option in printed.out
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("digits.py", ["--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        ("digits.py", ["--batch-size", "5000"], "expected at most 1297 training images, got 5000"),
+        ("digits.py", ["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        ("digits.py", ["--out", "curves.txt"], "expected the path of a .png file"),
+        ("digits_nnx.py", ["--steps", "many"], "expected a whole number of at least 1, got 'many'"),
+    ],
+)
+def test_bad_arguments_are_refused(script, arguments, message, stop):
+    code, printed = stop(script, *arguments)
+    assert code == 2
+    assert message in printed.err
