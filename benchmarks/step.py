@@ -31,8 +31,8 @@ GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
 # The others: P G (4), one Gram product (2); then QEP: Q C Q^H (4), Q Q^H (2), D Q (2);
 # QEQ: Q D (2); Q0.5EQ1.5: D Q (2), R Q and R^2 Q (4); QUAD: D Q and p D (4).
 UPDATE_COST = {"EQ": (7, 2), "QEP": (6, 8), "QEQ": (6, 2), "Q0.5EQ1.5": (6, 6), "QUAD": (6, 4)}
-# Q G and Q^H (Q G).
-APPLICATION_COST = 4
+# Per d n, to apply P to the gradient: Q G and Q^H (Q G) where Q has just moved, else the cached P.
+APPLICATION_COST = {True: 4, False: 2}
 
 
 def kron_flop(shapes, geometry, updated):
@@ -41,7 +41,7 @@ def kron_flop(shapes, geometry, updated):
     for shape in jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple)):
         for d in shape if len(shape) > 1 else ():
             per_dn, per_cube = UPDATE_COST[geometry] if updated else (0, 0)
-            total += (per_dn + APPLICATION_COST) * d * prod(shape) + per_cube * d**3
+            total += (per_dn + APPLICATION_COST[updated]) * d * prod(shape) + per_cube * d**3
     return total
 
 

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-TEST_IMAGES = 500
+TRAIN_IMAGES, TEST_IMAGES = 1297, 500
 
 
 class Digits(NamedTuple):
@@ -26,7 +26,12 @@ def load_data() -> Digits:
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
     train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, test_size=TEST_IMAGES, random_state=0, stratify=labels
+        images,
+        labels,
+        train_size=TRAIN_IMAGES,
+        test_size=TEST_IMAGES,
+        random_state=0,
+        stratify=labels,
     )
     return Digits(train_images, train_labels, test_images, test_labels)
 
@@ -50,21 +55,29 @@ def progress_bar() -> Progress:
     )
 
 
-def positive_int(text: str) -> int:
-    """Reads a whole number of at least 1 from the command line."""
+def whole_number(text: str, least: int = 0) -> int:
+    """Reads a whole number from the command line."""
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least {least}, got {text!r}"
+        )
     return value
 
 
-def batch_size(text: str) -> int:
-    """Reads a batch size that fits into the training set from the command line."""
-    value = positive_int(text)
-    largest = 1797 - TEST_IMAGES
-    if value > largest:
-        raise argparse.ArgumentTypeError(f"expected at most {largest} training images, got {value}")
+def step_count(text: str) -> int:
+    """Reads a number of training steps, at least one, from the command line."""
+    return whole_number(text, least=1)
+
+
+def fitting_batch_size(text: str) -> int:
+    """Reads a batch size that the training images can fill from the command line."""
+    value = whole_number(text, least=1)
+    if value > TRAIN_IMAGES:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {TRAIN_IMAGES} training images, got {value}"
+        )
     return value

@@ -4,7 +4,7 @@ Both optimizers start from the same weights, see the same batches in the same or
 cosine schedule, and get three learning rates each. The run with the lowest final training loss is
 the optimizer's best; test accuracy plays no part in the choice. Losses are means over all training
 images, accuracies over 500 images that are never trained on. Seconds count training steps alone:
-compilation is listed on its own and evaluation is not counted.
+compilation is listed on its own and evaluation is not counted. The time per step is a median.
 
     python examples/digits.py --help
 """
@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Digits, batch_order, batch_size, load_data, positive_int, progress_bar
+from common import (
+    Digits,
+    batch_order,
+    fitting_batch_size,
+    load_data,
+    progress_bar,
+    step_count,
+    whole_number,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich import box
@@ -30,7 +38,7 @@ from rich.table import Table
 
 import optax_kron as ok
 
-# Each grid brackets its optimizer's best: three times less and three times more are both worse.
+# In steps of about three around each optimizer's best: less and more are both worse.
 LEARNING_RATES = {"adamw": (1e-2, 3e-2, 1e-1), "kron_psgd": (3e-3, 1e-2, 3e-2)}
 COLOURS = {"adamw": "#d1701c", "kron_psgd": "#1f5fa8"}
 TARGET = 0.97  # test accuracy whose cost the table lists
@@ -175,7 +183,7 @@ def make_table(runs: dict[str, list[Run]]) -> Table:
         "seconds\nto 97%",
         "final\nloss",
         "final\naccuracy",
-        "median\nms/step",
+        "ms per\nstep",
         "compile\nseconds",
         "state\nKiB",
     ):
@@ -260,12 +268,16 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.partition("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive_int, default=200, help="training steps per run")
+    parser.add_argument("--steps", type=step_count, default=200, help="training steps per run")
     parser.add_argument(
         "--optimizer", choices=(*LEARNING_RATES, "both"), default="both", help="what to train with"
     )
-    parser.add_argument("--batch-size", type=batch_size, default=256, help="images per step")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and optimizer")
+    parser.add_argument(
+        "--batch-size", type=fitting_batch_size, default=256, help="images per step"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of weights, batches and optimizer"
+    )
     parser.add_argument("--out", type=png_path, default="digits.png", help="where the curves go")
     return parser.parse_args()
 

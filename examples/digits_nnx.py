@@ -7,7 +7,14 @@ import argparse
 import math
 
 import optax
-from common import batch_order, batch_size, load_data, positive_int, progress_bar
+from common import (
+    batch_order,
+    fitting_batch_size,
+    load_data,
+    progress_bar,
+    step_count,
+    whole_number,
+)
 from flax import nnx
 
 import optax_kron as ok
@@ -55,10 +62,14 @@ def parse_arguments() -> argparse.Namespace:
         description="Train a small convolutional net in Flax NNX with kron_psgd.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive_int, default=200, help="training steps")
-    parser.add_argument("--batch-size", type=batch_size, default=256, help="images per step")
+    parser.add_argument("--steps", type=step_count, default=200, help="training steps")
+    parser.add_argument(
+        "--batch-size", type=fitting_batch_size, default=256, help="images per step"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="at the first step")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and optimizer")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of weights, batches and optimizer"
+    )
     return parser.parse_args()
 
 

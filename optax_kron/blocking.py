@@ -6,14 +6,17 @@ taken apart in four steps, each a reshape, a pad or a transpose, so that joining
 1. merge: neighbouring small axes become one;
 2. cut: a long axis becomes equal pieces, the last one padded with zeros if need be;
 3. order: the axes of a block are sorted by size, so that [m, n] and [n, m] are one kind of block;
-4. stack: blocks of one signature, from any leaves, form one array [N, *block shape].
+4. stack: blocks of one signature, from any leaves, form one array [N, *block shape]; vectors of
+   similar length are padded to share one.
 
 A signature says the shape of a block and which of its axes get a diagonal factor. Compile time
 grows with the number of signatures, not of leaves, and a mesh can cut the axis N.
 """
 
+import collections
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,10 +93,10 @@ class Blocking:
                 merged.append(size)
         return tuple(merged)
 
-    def _stacked(self, tree: PyTree) -> list[int]:
+    def _stacked(self, tree: PyTree) -> list[Any]:
         """For each leaf of the tree, how many leading axes are stacked."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        setting = self.stacked_axes
+        setting: Any = self.stacked_axes
         if setting is None or isinstance(setting, int):
             numbers = [setting or 0] * len(leaves)
         elif callable(setting):
@@ -107,7 +110,7 @@ class Blocking:
             numbers = jax.tree.leaves(setting)
         for number, (path, _) in zip(numbers, leaves, strict=True):
             _check_size(f"stacked_axes of {jax.tree_util.keystr(path)}", number, least=0)
-        return [min(int(n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
+        return [min(operator.index(n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,10 @@ class LeafPlan:
 
     @property
     def _piece_sizes(self) -> tuple[int, ...]:
-        return tuple(-(-d // n) for d, n in zip(self.merged, self.pieces, strict=True))
+        sizes = [0] * len(self.order)
+        for size, axis in zip(self.signature.shape, self.order, strict=True):
+            sizes[axis] = size
+        return tuple(sizes)
 
     def _axes(self) -> tuple[int, ...]:
         """The transpose from [stacked, p_1, b_1, p_2, b_2, ...] to [stacked, p..., b...]."""
@@ -305,8 +311,36 @@ def plan_blocks(tree: PyTree, blocking: Blocking) -> BlockPlan:
         _plan_leaf(jax.tree_util.keystr(path), leaf, stacked, blocking)
         for (path, leaf), stacked in zip(leaves, blocking._stacked(tree), strict=True)
     ]
+    plans = _pad_vectors(plans)
     stacks = {plan.signature.label: plan.signature for plan in plans if plan is not None}
     return BlockPlan(jax.tree.structure(tree), tuple(plans), stacks)
+
+
+def _pad_vectors(plans: list[LeafPlan | None]) -> list[LeafPlan | None]:
+    """Bring whole vectors with diagonal factors to few lengths, that they may share stacks.
+
+    Models hold vectors of many lengths, each cheap to update and as costly to compile as a matrix.
+    All up to 1024 share a length, and beyond that all within the same power of four.
+    """
+
+    def bucket(plan):
+        if plan is None or plan.signature.diagonal != (True,) or plan.pieces != (1,):
+            return None
+        length = plan.signature.shape[0]
+        return plan.signature.is_complex, max(math.ceil(math.log(length, 4)), 5)
+
+    longest: dict[Any, int] = collections.defaultdict(int)
+    for plan in plans:
+        if plan is not None and bucket(plan) is not None:
+            longest[bucket(plan)] = max(longest[bucket(plan)], plan.signature.shape[0])
+
+    def padded(plan):
+        if bucket(plan) is None:
+            return plan
+        signature = dataclasses.replace(plan.signature, shape=(longest[bucket(plan)],))
+        return dataclasses.replace(plan, signature=signature)
+
+    return [padded(plan) for plan in plans]
 
 
 def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:

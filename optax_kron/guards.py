@@ -30,8 +30,3 @@ def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Ar
 def select(condition: ArrayLike, new: PyTree, old: PyTree) -> PyTree:
     """`new` where a scalar condition holds, else `old`, leaf by leaf, in the dtypes of `old`."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y).astype(y.dtype), new, old)
-
-
-def zero_unless(condition: ArrayLike, tree: PyTree) -> PyTree:
-    """The tree where a scalar condition holds, else zeros; safe if the tree is not finite."""
-    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)

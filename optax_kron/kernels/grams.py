@@ -4,7 +4,7 @@
 narrow, sums, differences and norms are cheaper by way of F and S than of T1 and T2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -19,8 +19,8 @@ class GramPair(NamedTuple):
     """`T1 = F Fᴴ`, and `T2 = S Sᴴ` or `T2 = diag(w)`."""
 
     first: Array  # F [d, k1]
-    second: Array | None  # S [d, k2], or None
-    weights: Array | None  # w [d], real, where S is None
+    second: Any  # S [d, k2], or None
+    weights: Any  # w [d], real, where S is None
 
     @property
     def _narrow(self) -> bool:
@@ -50,6 +50,13 @@ class GramPair(NamedTuple):
         if self._narrow:
             return product(jnp.concatenate([self.first, sign * self.second], axis=1), self._root)
         return product(self.first, self.first) + sign * product(self.second, self.second)
+
+    def diagonals(self) -> tuple[Array, Array]:
+        """The diagonals of T1 and of T2, real [d] each."""
+        first = jnp.sum(contract.squared_magnitude(self.first), axis=1)
+        if self.second is None:
+            return first, self.weights
+        return first, jnp.sum(contract.squared_magnitude(self.second), axis=1)
 
     def norm_bound(self, rows: Array, *, precision) -> Array:
         """Lower bound of `‖T1 + T2‖`, as `linalg.norm_bound`."""

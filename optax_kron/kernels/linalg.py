@@ -1,9 +1,9 @@
-"""Linear algebra that is safe in batches on every backend.
+"""Linear algebra that is safe in batches on every backend: of matrix products only.
 
-Batched LAPACK calls can deadlock in XLA's CPU runtime, so there are two ways out, and no third:
-methods made of matrix products only, and `map_blocks` for everything else.
+What cannot be had of them goes through `lapack_safe`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +21,29 @@ _PANEL_SIZE = 128
 _PRODUCTS = 6
 
 
+def lapack_safe(fn: Callable) -> Callable:
+    """Make a function that calls LAPACK on single matrices safe to vmap.
+
+    Two batched LAPACK calls in one program can wait for each other for ever in XLA's CPU runtime.
+    There, a vmapped call of the returned function takes one matrix after the other, however deep
+    the vmap; on other backends it is batched.
+
+    Args:
+      fn: maps arrays to a pytree of arrays.
+    """
+    one_by_one = jax.custom_batching.sequential_vmap(fn)
+
+    @functools.wraps(fn)
+    def safe(*args: Array):
+        return jax.lax.platform_dependent(*args, cpu=one_by_one, default=fn)
+
+    return safe
+
+
 def map_blocks(fn: Callable, *stacks: Any) -> Any:
     """Map a function over the leading axis of its arguments: one at a time on CPU, else vmapped.
 
-    The one way to map LAPACK calls: two batched ones in a program can wait for each other for ever
-    in XLA's CPU runtime. It also suits large matrix products there, since the working set of one
-    block stays in the cache.
+    On CPU the working set of one block stays in the cache, and memory for one is enough.
 
     Args:
       fn: maps pytrees of arrays [...] to a pytree of arrays.
@@ -82,8 +99,12 @@ def power_bound(apply: Callable[[Array], Array], top: Array, rows: Array) -> Arr
     overlap = rows @ top.conj()
     turn = jnp.where(overlap == 0, 1, overlap / (jnp.abs(overlap) + tiny))
     rows = top + turn.conj()[:, None] * rows
-    # The norm is between 1 and d: nothing vanishes or overflows before the last product.
-    rows = jax.lax.fori_loop(0, _PRODUCTS - 1, lambda _, x: apply(x), rows)
+
+    def step(_, rows):
+        # Six products with a norm of up to d would overflow.
+        return apply(rows / (jnp.max(jnp.abs(rows)) + tiny))
+
+    rows = jax.lax.fori_loop(0, _PRODUCTS - 1, step, rows)
     return jnp.max(_row_norms(apply(rows / (_row_norms(rows)[:, None] + tiny))))
 
 

@@ -10,6 +10,7 @@ Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.0455
 arXiv:2402.11858.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -79,15 +80,14 @@ def balance(factors: Factors, sizes: Sizes = None) -> Factors:
         None if sizes is None else contract.along_axis(_mask(q, sizes, axis, bool), 0, q.ndim)
         for axis, q in enumerate(factors)
     ]
+    largest = jnp.stack(
+        [jnp.max(_masked(jnp.abs(q), mask, 0)) for q, mask in zip(factors, masks, strict=True)]
+    )
     # A mean of logarithms does not overflow where a product would.
-    logarithms = [
-        jnp.log(jnp.maximum(jnp.max(_masked(jnp.abs(q), mask, 0)), _tiny(q)))
-        for q, mask in zip(factors, masks, strict=True)
-    ]
-    mean = sum(logarithms) / len(logarithms)
+    logarithms = jnp.log(jnp.maximum(largest, jnp.finfo(largest.dtype).tiny))
+    scales = jnp.exp(jnp.mean(logarithms) - logarithms)
     return tuple(
-        q * _masked(jnp.exp(mean - logarithm), mask, 1)
-        for q, logarithm, mask in zip(factors, logarithms, masks, strict=True)
+        q * _masked(scale, mask, 1) for q, scale, mask in zip(factors, scales, masks, strict=True)
     )
 
 
@@ -95,13 +95,9 @@ def _masked(value: Array, mask: Array | None, otherwise: float) -> Array:
     return value if mask is None else jnp.where(mask, value, otherwise)
 
 
-def _tiny(x: Array) -> Array:
-    return jnp.finfo(contract.real_dtype(x.dtype)).tiny
-
-
 def update_factors(
     factors: Factors,
-    bounds: Factors,
+    bounds: Array,
     gradient: Array,
     probe: Array,
     rows: Array,
@@ -111,13 +107,13 @@ def update_factors(
     newton: bool = False,
     sizes: Sizes = None,
     precision: contract.Precision = None,
-) -> tuple[Factors, Factors]:
+) -> tuple[Factors, Array]:
     """One step of the fit of `P` for one block.
 
     Args:
       factors: one per axis, dense [d_i, d_i] (upper triangular in `EQ`, Hermitian in `QUAD`) or
         diagonal [d_i].
-      bounds: running bound L of the curvature of the fit, a real scalar per factor, from zero.
+      bounds: running bound L of the curvature of the fit along each axis, real [k], from zero.
       gradient: the `noised` gradient, momentum or Hessian-vector product, [d_1, ..., d_k].
       probe: `V`, white, of the same shape; in Newton mode, the probe of the product.
       rows: standard normal [linalg.PROBE_ROWS, ≥ max d_i], for the norm bounds; see `probe_rows`.
@@ -135,26 +131,24 @@ def update_factors(
     if geometry == "QEP":
         factors = balance(factors, sizes)
     roots = _roots(factors, gradient, probe, geometry, newton, precision)
-    new_factors, new_bounds = [], []
-    for axis, (factor, bound) in enumerate(zip(factors, bounds, strict=True)):
-        first, second = roots[axis]
-        weights = None if second is not None else _white(factor, axis, gradient, sizes)
-        if factor.ndim == 1:
-            t1, t2 = _diagonal_terms(first, second, weights, axis, factor, geometry)
-            difference, norm = t1 - t2, jnp.max(t1 + t2, initial=0)
-        else:
-            pair = _gram_pair(first, second, weights, axis, factor, geometry)
-            norm = pair.norm_bound(rows, precision=precision)
-        norm = norm.astype(bound.dtype)
-        bound = jnp.maximum(_BOUND_DECAY * bound + (1 - _BOUND_DECAY) * norm, norm)
-        step = precond_lr / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
-        step = step.astype(contract.real_dtype(factor.dtype))
-        if factor.ndim == 1:
-            new_factors.append(_move_diagonal(factor, difference, step, geometry))
-        else:
-            new_factors.append(_move_dense(factor, pair, step, geometry, rows, precision))
-        new_bounds.append(bound)
-    return tuple(new_factors), tuple(new_bounds)
+    move = functools.partial(
+        _move_factor, rows=rows, geometry=geometry, precond_lr=precond_lr, precision=precision
+    )
+    curvatures = [
+        _curvature(roots[axis], factor, axis, gradient, geometry, sizes)
+        for axis, factor in enumerate(factors)
+    ]
+    moved = {}
+    for axes in _alike(factors):
+        group = [(factors[axis], bounds[axis], curvatures[axis]) for axis in axes]
+        if len(group) == 1:
+            moved[axes[0]] = move(*group[0])
+            continue
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *group)
+        results = jax.vmap(move)(*stacked)
+        moved |= {axis: jax.tree.map(lambda x, i=i: x[i], results) for i, axis in enumerate(axes)}
+    new_factors, new_bounds = zip(*(moved[axis] for axis in range(len(factors))), strict=True)
+    return new_factors, jnp.stack(new_bounds)
 
 
 def probe_rows(key: Array, size: int, dtype: DTypeLike = jnp.float32) -> Array:
@@ -196,22 +190,45 @@ def _white(factor, axis, gradient, sizes):
     return _mask(factor, sizes, axis, real) * (_count(gradient, sizes) / sizes[axis])
 
 
-def _diagonal_terms(first, second, weights, axis, factor, geometry):
-    """Diagonals of `T1` and `T2`, real [d_i]."""
-    t1 = contract.gram(first, axis, diagonal=True)
-    if second is not None:
-        return t1, contract.gram(second, axis, diagonal=True)
-    return t1, weights * jnp.square(factor) if geometry == "QEP" else weights
+def _curvature(roots, factor, axis, gradient, geometry, sizes):
+    """`T1` and `T2` of one factor."""
+    first = contract.unfold(roots[0], axis)
+    if roots[1] is not None:
+        return grams.GramPair(first, contract.unfold(roots[1], axis), None)
+    weights = _white(factor, axis, gradient, sizes)
+    if geometry != "QEP":
+        return grams.GramPair(first, None, weights)
+    if factor.ndim == 1:
+        return grams.GramPair(first, None, weights * jnp.square(factor))
+    # E[C_i(V)] seen from the output of Q is Q diag(w) Qᴴ, with a root of its own.
+    return grams.GramPair(first, factor * jnp.sqrt(weights), None)
 
 
-def _gram_pair(first, second, weights, axis, factor, geometry):
-    """`T1` and `T2` of a dense factor; in QEP, `T2 = Q E[C_i(V)] Qᴴ` has a root of its own."""
-    first = contract.unfold(first, axis)
-    if second is not None:
-        return grams.GramPair(first, contract.unfold(second, axis), None)
-    if geometry == "QEP":
-        return grams.GramPair(first, factor * jnp.sqrt(weights), None)
-    return grams.GramPair(first, None, weights)
+def _alike(factors):
+    """The axes in groups of equal factors, which are handled as one: fewer kernels to compile."""
+    groups = {}
+    for axis, factor in enumerate(factors):
+        groups.setdefault(factor.shape, []).append(axis)
+    return groups.values()
+
+
+def _move_factor(factor, bound, curvature, *, rows, geometry, precond_lr, precision):
+    """A new factor and its bound."""
+    if factor.ndim == 1:
+        t1, t2 = curvature.diagonals()
+        bound, step = _bound_and_step(jnp.max(t1 + t2, initial=0), bound, precond_lr, factor)
+        return _move_diagonal(factor, t1 - t2, step, geometry), bound
+    norm = curvature.norm_bound(rows, precision=precision)
+    bound, step = _bound_and_step(norm, bound, precond_lr, factor)
+    return _move_dense(factor, curvature, step, geometry, rows, precision), bound
+
+
+def _bound_and_step(norm, bound, precond_lr, factor):
+    """The running bound of the curvature, and the step that it allows."""
+    norm = norm.astype(bound.dtype)
+    bound = jnp.maximum(_BOUND_DECAY * bound + (1 - _BOUND_DECAY) * norm, norm)
+    step = precond_lr / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
+    return bound, step.astype(contract.real_dtype(factor.dtype))
 
 
 def _move_diagonal(factor, difference, step, geometry):

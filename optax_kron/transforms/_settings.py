@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -92,7 +93,7 @@ def complete(
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a preconditioner with decoupled weight decay and a learning rate, where they are on."""
-    chain = [preconditioner]
+    chain: list[optax.GradientTransformation] = [preconditioner]
     if not is_off(weight_decay):
         chain.append(optax.add_decayed_weights(weight_decay, mask))
     if learning_rate is not None:

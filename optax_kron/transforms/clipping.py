@@ -14,6 +14,7 @@ from optax_kron.kernels import contract
 def clip_leaves(
     plan: BlockPlan,
     stacks: Mapping[str, Array],
+    valid: Array,
     rms_clip: ArrayLike | None,
     max_abs_clip: ArrayLike | None,
 ) -> dict[str, Array]:
@@ -22,19 +23,21 @@ def clip_leaves(
     Args:
       plan: how the blocks belong to parameters.
       stacks: blocks of updates [N, ...] by signature, zero in the padding.
+      valid: whether there is to be an update at all, bool [].
       rms_clip: cap on the root mean square over each parameter; `None`: none.
       max_abs_clip: cap on the largest magnitude in each parameter; `None`: none.
 
     Returns:
-      Stacks like the input. A parameter whose update is not finite gets zeros.
+      Stacks like the input. A parameter whose update is not finite gets zeros; all do unless
+      `valid`.
     """
     return {
-        label: _clip_stack(plan, label, stack, rms_clip, max_abs_clip)
+        label: _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip)
         for label, stack in stacks.items()
     }
 
 
-def _clip_stack(plan, label, stack, rms_clip, max_abs_clip):
+def _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip):
     members = [leaf for _, leaf in plan.members(label)]
     owners = np.repeat(np.arange(len(members)), [leaf.count for leaf in members])
     elements = np.array([max(np.prod(leaf.shape), 1) for leaf in members])
@@ -55,8 +58,8 @@ def _clip_stack(plan, label, stack, rms_clip, max_abs_clip):
     if max_abs_clip is not None:
         scale = jnp.minimum(scale, max_abs_clip / jnp.maximum(largest, tiny))
     scale = contract.along_axis(scale.astype(real)[owners], 0, stack.ndim)
-    finite = contract.along_axis(jnp.isfinite(largest)[owners], 0, stack.ndim)
-    return jnp.where(finite, stack * scale, 0)
+    kept = contract.along_axis((valid & jnp.isfinite(largest))[owners], 0, stack.ndim)
+    return jnp.where(kept, stack * scale, 0)
 
 
 def _per_leaf(values: Array, owners: np.ndarray, reduction: str) -> Array:

@@ -1,5 +1,6 @@
 """PSGD-Kron: preconditioned SGD whose preconditioner is a Kronecker product, fitted online."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,14 +25,17 @@ _DEFAULT_BLOCKING = Blocking()
 class ScaleByKronPsgdState(NamedTuple):
     """State of `scale_by_kron_psgd`."""
 
-    count: Array  # accepted gradients, int32 []
+    # "count" is Optax's name for the number of steps, though tuples have a method of that name.
+    count: Array  # pyright: ignore  # accepted gradients, int32 []
     since_refresh: Array  # accepted gradients since the factors moved, int32 []
     refreshes: Array  # moves of the factors, int32 []
     failed_refreshes: Array  # blocks whose move was not finite and was dropped, int32 []
     skipped_steps: Array  # gradients that were not finite and were dropped, int32 []
     cached: Array  # whether the cached preconditioners belong to the factors, bool []
     key: Array  # raw PRNG key, uint32 [2]; each draw folds in how often the factors have moved
-    momentum: Mapping[str, Array] | None  # moving average of gradients [N, ...], by signature
+    momentum: (
+        Mapping[str, Array] | Array | None
+    )  # moving average of gradients [N, ...], by signature
     stacks: (
         Mapping[str, kron_stacks.KronStack] | Array
     )  # by signature; an array for a tree without leaves
@@ -75,7 +79,7 @@ def update_probability_schedule(
 def scale_by_kron_psgd(
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: ArrayLike = 0.1,
+    precond_lr: optax.ScalarOrSchedule = 0.1,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
@@ -98,7 +102,7 @@ def scale_by_kron_psgd(
 
     Args:
       momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum.
-      precond_lr: relative step of the factors, in (0, 1).
+      precond_lr: relative step of the factors, in (0, 1), or a schedule of it.
       geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5", or
         "QUAD" (Q Hermitian).
       criterion: "whiten_momentum" and "whiten_gradient" fit `P = E[ggᴴ]^-½` of the momentum or the
@@ -164,18 +168,19 @@ def scale_by_kron_psgd(
         raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     has_momentum = not _settings.is_off(momentum)
+    decay = momentum if has_momentum and momentum is not None else 0.0
     newton = criterion == "newton"
     if update_probability is None:
         update_probability = update_probability_schedule()
     fit = kron_stacks.Fit(
         geometry=geometry,
-        precond_lr=precond_lr,
+        precond_lr=0.0 if callable(precond_lr) else precond_lr,
         damping=damping,
         newton=newton,
         precision=precision,
     )
 
-    def init(params: PyTree) -> ScaleByKronPsgdState:
+    def init(params: PyTree) -> Any:
         plan = plan_blocks(params, blocking)
         # Each counter is a buffer of its own, so that the state can be donated.
         counters = ("count", "since_refresh", "refreshes", "failed_refreshes", "skipped_steps")
@@ -187,7 +192,14 @@ def scale_by_kron_psgd(
             stacks=kron_stacks.init(plan, init_scale, dtype, cached=cache_preconditioner),
         )
 
-    def update(updates, state, params=None, *, hvp_fn=None, **extra_args):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        hvp_fn: Callable[[PyTree], PyTree] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
         del params, extra_args
         if newton and hvp_fn is None:
             raise ValueError(
@@ -199,15 +211,19 @@ def scale_by_kron_psgd(
 
         compute = jnp.promote_types(dtype, jnp.float32)
         gradients = plan.split(updates, compute)
-        average = state.momentum
         if has_momentum:
-            average = moving_average.step(gradients, state.momentum, momentum)
-        # A gradient that is not finite shows in the average.
-        finite = guards.all_finite(average if has_momentum else gradients)
-        count = state.count + finite
-        direction = gradients
-        if has_momentum:
-            direction = moving_average.correct(average, momentum, count, compute)
+            average = moving_average.step(gradients, state.momentum, decay)
+            # A gradient that is not finite shows in the average.
+            finite = guards.all_finite(average)
+            count = state.count + finite
+            direction = moving_average.correct(average, decay, count, compute)
+        else:
+            average, direction = None, gradients
+            finite = guards.all_finite(gradients)
+            count = state.count + finite
+        moving = fit
+        if callable(precond_lr):
+            moving = dataclasses.replace(fit, precond_lr=precond_lr(state.count))
 
         due = finite & _is_due(update_probability, state)
         # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
@@ -216,13 +232,14 @@ def scale_by_kron_psgd(
         draw = functools.partial(kron_stacks.draw, plan, key, compute, noise=not newton)
         nothing = jnp.zeros(jax.eval_shape(draw).shape, compute)
         drawn = jax.lax.cond(due, draw, lambda: nothing)
-        stacks = jax.lax.cond(
-            cache_preconditioner & ~state.cached & ~due, fit.cache, lambda x: x, state.stacks
-        )
+        stacks = state.stacks
+        if cache_preconditioner:
+            stale = finite & ~due & ~state.cached
+            stacks = jax.lax.cond(stale, fit.cache, lambda x: x, stacks)
 
         def refresh(stacks):
             rows, noise = kron_stacks.take_rows(plan, drawn)
-            if newton:
+            if hvp_fn is not None and newton:
                 probe_key = jax.random.fold_in(key, 1)
                 fitted, probes = kron_stacks.hessian_probe(
                     plan, probe_key, updates, hvp_fn, compute
@@ -230,25 +247,25 @@ def scale_by_kron_psgd(
             else:
                 fitted = gradients if criterion == "whiten_gradient" else direction
                 probes = kron_stacks.shape_noise(plan, noise)
-            return fit.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
+            return moving.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
 
         def keep(stacks):
             return stacks, jnp.zeros([], jnp.int32), fit.precondition(stacks, direction)
 
         stacks, failed, blocks = jax.lax.cond(due, refresh, keep, stacks)
-        blocks = clipping.clip_leaves(plan, blocks, rms_clip, max_abs_clip)
+        blocks = clipping.clip_leaves(plan, blocks, finite, rms_clip, max_abs_clip)
         new_state = ScaleByKronPsgdState(
             count=count,
             since_refresh=jnp.where(due, 0, state.since_refresh + finite),
             refreshes=state.refreshes + due,
             failed_refreshes=state.failed_refreshes + failed,
             skipped_steps=state.skipped_steps + ~finite,
-            cached=~due,
+            cached=guards.select(finite, ~due, state.cached),
             key=state.key,
             momentum=guards.select(finite, average, state.momentum),
             stacks=stacks,
         )
-        return plan.join(guards.zero_unless(finite, blocks), like=updates), new_state
+        return plan.join(blocks, like=updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -257,7 +274,7 @@ def kron_psgd(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: ArrayLike = 0.1,
+    precond_lr: optax.ScalarOrSchedule = 0.1,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,

@@ -24,7 +24,7 @@ class KronStack(NamedTuple):
     """Factors of the N blocks of one signature."""
 
     factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
-    bounds: tuple[Array, ...]  # per axis: running bound of the fit's curvature [N], ≥ float32
+    bounds: Array  # running bound of the fit's curvature along each axis [N, k], ≥ float32
     started: Array  # whether the scale has been set from a gradient, bool [N]
     preconditioner: tuple[Array, ...] | None  # P per axis, as the factors; None without a cache
 
@@ -47,10 +47,9 @@ def init(
                 identity = jnp.eye(size, dtype=complex_like(dtype, signature.is_complex))
                 factor = jnp.tile(identity, (count, 1, 1))
             factors.append((factor * scale).astype(factor.dtype))
-        bound_dtype = jnp.promote_types(dtype, jnp.float32)
         stacks[label] = KronStack(
             factors=tuple(factors),
-            bounds=tuple(jnp.zeros(count, bound_dtype) for _ in factors),
+            bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
             started=jnp.full(count, init_scale is not None),
             preconditioner=tuple(jnp.zeros_like(q) for q in factors) if cached else None,
         )
@@ -196,7 +195,8 @@ class Fit:
                 probe if shared is None else None,
                 plan.sizes(label),
             )
-            moved[label] = KronStack(*new, stack.preconditioner)
+            factors, bounds, started = new
+            moved[label] = KronStack(factors, bounds, started, stack.preconditioner)
             failures = failures + jnp.sum(failed, dtype=jnp.int32)
         return moved, failures, results
 

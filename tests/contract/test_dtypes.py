@@ -49,7 +49,7 @@ def _check(row, params):
 
 @every_row
 @every_real_dtype
-def test_real_dtypes(row, dtype, strict_promotion):
+def test_real_dtypes(row, dtype):
     state = _check_abstract(row, _filled(NAMES[dtype]))
     kinds = {leaf.dtype for name in row.curvature for leaf in jax.tree.leaves(get(state, name))}
     assert jnp.dtype(jnp.float32) in kinds
@@ -57,33 +57,33 @@ def test_real_dtypes(row, dtype, strict_promotion):
 
 
 @every_row
-def test_float64(row, x64, strict_promotion):
+def test_float64(row, x64):
     _check_abstract(row, _filled(jnp.float64))
 
 
 @every_row
-def test_complex64(row, strict_promotion):
+def test_complex64(row):
     if not row.supports_complex:
         pytest.skip("real only")
     _check_abstract(row, _filled(jnp.complex64))
 
 
 @every_row
-def test_complex128(row, x64, strict_promotion):
+def test_complex128(row, x64):
     if not row.supports_complex:
         pytest.skip("real only")
     _check_abstract(row, _filled(jnp.complex128))
 
 
 @every_row
-def test_float32_with_64_bit_types_on(row, x64, strict_promotion):
+def test_float32_with_64_bit_types_on(row, x64):
     state = _check_abstract(row, _filled(jnp.float32))
     wide = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype.itemsize > 4]
     assert not wide, "a 64-bit array crept into the state"
 
 
 @every_row
-def test_mixed_dtypes_in_one_tree(row, strict_promotion):
+def test_mixed_dtypes_in_one_tree(row):
     _check_abstract(row, _filled({"matrix": jnp.bfloat16, "vector": jnp.float32}))
     if row.supports_complex:
         _check_abstract(row, _filled({"matrix": jnp.complex64, "vector": jnp.float16}))
@@ -98,19 +98,24 @@ def test_gradients_of_another_dtype_than_the_parameters(row, params_dtype, grads
     _check_abstract(row, params, grads)
 
 
-@core_rows
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_low_precision_values(row, dtype, strict_promotion):
-    _check(row, _filled(NAMES[dtype]))
+@every_row
+@every_real_dtype
+def test_no_implicit_promotion(row, dtype, strict_promotion):
+    _check_abstract(row, _filled(NAMES[dtype]))
+
+
+@every_row
+def test_no_implicit_promotion_with_64_bit_types_on(row, x64, strict_promotion):
+    _check_abstract(row, _filled({"matrix": jnp.float64, "vector": jnp.float32}))
 
 
 @core_rows
-def test_64_bit_values(row, x64, strict_promotion):
+def test_64_bit_values(row, x64):
     complex_too = jnp.complex128 if row.supports_complex else jnp.float64
     _check(row, _filled({"matrix": complex_too, "vector": jnp.float64}))
 
 
 @core_rows
-def test_mixed_values(row, strict_promotion):
+def test_mixed_values(row):
     complex_too = jnp.complex64 if row.supports_complex else jnp.float32
     _check(row, _filled({"matrix": complex_too, "vector": jnp.bfloat16}))

@@ -4,7 +4,6 @@ import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from absl.testing import parameterized
@@ -19,7 +18,6 @@ from .table import (
     quick_jit,
     random_like,
     stepper,
-    train,
     trained,
     updater,
 )
@@ -167,41 +165,31 @@ def test_the_seed_decides_the_trajectory(row):
     assert largest_difference(*curvature) > 0
 
 
-@core_rows
-def test_two_instances_do_not_disturb_each_other(row):
-    problem, first, first_update, params, _, _ = trained(row)
-    second = row.make(problem, 0.03)
-    second_update = quick_jit(updater(row, second, problem))
-    stream = [random_like(params, i) for i in range(3)]
+def test_optimizers_do_not_disturb_each_other():
+    runs = [trained(row) for row in CORE_ROWS]
+    stream = [random_like(runs[0].params, i) for i in range(3)]
 
-    def alone(tx, update):
-        state = tx.init(params)
+    def alone(run):
+        state = run.tx.init(run.params)
         for grads in stream:
-            updates, state = update(grads, state, params)
+            updates, state = run.update(grads, state, run.params)
         return updates, state
 
-    expected = alone(first, first_update), alone(second, second_update)
-    state, other = first.init(params), second.init(params)
+    expected = [alone(run) for run in runs]
+    results = [(None, run.tx.init(run.params)) for run in runs]
     for grads in stream:
-        updates, state = first_update(grads, state, params)
-        other_updates, other = second_update(grads, other, params)
-    chex.assert_trees_all_equal(((updates, state), (other_updates, other)), expected)
-
-
-@core_rows
-def test_value_and_grad_inside_scan_trains(row):
-    problem, tx, _, params, state, _ = trained(row)
-    scanned_params, scanned_state, losses = train(row, tx, problem, 4)
-    chex.assert_trees_all_close(scanned_params, params, rtol=1e-3, atol=1e-5)
-    chex.assert_trees_all_close(scanned_state, state, rtol=1e-2, atol=1e-5)
-    assert np.all(np.diff(losses) < 0)
+        results = [
+            run.update(grads, state, run.params)
+            for run, (_, state) in zip(runs, results, strict=True)
+        ]
+    chex.assert_trees_all_equal(results, expected)
 
 
 class VariantsTest(chex.TestCase):
     """Eager and jitted execution agree with the shared compiled update."""
 
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters((row.name, row) for row in CORE_ROWS)
+    @parameterized.named_parameters((row.name, row) for row in CORE_ROWS[:2])
     def test_update(self, row):
         problem, tx, update, params, _, _ = trained(row)
         state = tx.init(params)

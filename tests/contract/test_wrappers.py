@@ -18,7 +18,6 @@ from .table import (
     quick_jit,
     random_like,
     regression,
-    train,
     trained,
     updater,
 )
@@ -44,25 +43,29 @@ def test_parameters_are_optional_in_update(row):
     chex.assert_trees_all_equal_shapes_and_dtypes(without, params)
 
 
+def _program(row, tx, problem):
+    """What an update computes, as text."""
+    params = problem.params
+    return str(jax.make_jaxpr(updater(row, tx, problem))(params, tx.init(params), params))
+
+
+@every_row
+def test_alias_is_the_mathematics_chained_with_a_learning_rate(row):
+    problem = regression()
+    settings, rate = row.all_settings(problem), optax.scale_by_learning_rate(0.01)
+    expected = _program(row, row.factory(0.01, **settings), problem)
+    for bare in (row.factory(**settings), row.scale_by(**settings)):
+        assert _program(row, optax.chain(bare, rate), problem) == expected
+
+
 @core_rows
-@pytest.mark.parametrize("way", ["factory", "scale_by"])
-def test_without_learning_rate_it_is_the_bare_preconditioner(row, way):
+def test_without_learning_rate_updates_are_neither_scaled_nor_flipped(row):
     problem, tx, update, params, _, _ = trained(row)
-    bare = getattr(row, way)(**row.all_settings(problem))
-    chained = optax.chain(bare, optax.scale_by_learning_rate(0.01))
-
-    @quick_jit
-    def both(grads, state, params):
-        chained_updates, after = updater(row, chained, problem)(grads, state, params)
-        return updater(row, bare, problem)(grads, state[0], params)[0], chained_updates, after
-
-    state, chained_state = tx.init(params), chained.init(params)
-    for i in range(2):
-        grads = random_like(params, i)
-        expected, state = update(grads, state, params)
-        bare_updates, updates, chained_state = both(grads, chained_state, params)
-        chex.assert_trees_all_close(updates, expected, rtol=1e-5)
-        chex.assert_trees_all_close(optax.tree.scale(-0.01, bare_updates), expected, rtol=1e-5)
+    bare = row.factory(**row.all_settings(problem))
+    grads = random_like(params)
+    expected, _ = update(grads, tx.init(params), params)
+    updates, _ = quick_jit(updater(row, bare, problem))(grads, bare.init(params), params)
+    chex.assert_trees_all_close(optax.tree.scale(-0.01, updates), expected, rtol=1e-5)
 
 
 @every_row
@@ -91,7 +94,7 @@ def test_map_params_reaches_what_is_shaped_like_the_parameters_and_nothing_else(
         assert len(seen) + len(rest) == len(jax.tree.leaves(state))
 
 
-@every_row
+@core_rows
 def test_map_params_inside_wrappers(row):
     problem = regression()
     plain = row.make(problem)
@@ -105,7 +108,7 @@ def test_map_params_inside_wrappers(row):
         chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
 
 
-@every_row
+@core_rows
 @pytest.mark.parametrize("mask", [MASK, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)])
 def test_masked(row, mask):
     problem = regression()
@@ -127,16 +130,14 @@ def test_partition_gives_each_group_its_own_optimizer(row):
 
     @quick_jit
     def both(grads, states, params):
-        results = [
-            updater(row, t, problem)(grads, s, params)
-            for t, s in zip((alone, tx), states, strict=True)
-        ]
-        return zip(*results, strict=True)
+        first, second = (updater(row, t, problem) for t in (alone, tx))
+        return first(grads, states[0], params), second(grads, states[1], params)
 
     states = (alone.init(params), tx.init(params))
     for i in range(2):
         grads = random_like(params, i)
-        (masked, updates), states = both(grads, states, params)
+        (masked, state_alone), (updates, state) = both(grads, states, params)
+        states = (state_alone, state)
         chex.assert_trees_all_equal(masked["bias"], grads["bias"])
         chex.assert_trees_all_close(updates["bias"], -0.5 * grads["bias"], rtol=1e-6)
         chex.assert_trees_all_close(updates["kernel"], masked["kernel"], rtol=1e-4)
@@ -178,38 +179,33 @@ def test_apply_if_finite_guards_the_state(row):
 
 
 @core_rows
-def test_chained_with_clipping_it_trains(row):
-    problem = regression()
+def test_chained_with_clipping(row):
+    problem, tx, update, params, _, _ = trained(row)
     clip = optax.clip_by_global_norm
-    tx = optax.chain(clip(1.0), row.make(problem, 0.02), clip(0.05))
-    params, state, losses = train(row, tx, problem, 40)
-    chex.assert_tree_all_finite((losses, state))
-    assert losses[-1] < 0.9 * losses[0]
-    moved = optax.tree.norm(optax.tree.sub(params, problem.params))
-    assert moved <= 40 * 0.05 * (1 + 1e-5)
+    chained = optax.chain(clip(1.0), row.make(problem), clip(1e-3))
+    grads = random_like(params, scale=10.0)
+    updates, _ = quick_jit(updater(row, chained, problem))(grads, chained.init(params), params)
+    clipped = optax.tree.scale(1 / optax.tree.norm(grads), grads)
+    expected, _ = update(clipped, tx.init(params), params)
+    expected = optax.tree.scale(1e-3 / optax.tree.norm(expected), expected)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-3)
 
 
 @core_rows
 def test_weight_decay_is_decoupled_and_masked(row):
     problem, tx, update, params, _, _ = trained(row)
     settings = row.all_settings(problem, weight_decay=0.5, mask=MASK)
-    whole = row.factory(0.01, **settings)
-    chained = optax.chain(row.factory(**settings), optax.scale_by_learning_rate(0.01))
+    decayed = row.factory(0.01, **settings)
+    bare = optax.chain(row.factory(**settings), optax.scale_by_learning_rate(0.01))
+    assert _program(row, bare, problem) == _program(row, decayed, problem)
     grads = random_like(params)
-
-    @quick_jit
-    def decayed(grads, params):
-        return [
-            updater(row, t, problem)(grads, t.init(params), params)[0] for t in (whole, chained)
-        ]
-
+    updates, _ = quick_jit(updater(row, decayed, problem))(grads, decayed.init(params), params)
     expected, _ = update(grads, tx.init(params), params)
     expected["kernel"] -= 0.01 * 0.5 * params["kernel"]
-    for updates in decayed(grads, params):
-        chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
 
 
-@every_row
+@core_rows
 def test_masked_node_and_none_share_a_tree(row):
     params = {"a": jnp.ones((2, 3)), "b": {"c": None, "d": jnp.ones(2)}}
     problem = norms(params)

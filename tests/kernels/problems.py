@@ -7,7 +7,9 @@ from optax_kron.kernels import linalg
 
 # The shape of a block, and which of its factors are diagonal.
 MATRIX = ((4, 3), (False, False))
+TENSOR = ((3, 4, 2), (False, False, False))
 MIXED = ((3, 4, 2), (False, True, False))
+REPEATED = ((3, 4, 3, 4, 3), (False, True, False, True, False))
 VECTOR = ((5,), (True,))
 # Random rows of the norm bounds.
 ROWS = np.random.default_rng(1234).standard_normal((linalg.PROBE_ROWS, 1024)).astype(np.float32)
@@ -37,7 +39,7 @@ def problem(layout, geometry, dtype=np.float64, seed=0):
 
 
 def zeros(factors):
-    return tuple(jnp.zeros((), np.finfo(factor.dtype).dtype) for factor in factors)
+    return jnp.zeros(len(factors), np.finfo(factors[0].dtype).dtype)
 
 
 def padded(array, shape, fill=0.0):

@@ -61,7 +61,7 @@ def fit(curvature, white, probes, *, geometry, newton):
             ), None
 
         factors = tuple(jnp.eye(len(H), dtype=H.dtype) for H in curvature)
-        bounds = tuple(jnp.zeros((), jnp.finfo(H.dtype).dtype) for H in curvature)
+        bounds = jnp.zeros(len(curvature), jnp.finfo(curvature[0].dtype).dtype)
         inputs = (jnp.arange(steps), white, probes)
         return jax.lax.scan(update, (factors, bounds), inputs)[0][0]
 

@@ -8,11 +8,19 @@ import pytest
 from optax_kron.kernels import grams
 from tests.kernels.problems import ROWS, random
 
-# Within one panel and over several; narrow roots and wide ones.
-SIZES = [(1, 1), (5, 2), (5, 9), (300, 40)]
-every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.complex128])
 every_kind = pytest.mark.parametrize("kind", ["root", "weights"])
-every_size = pytest.mark.parametrize(("d", "width"), SIZES)
+# Narrow roots and wide ones; the large one spans several panels.
+every_case = pytest.mark.parametrize(
+    ("d", "width", "dtype"),
+    [
+        (1, 1, np.float32),
+        (5, 2, np.float32),
+        (5, 2, np.complex128),
+        (5, 9, np.float32),
+        (5, 9, np.complex128),
+        (300, 40, np.complex128),
+    ],
+)
 
 
 def problem(d, width, kind, dtype):
@@ -34,9 +42,8 @@ def assert_close(actual, expected, dtype):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-@every_size
+@every_case
 @every_kind
-@every_dtype
 def test_combine(d, width, kind, dtype):
     pair, T1, T2 = problem(d, width, kind, dtype)
     assert_close(pair.combine(1, precision=None), T1 + T2, dtype)
@@ -46,9 +53,8 @@ def test_combine(d, width, kind, dtype):
     assert_close(part, (T1 - T2)[start:stop, start:], dtype)
 
 
-@every_size
+@every_case
 @every_kind
-@every_dtype
 def test_norm_bound(d, width, kind, dtype):
     pair, T1, T2 = problem(d, width, kind, dtype)
     norm = np.linalg.norm(T1 + T2, 2)
@@ -58,7 +64,7 @@ def test_norm_bound(d, width, kind, dtype):
     assert bound >= norm / np.sqrt(2)
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [np.float32, np.complex128])
 @pytest.mark.parametrize("scale", [0.0, 1e-15, 1e15])
 @every_kind
 def test_norm_bound_scales(kind, scale, dtype):
@@ -77,14 +83,24 @@ def test_norm_bound_of_a_weak_spike(height):
     for d in (128, 1024):
         u = random(np.random.default_rng(0), (d, 1))
         u *= np.sqrt(height - 1) / np.linalg.norm(u)
-        pair = grams.GramPair(*(jnp.asarray(x, jnp.float32) for x in (u,)), None, jnp.ones(d, "f"))
+        pair = grams.GramPair(jnp.asarray(u, jnp.float32), None, jnp.ones(d, jnp.float32))
         bound = pair.norm_bound(ROWS, precision=None)
         assert height / np.sqrt(2) <= bound <= height * (1 + 1e-5)
 
 
-@every_size
+@pytest.mark.parametrize("d", [1024, 8192])
+def test_norm_bound_of_a_large_matrix_of_equal_magnitudes(d):
+    """The norm is d times the largest entry, the most that it can be: its powers are large."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, 1))
+    weights = jnp.full(d, 1e-3, jnp.float32)
+    pair = grams.GramPair(jnp.asarray(signs, jnp.float32), None, weights)
+    rows = random(np.random.default_rng(1), (len(ROWS), d), np.float32)
+    bound = pair.norm_bound(rows, precision=None)
+    assert d / np.sqrt(2) <= bound <= d * (1 + 1e-5)
+
+
+@every_case
 @every_kind
-@every_dtype
 def test_subtract_upper(d, width, kind, dtype):
     pair, T1, T2 = problem(d, width, kind, dtype)
     Q = np.triu(random(np.random.default_rng(0), (d, d), dtype))

@@ -61,7 +61,8 @@ def test_vmap_over_blocks_of_different_extent(geometry):
     def stack(*trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
-    each = [step(*one) for one in zip(blocks, sizes, strict=True)]
+    single = jax.jit(step)
+    each = [single(*one) for one in zip(blocks, sizes, strict=True)]
     stacked = jax.jit(jax.vmap(step))(stack(*blocks), stack(*sizes))
     chex.assert_trees_all_close(stacked, stack(*each), rtol=1e-10, atol=1e-12)
 

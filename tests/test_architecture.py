@@ -1,0 +1,48 @@
+"""Imports go one way, and only public modules of JAX and Optax are used."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "optax_kron"
+ROOMS = ["kernels", "guards", "blocking", "autodiff", "transforms", "__init__"]  # lowest first
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(parts):
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    here = ROOMS.index(room(path.relative_to(PACKAGE).parts))
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "optax_kron" and len(parts) > 1 and parts[1] in ROOMS:
+            assert ROOMS.index(parts[1]) <= here, f"{path} imports {module}, from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_public_modules_are_imported(path):
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] != "optax_kron":
+            assert not any(part.startswith("_") for part in parts), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_core_needs_only_its_declared_dependencies(path):
+    standard = {"collections", "dataclasses", "functools", "math", "typing"}
+    allowed = standard | {"jax", "numpy", "optax", "optax_kron"}
+    assert {module.split(".")[0] for module in imported_modules(path)} <= allowed
