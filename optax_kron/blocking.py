@@ -16,9 +16,8 @@ grows with the number of signatures, not of leaves, and a mesh can cut the axis 
 import collections
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ class Blocking:
                 merged.append(size)
         return tuple(merged)
 
-    def _stacked(self, tree: PyTree) -> list[Any]:
+    def _stacked(self, tree: PyTree) -> list[int]:
         """For each leaf of the tree, how many leading axes are stacked."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         setting: Any = self.stacked_axes
@@ -110,7 +109,7 @@ class Blocking:
             numbers = jax.tree.leaves(setting)
         for number, (path, _) in zip(numbers, leaves, strict=True):
             _check_size(f"stacked_axes of {jax.tree_util.keystr(path)}", number, least=0)
-        return [min(operator.index(n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
+        return [min(cast(int, n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,6 +220,8 @@ class Row:
 _WHITENING_TARGETS = dict.fromkeys(TARGETS, Target(0.003, 4000, 0.02)) | {
     "rosenbrock": Target(0.003, 4000, 0.05)
 }
+# A component whose gradient vanishes gets so large a factor that it holds up the others.
+_QEP_TARGETS = _WHITENING_TARGETS | {"parabola": Target(0.01, 4000, 0.02)}
 _NEWTON_TARGETS = dict.fromkeys(TARGETS, Target(0.1, 2000, 1e-4)) | {
     "rosenbrock": Target(0.3, 15000, 0.05)  # a vector has a diagonal factor: no help in the valley
 }
@@ -250,7 +252,7 @@ def _psgd(name, **kwargs):
 
 ROWS = (
     _psgd("EQ", core=True),
-    _psgd("QEP", settings={"geometry": "QEP"}),
+    _psgd("QEP", settings={"geometry": "QEP"}, targets=_QEP_TARGETS),
     _psgd("QEQ", settings={"geometry": "QEQ"}),
     _psgd("Q0.5EQ1.5", settings={"geometry": "Q0.5EQ1.5"}),
     _psgd("QUAD", settings={"geometry": "QUAD"}),

@@ -1,7 +1,5 @@
 """Gradients that are zero, huge, tiny or not finite, and curvature that is not finite."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,9 @@ from .table import (
     get,
     largest_difference,
     norms,
-    parabola,
     quick_jit,
     random_like,
     regression,
-    stepper,
     trained,
     updater,
 )
@@ -171,42 +167,6 @@ def test_zero_gradient_gives_a_finite_update(row, when):
     updates, state = update(random_like(params), state, params)
     chex.assert_tree_all_finite((updates, state))
     assert optax.tree.norm(updates) > 0
-
-
-@functools.lru_cache
-def _scaled_parabola(row):
-    """A function that trains on a parabola of any scale, after some zero gradients."""
-    problem = parabola()
-    target = row.targets["parabola"]
-
-    @functools.partial(quick_jit, static_argnums=1)
-    def run(scale, zeros):
-        scaled = Problem(problem.params, lambda x: scale * problem.loss(x))
-        tx = row.make(scaled, target.learning_rate)
-        update = updater(row, tx, scaled)
-        state = tx.init(problem.params)
-        nothing = jnp.zeros_like(problem.params)
-        for _ in range(zeros):
-            _, state = update(nothing, state, problem.params)
-        step = stepper(row, tx, scaled)
-        return jax.lax.scan(step, (problem.params, state), length=target.steps)
-
-    return run
-
-
-@every_row
-@pytest.mark.parametrize("scale", [1e-6, 1e12])
-def test_scale_of_the_loss_is_no_obstacle(row, scale):
-    (params, state), losses = _scaled_parabola(row)(scale, 0)
-    chex.assert_tree_all_finite((state, losses))
-    chex.assert_trees_all_close(params, parabola().solution, atol=0.1)
-
-
-@core_rows
-def test_training_starts_after_zero_gradients(row):
-    (params, state), losses = _scaled_parabola(row)(1.0, 1)
-    chex.assert_tree_all_finite((state, losses))
-    chex.assert_trees_all_close(params, parabola().solution, atol=0.1)
 
 
 @every_row
