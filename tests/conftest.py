@@ -1,6 +1,13 @@
-"""Fixtures that every test may ask for."""
+"""Fixtures that every test may ask for.
+
+Most of a test's time is compilation, so that programs are compiled without optimisation.
+"""
 
 import contextlib
+import os
+
+# Read when JAX starts its backend, which importing it does not do.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -204,12 +204,13 @@ class Fit:
         """Move the factors of one block; keep them if that fails, or if the gradient is zero."""
         old_factors, bounds, started = old
         factors = tuple(map(_wide, old_factors))
-        scale = psgd.initial_scale(gradient, self.damping, probe if self.newton else None, sizes)
+        damping = jnp.asarray(self.damping, contract.real_dtype(gradient.dtype))
+        scale = psgd.initial_scale(gradient, damping, probe if self.newton else None, sizes)
         scale = jnp.where(started, 1, scale ** (1 / len(factors)))
         factors, bounds = psgd.update_factors(
             tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
             bounds,
-            psgd.noised(gradient, probe, self.damping),
+            psgd.noised(gradient, probe, damping),
             probe,
             rows,
             geometry=self.geometry,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .table import avals, core_rows, every_row, get, norms, quick_jit, random_like, updater
+from .table import avals, core_rows, get, norms, quick_jit, random_like, updater
 
 SHAPES = {"matrix": (3, 2), "vector": (2,)}
 NAMES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -47,7 +47,7 @@ def _check(row, params):
     chex.assert_tree_all_finite(state)
 
 
-@every_row
+@core_rows
 @every_real_dtype
 def test_real_dtypes(row, dtype):
     state = _check_abstract(row, _filled(NAMES[dtype]))
@@ -56,40 +56,40 @@ def test_real_dtypes(row, dtype):
     assert not kinds & {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)}
 
 
-@every_row
+@core_rows
 def test_float64(row, x64):
     _check_abstract(row, _filled(jnp.float64))
 
 
-@every_row
+@core_rows
 def test_complex64(row):
     if not row.supports_complex:
         pytest.skip("real only")
     _check_abstract(row, _filled(jnp.complex64))
 
 
-@every_row
+@core_rows
 def test_complex128(row, x64):
     if not row.supports_complex:
         pytest.skip("real only")
     _check_abstract(row, _filled(jnp.complex128))
 
 
-@every_row
+@core_rows
 def test_float32_with_64_bit_types_on(row, x64):
     state = _check_abstract(row, _filled(jnp.float32))
     wide = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype.itemsize > 4]
     assert not wide, "a 64-bit array crept into the state"
 
 
-@every_row
+@core_rows
 def test_mixed_dtypes_in_one_tree(row):
     _check_abstract(row, _filled({"matrix": jnp.bfloat16, "vector": jnp.float32}))
     if row.supports_complex:
         _check_abstract(row, _filled({"matrix": jnp.complex64, "vector": jnp.float16}))
 
 
-@every_row
+@core_rows
 @pytest.mark.parametrize(
     ("params_dtype", "grads_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")]
 )
@@ -98,13 +98,13 @@ def test_gradients_of_another_dtype_than_the_parameters(row, params_dtype, grads
     _check_abstract(row, params, grads)
 
 
-@every_row
+@core_rows
 @every_real_dtype
 def test_no_implicit_promotion(row, dtype, strict_promotion):
     _check_abstract(row, _filled(NAMES[dtype]))
 
 
-@every_row
+@core_rows
 def test_no_implicit_promotion_with_64_bit_types_on(row, x64, strict_promotion):
     _check_abstract(row, _filled({"matrix": jnp.float64, "vector": jnp.float32}))
 

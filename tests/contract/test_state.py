@@ -12,7 +12,6 @@ from .table import (
     CORE_ROWS,
     avals,
     core_rows,
-    every_row,
     get,
     largest_difference,
     quick_jit,
@@ -23,7 +22,7 @@ from .table import (
 )
 
 
-@every_row
+@core_rows
 def test_init_is_abstract(row):
     _, tx, _, params, _, _ = trained(row)
     state = tx.init(params)
@@ -32,7 +31,7 @@ def test_init_is_abstract(row):
     assert avals(jax.eval_shape(tx.init, structs)) == avals(state)
 
 
-@every_row
+@core_rows
 def test_update_keeps_the_state_stable_also_under_cond_and_scan(row):
     problem, tx, _, params, state, _ = trained(row)
     update = updater(row, tx, problem)
@@ -138,7 +137,7 @@ def test_orbax_restores_the_state_bit_for_bit(row, tmp_path):
     _same_from_here(update, params, state, restored)
 
 
-@every_row
+@core_rows
 def test_flax_serialization_restores_the_state_bit_for_bit(row):
     _, tx, update, params, state, _ = trained(row)
     data = flax.serialization.to_bytes(state)
@@ -146,7 +145,7 @@ def test_flax_serialization_restores_the_state_bit_for_bit(row):
     _same_from_here(update, params, state, restored)
 
 
-@every_row
+@core_rows
 def test_the_seed_decides_the_trajectory(row):
     if not row.random:
         return

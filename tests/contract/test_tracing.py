@@ -14,7 +14,6 @@ from .table import (
     Problem,
     avals,
     core_rows,
-    every_row,
     largest_difference,
     quick_jit,
     random_like,
@@ -27,12 +26,12 @@ from .table import (
 TUNABLE = [pytest.param(row, name, id=f"{row}-{name}") for row in CORE_ROWS for name in row.tunable]
 
 
-@every_row
+@core_rows
 def test_second_call_does_not_retrace(row):
     assert trained(row).traces == 1
 
 
-@every_row
+@core_rows
 def test_state_holds_no_weakly_typed_value(row):
     problem, tx, _, params, state, _ = trained(row)
     weak_params = {**params, "bias": jax.ShapeDtypeStruct((2,), jnp.float32, weak_type=True)}
@@ -47,7 +46,7 @@ def test_state_holds_no_weakly_typed_value(row):
         assert not found
 
 
-@every_row
+@core_rows
 def test_every_numeric_setting_may_be_traced(row):
     problem, _, _, params, _, _ = trained(row)
 
@@ -124,7 +123,7 @@ def _low_precision(dtype):
     return Problem(params, problem.loss_fn, args)
 
 
-@every_row
+@core_rows
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_injected_hyperparameters_of_low_precision_keep_the_state_stable(row, dtype):
     problem = _low_precision(dtype)

@@ -12,7 +12,6 @@ import pytest
 from .table import (
     avals,
     core_rows,
-    every_row,
     get,
     norms,
     quick_jit,
@@ -25,7 +24,7 @@ from .table import (
 MASK = {"kernel": True, "bias": False}
 
 
-@every_row
+@core_rows
 def test_unexpected_extra_arguments_are_accepted_and_change_nothing(row):
     problem, tx, _, params, state, _ = trained(row)
     extras = row.make_extras(problem, params)
@@ -35,7 +34,7 @@ def test_unexpected_extra_arguments_are_accepted_and_change_nothing(row):
     assert programs[0] == programs[1]
 
 
-@every_row
+@core_rows
 def test_parameters_are_optional_in_update(row):
     problem, tx, _, params, state, _ = trained(row)
     extras = row.make_extras(problem, params)
@@ -49,7 +48,7 @@ def _program(row, tx, problem):
     return str(jax.make_jaxpr(updater(row, tx, problem))(params, tx.init(params), params))
 
 
-@every_row
+@core_rows
 def test_alias_is_the_mathematics_chained_with_a_learning_rate(row):
     problem = regression()
     settings, rate = row.all_settings(problem), optax.scale_by_learning_rate(0.01)
@@ -68,7 +67,7 @@ def test_without_learning_rate_updates_are_neither_scaled_nor_flipped(row):
     chex.assert_trees_all_close(optax.tree.scale(-0.01, updates), expected, rtol=1e-5)
 
 
-@every_row
+@core_rows
 def test_map_params_reaches_what_is_shaped_like_the_parameters_and_nothing_else(row):
     problem, tx, _, params, trained_state, _ = trained(row)
     seen, rest = [], []

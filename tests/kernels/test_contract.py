@@ -66,7 +66,7 @@ EXPECTED = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(layouts)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_factors_act_as_their_kronecker_product(name, layout):
@@ -76,7 +76,7 @@ def test_factors_act_as_their_kronecker_product(name, layout):
     assert_close(actual, EXPECTED[name](factors, X), dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(layouts, st.booleans(), st.data())
 def test_gram(layout, diagonal, data):
     shape, _, dtype, seed = layout
