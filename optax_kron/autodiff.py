@@ -58,8 +58,10 @@ def hessian_vector_product(
             raise ValueError(
                 f"hessian_vector_product: v has leaves that params has not: {', '.join(unknown)}."
             )
+        # Gradients, and so probes like them, may have another dtype than the parameters.
         tangent = [
-            given.get(path, jnp.zeros_like(x)) for path, (_, x) in zip(paths, leaves, strict=True)
+            given[path].astype(x.dtype) if path in given else jnp.zeros_like(x)
+            for path, (_, x) in zip(paths, leaves, strict=True)
         ]
         tangent = params_treedef.unflatten(tangent)
         _, result = jax.jvp(gradient, (params,), (tangent,))

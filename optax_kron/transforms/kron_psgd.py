@@ -70,7 +70,8 @@ def update_probability_schedule(
     _settings.check_range(owner, "flat_steps", flat_steps)
 
     def schedule(count):
-        fall = jnp.exp(-decay * jnp.maximum(count - flat_steps, 0))
+        steps = jnp.asarray(count).astype(jnp.float32)
+        fall = jnp.exp(-decay * jnp.maximum(steps - flat_steps, 0))
         return jnp.clip(highest * fall, lowest, highest)
 
     return schedule
@@ -208,6 +209,8 @@ def scale_by_kron_psgd(
             )
         plan = plan_blocks(updates, blocking)
         kron_stacks.check_match(owner, plan, state.stacks)
+        if not plan.leaves:
+            return updates, state._replace(count=state.count + 1)
 
         compute = jnp.promote_types(dtype, jnp.float32)
         gradients = plan.split(updates, compute)
@@ -215,12 +218,12 @@ def scale_by_kron_psgd(
             average = moving_average.step(gradients, state.momentum, decay)
             # A gradient that is not finite shows in the average.
             finite = guards.all_finite(average)
-            count = state.count + finite
+            count = state.count + finite.astype(jnp.int32)
             direction = moving_average.correct(average, decay, count, compute)
         else:
             average, direction = None, gradients
             finite = guards.all_finite(gradients)
-            count = state.count + finite
+            count = state.count + finite.astype(jnp.int32)
         moving = fit
         if callable(precond_lr):
             moving = dataclasses.replace(fit, precond_lr=precond_lr(state.count))
@@ -256,10 +259,10 @@ def scale_by_kron_psgd(
         blocks = clipping.clip_leaves(plan, blocks, finite, rms_clip, max_abs_clip)
         new_state = ScaleByKronPsgdState(
             count=count,
-            since_refresh=jnp.where(due, 0, state.since_refresh + finite),
-            refreshes=state.refreshes + due,
+            since_refresh=jnp.where(due, 0, state.since_refresh + finite.astype(jnp.int32)),
+            refreshes=state.refreshes + due.astype(jnp.int32),
             failed_refreshes=state.failed_refreshes + failed,
-            skipped_steps=state.skipped_steps + ~finite,
+            skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
             cached=guards.select(finite, ~due, state.cached),
             key=state.key,
             momentum=guards.select(finite, average, state.momentum),
