@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 	$(call within,600) $(RUN) examples/digits.py --out out/digits.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(call within,900) $(RUN) -m pytest -n 2 $(ARGS)
+	$(call within,1800) $(RUN) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .

@@ -67,7 +67,8 @@ class Blocking:
         for name in ("block_size", "merge_below"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name), least=1)
-        if self.max_skew is not None and not self.max_skew >= 0:
+        skew = self.max_skew
+        if skew is not None and (isinstance(skew, bool | str) or not skew >= 0):
             raise ValueError(f"Blocking: max_skew must be None or ≥ 0; got {self.max_skew!r}.")
         if isinstance(self.stacked_axes, int):
             _check_size("stacked_axes", self.stacked_axes, least=0)

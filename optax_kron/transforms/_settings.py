@@ -18,8 +18,9 @@ def check_range(
     most: float = np.inf,
     open_left: bool = False,
     open_right: bool = False,
+    optional: bool = False,
 ) -> None:
-    """Raise unless a number lies in a range; traced values, `None` and callables pass.
+    """Raise unless a finite number lies in a range; traced values and callables pass.
 
     Args:
       owner: name of the function whose argument it is.
@@ -29,20 +30,22 @@ def check_range(
       most: upper end of the range.
       open_left: exclude the lower end.
       open_right: exclude the upper end.
+      optional: let `None` pass too.
 
     Raises:
       ValueError: if the value is not a real scalar, or lies outside of the range.
     """
-    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, jax.core.Tracer) or (optional and value is None):
         return
     interval = f"{'(' if open_left else '['}{least:g}, {most:g}{')' if open_right else ']'}"
     expected = f"{owner}: {name} must be a number in {interval}"
-    if isinstance(value, bool | str) or np.ndim(value) or not np.isrealobj(value):
+    not_a_number = value is None or isinstance(value, bool | str) or np.ndim(value)
+    if not_a_number or not np.isrealobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
     number = float(value)
     above = number > least if open_left else number >= least
     below = number < most if open_right else number <= most
-    if not (above and below):
+    if not (above and below and np.isfinite(number)):
         raise ValueError(f"{expected}; got {number!r}.")
 
 
@@ -74,6 +77,41 @@ def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
             f"{owner}: factor_dtype={asked} needs 64-bit types; set jax_enable_x64 first."
         )
     return asked
+
+
+def check_dtype(owner: str, name: str, dtype: Any) -> None:
+    """Raise unless a dtype is floating-point or complex, or `None`."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+        raise ValueError(
+            f"{owner}: {name} must be a floating-point or complex dtype, or None; got {dtype!r}."
+        )
+
+
+def check_seed(owner: str, seed: Any) -> None:
+    """Raise unless a seed is an integer or a PRNG key."""
+    if seed is None or isinstance(seed, bool | str | float):
+        raise ValueError(f"{owner}: seed must be an integer or a PRNG key; got {seed!r}.")
+
+
+def check_like(owner: str, updates: Any, params: Any) -> None:
+    """Raise unless gradients have the leaves and shapes of the parameters.
+
+    Raises:
+      ValueError: naming the first path at which they differ.
+    """
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+
+    got, expected = shapes(updates), shapes(params)
+    for path in [*got, *expected]:
+        if got.get(path) != expected.get(path):
+            raise ValueError(
+                f"{owner}: the gradients do not match the parameters: at {path or 'the root'} "
+                f"they have shape {got.get(path, '(no such leaf)')}, the parameters "
+                f"{expected.get(path, '(no such leaf)')}."
+            )
 
 
 def key_data(seed: Any) -> jax.Array:

@@ -156,18 +156,20 @@ def scale_by_kron_psgd(
     arXiv:2402.11858.
     """
     owner = "kron_psgd"
-    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True)
+    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     _settings.check_range(owner, "precond_lr", precond_lr, most=1, open_left=True, open_right=True)
     _settings.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
     _settings.check_choice(owner, "criterion", criterion, CRITERIA)
-    _settings.check_range(owner, "update_probability", update_probability, most=1)
+    _settings.check_range(owner, "update_probability", update_probability, most=1, optional=True)
     _settings.check_range(owner, "damping", damping)
-    _settings.check_range(owner, "init_scale", init_scale, open_left=True)
-    _settings.check_range(owner, "rms_clip", rms_clip, open_left=True)
-    _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True)
+    _settings.check_range(owner, "init_scale", init_scale, open_left=True, optional=True)
+    _settings.check_range(owner, "rms_clip", rms_clip, open_left=True, optional=True)
+    _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True, optional=True)
     if not isinstance(blocking, Blocking):
         raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
+    _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    _settings.check_seed(owner, seed)
     has_momentum = not _settings.is_off(momentum)
     decay = momentum if has_momentum and momentum is not None else 0.0
     newton = criterion == "newton"
@@ -201,12 +203,14 @@ def scale_by_kron_psgd(
         hvp_fn: Callable[[PyTree], PyTree] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        del params, extra_args
+        del extra_args
         if newton and hvp_fn is None:
             raise ValueError(
                 f"{owner}: criterion='newton' needs hvp_fn at every update: pass "
                 "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
             )
+        if params is not None:
+            _settings.check_like(owner, updates, params)
         plan = plan_blocks(updates, blocking)
         kron_stacks.check_match(owner, plan, state.stacks)
         if not plan.leaves:
@@ -334,18 +338,21 @@ def kron_psgd(
       >>> import optax_kron as ok
       >>> loss = lambda params: jnp.sum(jnp.square(params @ jnp.ones((2, 4)) - 1.0))
       >>> params = jnp.zeros((3, 2))
-      >>> tx = ok.kron_psgd(0.1)
+      >>> tx = ok.kron_psgd(optax.cosine_decay_schedule(0.1, 100))
       >>> state = tx.init(params)
-      >>> for _ in range(100):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 0.1)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
+      >>> bool(loss(params) < 0.01)
       True
 
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
     arXiv:2402.11858.
     """
-    _settings.check_range("kron_psgd", "learning_rate", learning_rate)
+    _settings.check_range("kron_psgd", "learning_rate", learning_rate, optional=True)
     _settings.check_range("kron_psgd", "weight_decay", weight_decay)
     preconditioner = scale_by_kron_psgd(
         momentum=momentum,

@@ -224,7 +224,7 @@ class Fit:
             q.astype(before.dtype) for q, before in zip(factors, old_factors, strict=True)
         )
         finite = guards.all_finite((factors, bounds))
-        informed = guards.largest_magnitude(gradient) > 0
+        informed = guards.largest_magnitude(gradient) != 0  # also if it is not finite
         new = factors, bounds, jnp.ones([], bool)
         return guards.select(informed & finite, new, old), informed & ~finite
 

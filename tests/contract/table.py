@@ -189,8 +189,6 @@ class Row:
     spoilt_extras: Callable[..., dict[str, Any]] | None = None
     # Fields of the state that hold the curvature, which a failed refresh leaves as they are.
     curvature: tuple[str, ...] = ("stacks",)
-    # Fields that only hold what can be computed from the others.
-    cached: tuple[str, ...] = ("cached", "preconditioner")
     # Numeric settings that may be traced, and changed between two updates, each with another value
     # that must tell in the updates; and the value that switches on those that are off by default.
     tunable: Mapping[str, float] = dataclasses.field(default_factory=dict)
