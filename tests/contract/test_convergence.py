@@ -67,6 +67,7 @@ def _parabola(row):
 def test_reaches_the_solution_at_any_scale_of_the_loss(row, scale):
     (params, state), (losses, _) = _parabola(row)(scale, 0)
     chex.assert_tree_all_finite((state, losses))
+    assert optax.tree.get(state, "failed_refreshes") == 0
     # Tiny gradients sink below the damping before the solution is reached to the last digit.
     atol = row.targets["parabola"].atol if scale >= 1 else 0.1
     chex.assert_trees_all_close(params, parabola().solution, atol=atol)
