@@ -1,6 +1,6 @@
 """Checks of settings, and the chain that turns a preconditioner into an optimizer."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.core
@@ -39,10 +39,9 @@ def check_range(
         return
     interval = f"{'(' if open_left else '['}{least:g}, {most:g}{')' if open_right else ']'}"
     expected = f"{owner}: {name} must be a number in {interval}"
-    not_a_number = value is None or isinstance(value, bool | str) or np.ndim(value)
-    if not_a_number or np.iscomplexobj(value):
+    if value is None or isinstance(value, bool | str) or np.ndim(value) or np.iscomplexobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
-    number = float(cast(Any, value))
+    number = float(value)
     above = number > least if open_left else number >= least
     below = number < most if open_right else number <= most
     if not (above and below and np.isfinite(number)):
