@@ -1,10 +1,9 @@
 """The one table of optimizers, and the small problems that the contract is checked on.
 
-A new optimizer joins the contract by a `Row` in `ROWS`. Every row goes through convergence, faults,
-serialization, tracing, and abstract evaluation in every dtype. Rows marked `core` also go through
-Optax's wrappers, every kind of tree, and the checks that compile a program of their own (ensembles,
-donation, eager execution, low precision), and stand for the others there: each kind of state and
-each kind of extra argument needs one core row.
+A new optimizer joins the contract by a `Row` in `ROWS`. Every row goes through convergence and the
+faults of a gradient. Rows marked `core` also go through everything else (dtypes, tracing, Optax's
+wrappers, serialization, every kind of tree), where each check compiles programs of its own, and
+stand for the others there: each kind of state and of extra argument needs one core row.
 """
 
 import dataclasses
