@@ -258,7 +258,7 @@ def _substitute(blocks: Array) -> Array:
 
 
 def _panel_size(size: int) -> int:
-    """The matrix itself up to 32; else 32·2^j up to 256, the largest that pads little."""
+    """The matrix itself up to 32; else 64 or 128, the larger that pads little."""
     if size <= _SUBSTITUTION_SIZE:
         return size
     panel = _PANEL_SIZE
