@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from optax_kron.kernels import contract, grams, linalg
 
@@ -116,7 +116,7 @@ def update_factors(
       bounds: running bound L of the curvature of the fit along each axis, real [k], from zero.
       gradient: the `noised` gradient, momentum or Hessian-vector product, [d_1, ..., d_k].
       probe: `V`, white, of the same shape; in Newton mode, the probe of the product.
-      rows: standard normal [linalg.PROBE_ROWS, ≥ max d_i], for the norm bounds; see `probe_rows`.
+      rows: standard normal [linalg.PROBE_ROWS, ≥ max d_i], for the norm bounds.
       geometry: in which geometry Q moves, one of `GEOMETRIES`.
       precond_lr: relative size of the step, in (0, 1).
       newton: fit `|H|⁻¹` rather than whiten.
@@ -149,11 +149,6 @@ def update_factors(
         moved |= {axis: jax.tree.map(lambda x, i=i: x[i], results) for i, axis in enumerate(axes)}
     new_factors, new_bounds = zip(*(moved[axis] for axis in range(len(factors))), strict=True)
     return new_factors, jnp.stack(new_bounds)
-
-
-def probe_rows(key: Array, size: int, dtype: DTypeLike = jnp.float32) -> Array:
-    """Standard normal rows [linalg.PROBE_ROWS, size] for the norm bounds of one update."""
-    return jax.random.normal(key, (linalg.PROBE_ROWS, size), dtype)
 
 
 def _roots(factors, gradient, probe, geometry, newton, precision):
