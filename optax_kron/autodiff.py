@@ -32,7 +32,8 @@ def hessian_vector_product(
       of one gradient.
 
     Raises:
-      ValueError: if `v` has a leaf that `params` has not.
+      ValueError: if `v` has a leaf that `params` has not. With Flax NNX, `nnx.Optimizer` passes a
+        tree of arrays: `params` must be `nnx.as_pure(nnx.state(model, nnx.Param))`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -56,7 +57,8 @@ def hessian_vector_product(
         paths = [jax.tree_util.keystr(path) for path, _ in leaves]
         if unknown := sorted(set(given) - set(paths)):
             raise ValueError(
-                f"hessian_vector_product: v has leaves that params has not: {', '.join(unknown)}."
+                f"hessian_vector_product: v has leaves that params has not: {_listed(unknown)}. "
+                f"params has {_listed(paths)}.{_nnx_hint([*given, *paths])}"
             )
         # Gradients, and so probes like them, may have another dtype than the parameters.
         tangent = [
@@ -69,3 +71,18 @@ def hessian_vector_product(
         return treedef.unflatten([result[path] for path in given])
 
     return product
+
+
+def _listed(paths: list[str], most: int = 8) -> str:
+    shown = [path or "a leaf at the root" for path in paths[:most]]
+    return ", ".join([*shown, "..."] if len(paths) > most else shown) or "none"
+
+
+def _nnx_hint(paths: list[str]) -> str:
+    """What to do where one of two trees holds Flax variables, whose arrays are at `.value`."""
+    if not any(path.endswith(".value") for path in paths):
+        return ""
+    return (
+        " Arrays and Flax variables are different leaves: with Flax NNX, take the product at "
+        "nnx.as_pure(nnx.state(model, nnx.Param))."
+    )

@@ -70,7 +70,7 @@ class Blocking:
         skew = self.max_skew
         if skew is not None and (isinstance(skew, bool | str) or not skew >= 0):
             raise ValueError(f"Blocking: max_skew must be None or ≥ 0; got {self.max_skew!r}.")
-        if isinstance(self.stacked_axes, int):
+        if isinstance(self.stacked_axes, int | float | np.number):
             _check_size("stacked_axes", self.stacked_axes, least=0)
 
     def _diagonal(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
@@ -97,17 +97,15 @@ class Blocking:
         """For each leaf of the tree, how many leading axes are stacked."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         setting: Any = self.stacked_axes
-        if setting is None or isinstance(setting, int):
+        if setting is None or isinstance(setting, int | float | np.number):
             numbers = [setting or 0] * len(leaves)
         elif callable(setting):
-            numbers = [setting(jax.tree_util.keystr(path), jnp.shape(x)) for path, x in leaves]
+            numbers = [
+                _count_stacked(setting, jax.tree_util.keystr(path), jnp.shape(x))
+                for path, x in leaves
+            ]
         else:
-            if jax.tree.structure(setting) != jax.tree.structure(tree):
-                raise ValueError(
-                    "Blocking: stacked_axes must have the structure of the parameters; got "
-                    f"{jax.tree.structure(setting)}, expected {jax.tree.structure(tree)}."
-                )
-            numbers = jax.tree.leaves(setting)
+            numbers = _numbers_by_path(setting, [path for path, _ in leaves])
         for number, (path, _) in zip(numbers, leaves, strict=True):
             _check_size(f"stacked_axes of {jax.tree_util.keystr(path)}", number, least=0)
         return [min(cast(int, n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
@@ -348,6 +346,16 @@ def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)
 
 
+def _count_stacked(function: Callable, path: str, shape: tuple[int, ...]) -> int:
+    try:
+        return function(path, shape)
+    except TypeError as error:
+        raise ValueError(
+            f"Blocking: stacked_axes, a function, was called as stacked_axes({path!r}, {shape}), "
+            f"with a leaf's path and shape, and failed: {error}."
+        ) from error
+
+
 def _plan_leaf(path: str, leaf: Any, stacked: int, blocking: Blocking) -> LeafPlan | None:
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -368,6 +376,21 @@ def _plan_leaf(path: str, leaf: Any, stacked: int, blocking: Blocking) -> LeafPl
     return LeafPlan(
         path, tuple(shape), dtype, math.prod(shape[:stacked]), merged, pieces, order, signature
     )
+
+
+def _numbers_by_path(setting: PyTree, paths: list[Any]) -> list[Any]:
+    """The numbers of a tree at the given paths; it may have more, which a wrapper has hidden."""
+    known = dict(jax.tree_util.tree_leaves_with_path(setting))
+    if paths == [()] and () not in known:
+        return [0]  # the placeholder of optax.tree.map_params
+    for path in paths:
+        if path not in known:
+            raise ValueError(
+                "Blocking: stacked_axes must have the structure of the parameters; it has no "
+                f"number at {jax.tree_util.keystr(path) or 'the root'}, only at "
+                f"{', '.join(map(jax.tree_util.keystr, known)) or 'no path'}."
+            )
+    return [known[path] for path in paths]
 
 
 def _check_size(name: str, value: Any, *, least: int) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_kron as ok
 
@@ -47,6 +48,15 @@ def test_missing_leaves_count_as_zero(params):
 def test_unknown_leaves_are_refused_by_path(params):
     with pytest.raises(ValueError, match=r"leaves that params has not: \['c'\]"):
         ok.hessian_vector_product(loss, params, 1.0)({**params, "c": jnp.ones(2)})
+
+
+def test_flax_variables_are_pointed_to_their_arrays():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    variables = nnx.state(model, nnx.Param)
+    for point in (model, variables):
+        hvp = ok.hessian_vector_product(lambda m: jnp.sum(m.kernel**2), point)
+        with pytest.raises(ValueError, match=r"params has .*kernel\W*\.value.*nnx\.as_pure"):
+            hvp(nnx.as_pure(variables))
 
 
 def test_complex_products_follow_the_direction_of_steepest_ascent():

@@ -222,6 +222,15 @@ def test_hvp_is_called_only_when_the_factors_move():
     assert len(calls) == int(state.refreshes) == 2
 
 
+def test_members_of_an_ensemble_may_have_seeds_of_their_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = jnp.ones((3, 2, 2))
+    state = jax.vmap(lambda key, p: ok.kron_psgd(0.1, seed=key).init(p))(keys, params)
+    expected = [ok.kron_psgd(0.1, seed=key).init(params[0])[0].key for key in keys]
+    np.testing.assert_array_equal(state[0].key, expected)
+    assert len({tuple(key.tolist()) for key in state[0].key}) == 3
+
+
 def test_factors_are_float32_unless_asked(x64):
     params = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 3), jnp.float64)}
     for asked, expected in [(None, jnp.float32), (jnp.float64, jnp.float64)]:

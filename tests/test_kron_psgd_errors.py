@@ -42,7 +42,9 @@ BAD_SETTINGS = [
     ("blocking", None),
     ("factor_dtype", "int32"),
     ("factor_dtype", "complex64"),
+    ("factor_dtype", "foo"),
     ("momentum_dtype", "int8"),
+    ("momentum_dtype", "foo"),
     ("precision", "rough"),
     ("seed", "zero"),
     ("seed", 0.5),
@@ -166,6 +168,12 @@ def test_newton_without_hvp_fn():
         jax.eval_shape(tx.update, PARAMS, state, PARAMS)
 
 
+def test_hvp_fn_that_is_no_function():
+    tx = ok.kron_psgd(1e-3, criterion="newton")
+    with pytest.raises(ValueError, match="hvp_fn must be a function; got dict"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, hvp_fn=PARAMS)
+
+
 @pytest.mark.parametrize(
     "hvp_fn",
     [
@@ -232,6 +240,34 @@ def test_stacked_axes_that_do_not_fit_the_parameters(stacked_axes, expected):
     tx = ok.kron_psgd(1e-3, blocking=ok.Blocking(stacked_axes=stacked_axes))
     with pytest.raises(ValueError, match=rf"(?s)stacked_axes.*{expected}"):
         tx.init(PARAMS)
+
+
+def test_stacked_axes_of_the_wrong_arity():
+    tx = ok.kron_psgd(1e-3, blocking=ok.Blocking(stacked_axes=lambda path: 1))
+    with pytest.raises(ValueError, match=r"stacked_axes\(\"\['bias'\]\", \(3,\)\).*path and shape"):
+        tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("mask", [True, np.False_, jnp.array(True)], ids=repr)
+def test_mask_that_is_no_tree(mask):
+    with pytest.raises(ValueError, match=r"mask must be a tree of bools or a function.*got"):
+        ok.kron_psgd(1e-3, weight_decay=0.5, mask=mask)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_mask_that_optax_takes_for_a_schedule(jit):
+    def mask(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, "mask": mask}
+    tx = optax.inject_hyperparams(ok.kron_psgd)(**settings)
+    with pytest.raises(ValueError, match=r'mask.*inject_hyperparams.*static_args=\("mask",\)'):
+        (jax.jit(tx.init) if jit else tx.init)(PARAMS)
+    tx = optax.inject_hyperparams(ok.kron_psgd, static_args=("mask",))(**settings)
+    params = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = tx.update(PARAMS, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
 
 
 def test_weight_decay_without_parameters():

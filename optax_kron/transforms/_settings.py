@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+_KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
+
 
 def check_range(
     owner: str,
@@ -19,8 +21,9 @@ def check_range(
     open_left: bool = False,
     open_right: bool = False,
     optional: bool = False,
+    schedule: bool = False,
 ) -> None:
-    """Raise unless a finite number lies in a range; traced values and callables pass.
+    """Raise unless a finite number lies in a range; traced values pass.
 
     Args:
       owner: name of the function whose argument it is.
@@ -31,15 +34,22 @@ def check_range(
       open_left: exclude the lower end.
       open_right: exclude the upper end.
       optional: let `None` pass too.
+      schedule: let callables pass too.
 
     Raises:
       ValueError: if the value is not a real scalar, or lies outside of the range.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer) or (optional and value is None):
+    if isinstance(value, jax.core.Tracer) or (optional and value is None):
+        return
+    if callable(value) and schedule:
         return
     interval = f"{'(' if open_left else '['}{least:g}, {most:g}{')' if open_right else ']'}"
     expected = f"{owner}: {name} must be a number in {interval}"
-    if value is None or isinstance(value, bool | str) or np.ndim(value) or np.iscomplexobj(value):
+    if isinstance(value, jax.Array) and np.iscomplexobj(value) and np.imag(value) == 0:
+        value = np.real(value)  # optax.inject_hyperparams gives them the dtype of a parameter
+    if value is None or isinstance(value, bool | str) or callable(value):
+        raise ValueError(f"{expected}; got {value!r}.")
+    if np.ndim(value) or np.iscomplexobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
     number = float(value)
     above = number > least if open_left else number >= least
@@ -54,6 +64,14 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
+def _known_dtype(dtype: Any) -> jnp.dtype | None:
+    """The dtype that a value names, or `None` if there is no such dtype."""
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        return None
+
+
 def is_off(value: Any) -> bool:
     """Whether a setting is switched off: `None`, or a concrete zero."""
     return value is None or (isinstance(value, int | float) and value == 0)
@@ -65,10 +83,10 @@ def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
     Raises:
       ValueError: if the dtype is not real floating-point, or needs x64 while that is off.
     """
-    asked = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    if not jnp.issubdtype(asked, jnp.floating):
+    asked = _known_dtype(jnp.float32 if dtype is None else dtype)
+    if asked is None or not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(
-            f"{owner}: factor_dtype must be a real floating-point dtype; got {asked}. Factors of "
+            f"{owner}: factor_dtype must be a real floating-point dtype; got {dtype!r}. Factors of "
             "complex parameters get the complex dtype of the same precision by themselves."
         )
     if jax.dtypes.canonicalize_dtype(asked) != asked:
@@ -80,15 +98,38 @@ def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
 
 def check_dtype(owner: str, name: str, dtype: Any) -> None:
     """Raise unless a dtype is floating-point or complex, or `None`."""
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+    if dtype is None:
+        return
+    known = _known_dtype(dtype)
+    if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(
             f"{owner}: {name} must be a floating-point or complex dtype, or None; got {dtype!r}."
         )
 
 
+def check_mask(owner: str, mask: Any) -> None:
+    """Raise unless a mask is `None`, a function, or a tree that is more than one bare leaf.
+
+    `optax.inject_hyperparams` calls a function as a schedule, and so passes what it makes of a
+    step: a bool, which would mask everything or nothing.
+    """
+    if not callable(mask) and jax.tree_util.all_leaves([mask]):
+        raise ValueError(
+            f"{owner}: mask must be a tree of bools or a function of the parameters; got {mask!r}. "
+            "optax.inject_hyperparams takes a function for a schedule, unless told otherwise: "
+            'optax.inject_hyperparams(factory, static_args=("mask",)).'
+        )
+
+
+def check_callable(owner: str, name: str, value: Any) -> None:
+    """Raise unless a value can be called."""
+    if not callable(value):
+        raise ValueError(f"{owner}: {name} must be a function; got {type(value).__name__}.")
+
+
 def check_seed(owner: str, seed: Any) -> None:
     """Raise unless a seed is an integer or a PRNG key."""
-    if seed is None or isinstance(seed, bool | str | float):
+    if seed is None or isinstance(seed, bool | str | float | np.floating):
         raise ValueError(f"{owner}: seed must be an integer or a PRNG key; got {seed!r}.")
 
 
@@ -119,8 +160,15 @@ def key_data(seed: Any) -> jax.Array:
         seed = jax.random.bits(seed, dtype=jnp.uint32)
     elif jnp.ndim(seed) != 0:
         seed = jax.random.bits(jnp.asarray(seed), dtype=jnp.uint32)
+    if isinstance(seed, int):
+        seed = seed % 2**32
     seed = jnp.asarray(seed, dtype=jnp.uint32)
-    return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+    return jax.random.key_data(jax.random.key(seed, impl=_KEY_IMPL))
+
+
+def key_of(data: jax.Array) -> jax.Array:
+    """The PRNG key of what `key_data` returned."""
+    return jax.random.wrap_key_data(data, impl=_KEY_IMPL)
 
 
 def complete(

@@ -23,22 +23,42 @@ _DEFAULT_BLOCKING = Blocking()
 
 
 class ScaleByKronPsgdState(NamedTuple):
-    """State of `scale_by_kron_psgd`."""
+    """State of `scale_by_kron_psgd`.
+
+    `optax.tree.get(state, name)` finds a field inside the state of a chain or wrapper.
+
+    Attributes:
+      count: gradients that were accepted, int32 [].
+      due_share: share of the next move of the factors that has come due, in [0, 1), float32 [].
+      refreshes: how often the factors have moved, int32 [].
+      failed_refreshes: blocks whose move was not finite and was dropped, int32 [].
+      skipped_steps: gradients that were not finite and were dropped, int32 [].
+      cached: whether the cached preconditioners belong to the factors, bool [].
+      key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `refreshes`.
+      momentum: moving average of the gradients, [N, ...] by kind of block; `None` without momentum.
+      stacks: the factors and what belongs to them, by kind of block.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> tx = ok.kron_psgd(1e-3)
+      >>> state = tx.init(jnp.ones((3, 2)))
+      >>> _, state = tx.update(jnp.full((3, 2), jnp.nan), state)
+      >>> print(optax.tree.get(state, "skipped_steps"))
+      1
+    """
 
     # "count" is Optax's name for the number of steps, though tuples have a method of that name.
-    count: Array  # pyright: ignore  # accepted gradients, int32 []
-    since_refresh: Array  # accepted gradients since the factors moved, int32 []
-    refreshes: Array  # moves of the factors, int32 []
-    failed_refreshes: Array  # blocks whose move was not finite and was dropped, int32 []
-    skipped_steps: Array  # gradients that were not finite and were dropped, int32 []
-    cached: Array  # whether the cached preconditioners belong to the factors, bool []
-    key: Array  # raw PRNG key, uint32 [2]; each draw folds in how often the factors have moved
-    momentum: (
-        Mapping[str, Array] | Array | None
-    )  # moving average of gradients [N, ...], by signature
-    stacks: (
-        Mapping[str, kron_stacks.KronStack] | Array
-    )  # by signature; an array for a tree without leaves
+    count: Array  # pyright: ignore
+    due_share: Array
+    refreshes: Array
+    failed_refreshes: Array
+    skipped_steps: Array
+    cached: Array
+    key: Array
+    momentum: Mapping[str, Array] | Array | None  # an array for a tree without leaves
+    stacks: Mapping[str, kron_stacks.KronStack] | Array  # likewise
 
 
 def update_probability_schedule(
@@ -99,7 +119,7 @@ def scale_by_kron_psgd(
 
     Each block of a parameter has one factor `Q_i` per axis, and the update is `P·m`: `P = QᴴQ`
     along every axis, `m` the bias-corrected momentum. The factors follow a Lie group descent on the
-    criterion, made of matrix products only.
+    criterion. It is made of matrix products, and so are the triangular solves of "EQ".
 
     Args:
       momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum.
@@ -109,8 +129,8 @@ def scale_by_kron_psgd(
       criterion: "whiten_momentum" and "whiten_gradient" fit `P = E[ggᴴ]^-½` of the momentum or the
         gradient; "newton" fits `P = |H|⁻¹` and needs `hvp_fn` at every update.
       update_probability: share of the steps at which the factors move, in [0, 1], or a schedule of
-        it. Deterministic: they move at the first step, then once `1/p` steps have passed. `None`:
-        `update_probability_schedule()`.
+        it. Deterministic: they move at the first step, then whenever the shares since have added
+        up to one. `None`: `update_probability_schedule()`.
       damping: curvature, in units of the gradient, below which none is believed; ≥ 0.
       init_scale: `Q` starts at this scale times the identity. `None`: at the scale that whitens
         the first nonzero gradient of the block.
@@ -134,9 +154,9 @@ def scale_by_kron_psgd(
       does not move its factors.
 
     Raises:
-      ValueError: for a setting out of range, at construction; for a parameter that is neither
-        floating-point nor complex, in `init`; in `update`, if `hvp_fn` is missing in Newton mode or
-        gradients do not match the state.
+      ValueError: for a setting out of range, at construction, unless it is traced; for a parameter
+        that is neither floating-point nor complex, in `init`; in `update`, if `hvp_fn` is missing
+        in Newton mode or is no function, or gradients do not match the state.
 
     Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + mn numbers; m² + n² + mn
     without the cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without. A
@@ -157,10 +177,14 @@ def scale_by_kron_psgd(
     """
     owner = "kron_psgd"
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
-    _settings.check_range(owner, "precond_lr", precond_lr, most=1, open_left=True, open_right=True)
+    _settings.check_range(
+        owner, "precond_lr", precond_lr, most=1, open_left=True, open_right=True, schedule=True
+    )
     _settings.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
     _settings.check_choice(owner, "criterion", criterion, CRITERIA)
-    _settings.check_range(owner, "update_probability", update_probability, most=1, optional=True)
+    _settings.check_range(
+        owner, "update_probability", update_probability, most=1, optional=True, schedule=True
+    )
     _settings.check_range(owner, "damping", damping)
     _settings.check_range(owner, "init_scale", init_scale, open_left=True, optional=True)
     _settings.check_range(owner, "rms_clip", rms_clip, open_left=True, optional=True)
@@ -181,14 +205,16 @@ def scale_by_kron_psgd(
         damping=damping,
         newton=newton,
         precision=precision,
+        cached=cache_preconditioner,
     )
 
     def init(params: PyTree) -> Any:
         plan = plan_blocks(params, blocking)
         # Each counter is a buffer of its own, so that the state can be donated.
-        counters = ("count", "since_refresh", "refreshes", "failed_refreshes", "skipped_steps")
+        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
         return ScaleByKronPsgdState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
+            due_share=jnp.zeros([], jnp.float32),
             cached=jnp.zeros([], bool),
             key=_settings.key_data(seed),
             momentum=moving_average.init(plan, momentum_dtype) if has_momentum else None,
@@ -209,6 +235,8 @@ def scale_by_kron_psgd(
                 f"{owner}: criterion='newton' needs hvp_fn at every update: pass "
                 "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
             )
+        if newton:
+            _settings.check_callable(owner, "hvp_fn", hvp_fn)
         if params is not None:
             _settings.check_like(owner, updates, params)
         plan = plan_blocks(updates, blocking)
@@ -232,10 +260,11 @@ def scale_by_kron_psgd(
         if callable(precond_lr):
             moving = dataclasses.replace(fit, precond_lr=precond_lr(state.count))
 
-        due = finite & _is_due(update_probability, state)
+        due, due_share = _is_due(update_probability, state)
+        due = finite & due
         # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
         # every operation that reads it.
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.refreshes)
+        key = jax.random.fold_in(_settings.key_of(state.key), state.refreshes)
         draw = functools.partial(kron_stacks.draw, plan, key, compute, noise=not newton)
         nothing = jnp.zeros(jax.eval_shape(draw).shape, compute)
         drawn = jax.lax.cond(due, draw, lambda: nothing)
@@ -263,7 +292,7 @@ def scale_by_kron_psgd(
         blocks = clipping.clip_leaves(plan, blocks, finite, rms_clip, max_abs_clip)
         new_state = ScaleByKronPsgdState(
             count=count,
-            since_refresh=jnp.where(due, 0, state.since_refresh + finite.astype(jnp.int32)),
+            due_share=guards.select(finite, due_share, state.due_share),
             refreshes=state.refreshes + due.astype(jnp.int32),
             failed_refreshes=state.failed_refreshes + failed,
             skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
@@ -302,8 +331,8 @@ def kron_psgd(
 
     With a learning rate this is a complete optimizer; without, the bare preconditioner, to chain:
     `optax.chain(ok.kron_psgd(), optax.scale_by_learning_rate(1e-3))` equals `ok.kron_psgd(1e-3)`.
-    With the default `rms_clip`, an update has about the size of one of Adam's, so that learning
-    rates carry over.
+    With the default `rms_clip`, a whitened update has about the size of one of Adam's or less.
+    Start from a third of Adam's learning rate, and tune.
 
     Args:
       learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
@@ -317,7 +346,8 @@ def kron_psgd(
       rms_clip: cap of the root mean square of each parameter's update.
       max_abs_clip: cap of the largest entry of each parameter's update.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
-      mask: which parameters decay, as in `optax.add_decayed_weights`.
+      mask: which parameters decay, as in `optax.add_decayed_weights`. A function needs
+        `static_args=("mask",)` under `optax.inject_hyperparams`.
       blocking: how parameters become blocks.
       cache_preconditioner: keep `P` in the state between moves of the factors.
       factor_dtype: real dtype of the stored factors.
@@ -329,7 +359,8 @@ def kron_psgd(
       A gradient transformation; its cost is that of `scale_by_kron_psgd`.
 
     Raises:
-      ValueError: as `scale_by_kron_psgd`, and for a negative learning rate or weight decay.
+      ValueError: as `scale_by_kron_psgd`, and for a negative learning rate or weight decay, or a
+        mask that is a single bool or array.
 
     Examples:
       >>> import jax
@@ -352,8 +383,9 @@ def kron_psgd(
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
     arXiv:2402.11858.
     """
-    _settings.check_range("kron_psgd", "learning_rate", learning_rate, optional=True)
+    _settings.check_range("kron_psgd", "learning_rate", learning_rate, optional=True, schedule=True)
     _settings.check_range("kron_psgd", "weight_decay", weight_decay)
+    _settings.check_mask("kron_psgd", mask)
     preconditioner = scale_by_kron_psgd(
         momentum=momentum,
         precond_lr=precond_lr,
@@ -374,11 +406,14 @@ def kron_psgd(
     return _settings.complete(preconditioner, learning_rate, weight_decay, mask)
 
 
-def _is_due(update_probability: optax.ScalarOrSchedule, state: ScaleByKronPsgdState) -> Array:
-    """Whether the factors move now: at the first step, then once 1/p steps have passed."""
+def _is_due(
+    update_probability: optax.ScalarOrSchedule, state: ScaleByKronPsgdState
+) -> tuple[Array, Array]:
+    """Whether the factors move now, and the share of the next move that is due then."""
     probability = update_probability
     if callable(probability):
         probability = probability(state.count)
-    waited = (state.since_refresh + 1).astype(jnp.float32)
+    share = state.due_share + jnp.asarray(probability, jnp.float32)
     # The slack keeps rounding from adding a step where 1/p is whole.
-    return (state.count == 0) | (waited * probability >= 1 - 1e-6)
+    due = (state.count == 0) | (share >= 1 - 1e-6)
+    return due, jnp.where(due, jnp.maximum(share - 1, 0), share)

@@ -18,6 +18,7 @@ PyTree = Any
 Stacks = Mapping[str, "KronStack"]
 
 _BALANCE_EVERY = 100
+_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 
 
 class KronStack(NamedTuple):
@@ -26,7 +27,7 @@ class KronStack(NamedTuple):
     factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
     bounds: Array  # running bound of the fit's curvature along each axis [N, k], ≥ float32
     started: Array  # whether the scale has been set from a gradient, bool [N]
-    preconditioner: tuple[Array, ...] | None  # P per axis, as the factors; None without a cache
+    preconditioner: tuple[Array, ...] | None  # P per axis, as the factors (float32 for float16)
 
 
 def init(
@@ -51,7 +52,7 @@ def init(
             factors=tuple(factors),
             bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
             started=jnp.full(count, init_scale is not None),
-            preconditioner=tuple(jnp.zeros_like(q) for q in factors) if cached else None,
+            preconditioner=tuple(map(_no_preconditioner, factors)) if cached else None,
         )
     return stacks
 
@@ -148,6 +149,7 @@ class Fit:
     damping: ArrayLike
     newton: bool
     precision: jax.lax.PrecisionLike
+    cached: bool
 
     def refresh(
         self,
@@ -204,7 +206,12 @@ class Fit:
         """Move the factors of one block; keep them if that fails, or if the gradient is zero."""
         old_factors, bounds, started = old
         factors = tuple(map(_wide, old_factors))
-        damping = jnp.asarray(self.damping, contract.real_dtype(gradient.dtype))
+        largest = guards.largest_magnitude(gradient)
+        real = contract.real_dtype(gradient.dtype)
+        # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
+        damping = jnp.maximum(
+            jnp.asarray(self.damping, real), _DAMPING_FLOOR * jnp.finfo(real).eps * largest
+        )
         scale = psgd.initial_scale(gradient, damping, probe if self.newton else None, sizes)
         scale = jnp.where(started, 1, scale ** (1 / len(factors)))
         factors, bounds = psgd.update_factors(
@@ -224,7 +231,7 @@ class Fit:
             q.astype(before.dtype) for q, before in zip(factors, old_factors, strict=True)
         )
         finite = guards.all_finite((factors, bounds))
-        informed = guards.largest_magnitude(gradient) != 0  # also if it is not finite
+        informed = largest != 0  # also if it is not finite
         new = factors, bounds, jnp.ones([], bool)
         return guards.select(informed & finite, new, old), informed & ~finite
 
@@ -235,7 +242,8 @@ class Fit:
         """Form `P` of every factor, where there is room for it."""
 
         def square(q):
-            return contract.square(_wide(q), precision=self.precision).astype(q.dtype)
+            squared = contract.square(_wide(q), precision=self.precision)
+            return squared.astype(_preconditioner_dtype(q.dtype))
 
         def form(stack):
             if stack.preconditioner is None:
@@ -248,7 +256,7 @@ class Fit:
         """`P·m` for every block, from the cache if there is one."""
 
         def apply(stack, x):
-            if stack.preconditioner is not None:
+            if self.cached and stack.preconditioner is not None:
                 factors, kernel = stack.preconditioner, contract.apply_factors
             else:
                 factors, kernel = stack.factors, contract.precondition
@@ -262,6 +270,15 @@ def _mapping(factors: tuple[Array, ...]) -> Callable:
     if all(q.ndim == 2 for q in factors):
         return lambda fn, *stacks: jax.vmap(fn)(*stacks)
     return linalg.map_blocks
+
+
+def _preconditioner_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
+    return jnp.promote_types(dtype, jnp.bfloat16)
+
+
+def _no_preconditioner(factor: Array) -> Array:
+    return jnp.zeros(factor.shape, _preconditioner_dtype(factor.dtype))
 
 
 def _wide(factor: Array) -> Array:
