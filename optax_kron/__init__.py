@@ -1,7 +1,14 @@
 """Kronecker-factored second-order optimizers as plain Optax gradient transformations."""
 
+from optax_kron import losses
 from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
+from optax_kron.capture.find import Layers, find_layers
+from optax_kron.capture.ggn import ggn_vector_product
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.tap import Tap, Taps
+from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.transforms.kfac import ScaleByKfacState, kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import (
     ScaleByKronPsgdState,
     kron_psgd,
@@ -13,9 +20,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Blocking",
+    "Layer",
+    "Layers",
+    "ScaleByKfacState",
     "ScaleByKronPsgdState",
+    "Tap",
+    "Taps",
+    "find_layers",
+    "ggn_vector_product",
     "hessian_vector_product",
+    "kfac",
     "kron_psgd",
+    "losses",
+    "scale_by_kfac",
     "scale_by_kron_psgd",
     "update_probability_schedule",
+    "value_and_grad_with_taps",
 ]

@@ -1,0 +1,286 @@
+"""From the uses of parameters to layers: what shares a block, and what has none and why."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.labels import Labels
+from optax_kron.capture.layers import Arrangement, Layer
+from optax_kron.capture.uses import Branch, Use, Uses
+
+
+@dataclasses.dataclass(eq=False)
+class Mark:
+    """A marked loss.
+
+    Attributes:
+      node: its equation, whose operands are the logits, the targets and more.
+      scans: the scans around it, from the outside.
+      branch: the branches around it.
+      axis: of its per-example losses that counts the data; a scan whose steps do; or `None`.
+    """
+
+    node: Node
+    scans: tuple[Node, ...]
+    branch: Branch
+    axis: Any = None
+
+    @property
+    def name(self) -> str:
+        """Of the loss, which says its distribution."""
+        return self.node.params["name"]
+
+    @property
+    def candidates(self) -> list[Any]:
+        """What may count the data, the likeliest first."""
+        axes = [*range(self.node.outputs[0].ndim), *reversed(self.scans)]
+        return axes or [None]
+
+
+@dataclasses.dataclass(eq=False)
+class Member:
+    """A layer and the uses of its parameters, in groups that share their data."""
+
+    layer: Layer
+    groups: list[list[Use]]
+    biased: frozenset[Use]  # the uses to which the layer's bias is added
+
+
+@dataclasses.dataclass(eq=False)
+class Analysis:
+    """What is known of a loss function.
+
+    Attributes:
+      graph: of the function.
+      leaves: the parameters' values by path.
+      marks: the marked losses.
+      labels: of all values.
+      members: the layers.
+      uncovered: why parameters are in no layer, by path.
+    """
+
+    graph: Graph
+    leaves: Mapping[str, Value]
+    marks: list[Mark]
+    labels: Labels
+    members: list[Member]
+    uncovered: dict[str, str]
+
+
+def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
+    """Find the layers of a loss.
+
+    Which axis of a mark counts the data is tried out: the one that covers most parameters.
+
+    Args:
+      graph: of the loss.
+      leaves: the parameters' values by path.
+    """
+    marks = list(_marks(graph, (), ()))
+    for mark in marks:
+        mark.axis = mark.candidates[0]
+    best = _analyse(graph, leaves, marks)
+    for mark in marks:
+        chosen = mark.axis
+        for candidate in mark.candidates[1:]:
+            mark.axis = candidate
+            tried = _analyse(graph, leaves, marks)
+            if _coverage(tried) > _coverage(best):
+                best, chosen = tried, candidate
+        mark.axis = chosen
+    return best
+
+
+def _marks(graph: Graph, scans, branch) -> Iterator[Mark]:
+    for node in graph.nodes:
+        if node.kind == "mark":
+            yield Mark(node, scans, branch)
+        elif node.kind == "cond":
+            for i, body in enumerate(node.bodies):
+                yield from _marks(body, scans, (*branch, (node, i)))
+        elif node.kind in ("scan", "remat"):
+            inside = (*scans, node) if node.kind == "scan" else scans
+            yield from _marks(node.bodies[0], inside, branch)
+
+
+def _coverage(analysis: Analysis) -> int:
+    paths = {path for member in analysis.members for path in member.layer.paths}
+    return sum(_elements(analysis.leaves[path]) for path in paths)
+
+
+def _elements(value: Value) -> int:
+    count = 1
+    for size in value.shape:
+        count *= size
+    return count
+
+
+def _analyse(graph, leaves, marks) -> Analysis:
+    labels = Labels(graph, {mark.node: mark.axis for mark in marks})
+    uses = Uses(graph, list(leaves.values()), labels)
+    return _Assembly(graph, leaves, marks, labels, uses).analysis()
+
+
+class _Assembly:
+    """Puts uses together to layers."""
+
+    def __init__(self, graph, leaves, marks, labels, uses):
+        self.graph, self.leaves, self.marks, self.labels = graph, leaves, marks, labels
+        self.paths = {value: path for path, value in leaves.items()}
+        self.uses: dict[Value, list[Use]] = {value: [] for value in leaves.values()}
+        for use in uses.found:
+            self.uses[use.leaf].append(use)
+        self.uncovered: dict[str, str] = {}
+        for gap in uses.gaps:
+            place = f" ({gap.node.place})" if gap.node is not None and gap.node.place else ""
+            self.uncovered.setdefault(self.paths[gap.leaf], gap.reason + place)
+        for path, value in leaves.items():
+            if labels[value] is None:
+                self.uncovered[path] = "reaches no marked loss"
+            elif not self.uses[value]:
+                self.uncovered.setdefault(path, "its output meets no data")
+
+    def analysis(self) -> Analysis:
+        made = []
+        for path, value in self.leaves.items():
+            if path in self.uncovered:
+                continue
+            parts = self._parts(path, value)
+            if parts is not None:
+                made.extend(parts)
+        made = self._merge_biases(made)
+        members = [Member(*entry) for entry in made]
+        _name(members)
+        return Analysis(self.graph, self.leaves, self.marks, self.labels, members, self.uncovered)
+
+    def _parts(self, path, value):
+        """The parts of a parameter that are used apart, each with its uses and its roles."""
+        parts: dict[Any, list[Use]] = {}
+        for use in self.uses[value]:
+            parts.setdefault(use.view.part, []).append(use)
+        for one, other in itertools.combinations(parts, 2):
+            if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
+                self.uncovered[path] = "overlapping parts of it are used"
+                return None
+        found = []
+        for part, uses in parts.items():
+            roles = {tuple(use.digits(r) for r in ("block", "input", "output")) for use in uses}
+            kinds = {use.reading.kind for use in uses}
+            if len(roles) > 1 or ("embedding" in kinds and len(kinds) > 1):
+                self.uncovered[path] = "used in two orientations, as tied weights are"
+                return None
+            (digits,) = roles
+            if not _tiles(part, digits):
+                self.uncovered[path] = "only some of its digits are used"
+                return None
+            groups = self._groups(uses)
+            if groups is None:
+                self.uncovered[path] = "meets batches of different sizes in one loss"
+                return None
+            arrangement = Arrangement(value.shape, part, digits)
+            found.append((path, uses, arrangement, groups))
+        return found
+
+    def _groups(self, uses):
+        """Uses that share their data: those that reach a mark in common."""
+        groups: list[tuple[Any, set[int], list[Use]]] = []
+        for use in uses:
+            label = self.labels.data(use.output)
+            marks, joined = set(label.marks), [use]
+            for group in [g for g in groups if g[0] == use.branch and g[1] & marks]:
+                groups.remove(group)
+                marks |= group[1]
+                joined = [*group[2], *joined]
+            groups.append((use.branch, marks, joined))
+        for _, _, members in groups:
+            if len({self.labels.data(use.output).size for use in members}) > 1:
+                return None
+        return [members for _, _, members in groups]
+
+    def _merge_biases(self, made):
+        """Make a bias one more input of its kernel where it is added to nothing else."""
+        merged, gone = [], set()
+        for path, uses, arrangement, groups in made:
+            pairs = {use.bias.digits for use in uses if use.bias is not None}
+            biases = [use.bias.use for use in uses if use.bias is not None]
+            paths = {self.paths[bias.leaf] for bias in biases}
+            layer = None
+            if len(paths) == 1 and len(pairs) == 1:
+                (bias_path,), (digits,) = paths, pairs
+                leaf = self.leaves[bias_path]
+                whole = all(b.view.part == tuple((0, d) for d in leaf.shape) for b in biases)
+                alone = whole and set(self.uses[leaf]) == set(biases)
+                if alone and bias_path not in self.uncovered:
+                    layer = self._with_bias(path, arrangement, bias_path, dict(digits), uses)
+                    gone.add(bias_path)
+            if layer is None:
+                layer = self._without_bias(path, arrangement, uses)
+            biased = frozenset(u for u in uses if layer.bias is not None and u.bias is not None)
+            merged.append((path, layer, groups, biased))
+        return [entry[1:] for entry in merged if entry[0] not in gone]
+
+    def _with_bias(self, path, arrangement, bias_path, pairs, uses):
+        blocks, _, outputs = arrangement.roles
+
+        def beside(role):
+            """The bias's digits in the order of the kernel's."""
+            parts = sorted(pairs, key=lambda d: (d.axis, -d.stride))
+            mine = [d for d in parts if any(_within(d, whole) for whole in role)]
+            return tuple(digit for d in mine for digit in pairs[d])
+
+        shape = self.leaves[bias_path].shape
+        part = tuple((0, d) for d in shape)
+        view = Arrangement(shape, part, (beside(blocks), beside(outputs)))
+        return Layer(
+            name=path,
+            kernel=path,
+            bias=bias_path,
+            kind=uses[0].reading.kind,
+            kernel_view=arrangement,
+            bias_view=view,
+        )
+
+    def _without_bias(self, path, arrangement, uses):
+        kind = uses[0].reading.kind
+        if kind == "bias":
+            blocks, _, outputs = arrangement.roles
+            view = dataclasses.replace(arrangement, roles=(blocks, outputs))
+            return Layer(name=path, bias=path, kind=kind, bias_view=view)
+        embedding = kind == "embedding"
+        return Layer(
+            name=path, kernel=path, is_embedding=embedding, kind=kind, kernel_view=arrangement
+        )
+
+
+def _within(digit, whole) -> bool:
+    """Whether a digit is a part of another."""
+    inside = digit.axis == whole.axis and digit.stride >= whole.stride
+    return inside and digit.stride * digit.size <= whole.stride * whole.size
+
+
+def _tiles(part, roles) -> bool:
+    """Whether digits enumerate every element of a part once."""
+    sizes = [stop - start for start, stop in part]
+    left = list(sizes)
+    digits = sorted((d for role in roles for d in role), key=lambda d: (d.axis, d.stride))
+    strides: dict[int, int] = {}
+    for digit in digits:
+        if digit.stride != strides.get(digit.axis, 1):
+            return False
+        strides[digit.axis] = digit.stride * digit.size
+    return all(strides.get(axis, 1) == size for axis, size in enumerate(left))
+
+
+def _name(members: list[Member]) -> None:
+    """Name layers by what holds their parameters, or by the parameter where that is not unique."""
+    full = [member.layer.paths[0] for member in members]
+    parents = [path.rpartition("/")[0] or path for path in full]
+    for member, path, parent in zip(members, full, parents, strict=True):
+        name = parent if parents.count(parent) == 1 else path
+        view = member.layer.kernel_view or member.layer.bias_view
+        if view is not None and not view.is_whole:
+            spans = (f"{a}:{b}" for a, b in view.part)
+            name = f"{path}[{','.join(spans)}]"
+        member.layer = dataclasses.replace(member.layer, name=name)

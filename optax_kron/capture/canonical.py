@@ -1,0 +1,130 @@
+"""From what was recorded at a use to the canonical form [B, N, S, d]."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.labels import Data
+from optax_kron.capture.readers import Slots
+from optax_kron.capture.uses import Use
+
+# Axes of the canonical form, and the roles of slots that they enumerate.
+_INPUT_ROLES = ("block", "data", "position", "input")
+_OUTPUT_ROLES = ("block", "data", "position", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of an axis in the canonical order: by role, then by `order`."""
+
+    role: str
+    order: Any
+    size: int
+
+
+class Canonical:
+    """How a use's recorded operand and output-gradient become canonical."""
+
+    def __init__(self, use: Use, label: Data):
+        self.use = use
+        scans = [self._scan_parts(depth, label) for depth in range(len(use.scans))]
+        data, offset = self._data_slot(label)
+        self._data, self._offset, self._label = data, offset, label
+        output = [*scans, *(self._parts(slots) for slots in use.reading.output_slots)]
+        operand = [*scans, *(self._parts(slots) for slots in use.reading.operand_slots)]
+        self._output, self._operand = output, operand
+        found = {(p.role, p.order): p for axis in (*output, *operand) for p in axis}
+        self._all = sorted(found.values(), key=lambda p: p.order)
+
+    def _scan_parts(self, depth: int, label: Data) -> list[_Part]:
+        scan = self.use.scans[depth]
+        steps = dict(self.use.view.steps)
+        length = scan.params["length"]
+        if scan in steps:
+            return [_digit("block", d) for d in steps[scan]]
+        if label.axis is scan:
+            return [_Part("data", (), length)]
+        return [_Part("position", (0, depth), length)]
+
+    def _data_slot(self, label):
+        """The free slot that holds the data, if they lie along an axis of the output."""
+        if not label.on_axis:
+            return None, 1
+        inner = 1
+        for slot in reversed(self.use.reading.output_slots[label.axis]):
+            inside = inner <= label.after and label.after * label.size <= inner * slot.size
+            if slot.role == "free" and inside:
+                return slot, label.after // inner
+            inner *= slot.size
+        raise ValueError("the data are spread over the parts of an axis")
+
+    def _parts(self, slots: Slots) -> list[_Part]:
+        parts = []
+        for slot in slots:
+            if slot.role != "free":
+                size = 1 if slot.role == "input" and slot.size == 1 else slot.size
+                parts.append(dataclasses.replace(_digit(slot.role, slot.key), size=size))
+            elif self._data is not None and slot.key == self._data.key:
+                size, after = self._label.size, self._offset
+                before = slot.size // (size * after)
+                parts.append(_Part("position", (1, str(slot.key), 0), before))
+                parts.append(_Part("data", (), size))
+                parts.append(_Part("position", (1, str(slot.key), 1), after))
+            else:
+                parts.append(_Part("position", (1, str(slot.key), 0), slot.size))
+        return parts
+
+    def inputs(self, record: Array | None, dtype) -> Array:
+        """[B, N, S, d_in] of what was recorded; ones for a bias."""
+        if self.use.reading.operand is None:
+            record, axes = jnp.ones((), dtype), []
+        elif self.use.reading.kind == "conv":
+            record, axes = self._patches(record), self._operand
+        else:
+            axes = self._operand
+        return self._arranged(record, axes, _INPUT_ROLES)
+
+    def output_grads(self, gradient: Array) -> Array:
+        """[B, N, S, d_out] of the cotangent of a perturbation."""
+        return self._arranged(gradient, self._output, _OUTPUT_ROLES)
+
+    def _arranged(self, x, axes, roles):
+        parts = [p for axis in axes for p in axis]
+        x = x.reshape([p.size for p in parts])
+        wanted = [p for role in roles for p in self._all if p.role == role]
+        if roles[-1] == "input" and self.use.reading.kind == "embedding":
+            wanted = [p if p.role != "input" else dataclasses.replace(p, size=1) for p in wanted]
+        keys = [(p.role, p.order) for p in parts]
+        present = [p for p in wanted if (p.role, p.order) in keys]
+        x = x.transpose([keys.index((p.role, p.order)) for p in present])
+        x = x.reshape([p.size if (p.role, p.order) in keys else 1 for p in wanted])
+        x = jnp.broadcast_to(x, [p.size for p in wanted])
+        return x.reshape([math.prod(p.size for p in wanted if p.role == r) for r in roles])
+
+    def _patches(self, record):
+        """Patches [*steps, batch, features, *positions] of a convolution's input."""
+        params = self.use.node.params
+        numbers = params["dimension_numbers"]
+        kernel = self.use.node.operands[1].shape
+        steps = record.shape[: len(self.use.scans)]
+        x = record.reshape(-1, *record.shape[len(steps) :])
+        x = x.transpose(0, *(a + 1 for a in numbers.lhs_spec))
+        x = x.reshape(-1, *x.shape[2:])
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            [kernel[a] for a in numbers.rhs_spec[2:]],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return patches.reshape(*steps, -1, *patches.shape[1:])
+
+
+def _digit(role, digit) -> _Part:
+    return _Part(role, (2, digit.axis, -digit.stride), digit.size)

@@ -1,0 +1,108 @@
+"""Are the taps what they claim? A check on numbers, against the gradient itself.
+
+Two facts are tested with random cotangents of the marked logits. Contracted over data and
+positions, inputs and output-gradients give the gradient of every parameter of the layer. And with
+the cotangent of one datum alone, the output-gradients of every other datum vanish: then data and
+positions have not been taken for each other.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.assemble import member_taps
+from optax_kron.capture.columns import data_axis
+from optax_kron.capture.pullback import linearize
+from optax_kron.capture.trace import Traced
+
+
+def failures(traced: Traced) -> dict[str, str]:
+    """The layers whose taps are not what they should be, with the reason."""
+    analysis = traced.analysis
+    if not analysis.members:
+        return {}
+    found = jax.jit(lambda arrays: _deviations(traced, arrays))(traced.arrays)
+    values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
+    dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    # Sums of products in two orders: rounding grows with the root of their number at most.
+    tolerance = 100 * eps**0.75
+    failed = {}
+    for name, (gradient, leak) in found.items():
+        if not float(gradient) <= tolerance:
+            failed[name] = f"check failed: taps miss the gradient by {float(gradient):.1e}"
+        elif not float(leak) <= tolerance:
+            failed[name] = f"check failed: data mix, by {float(leak):.1e} of the whole"
+    return failed
+
+
+def _deviations(traced: Traced, arrays: list[Any]) -> dict[str, tuple[Array, Array]]:
+    analysis = traced.analysis
+    uses = [use for member in analysis.members for group in member.groups for use in group]
+    numbers = {use: i for i, use in enumerate(uses)}
+    linearized = linearize(analysis, uses, arrays)
+    keys = jax.random.split(jax.random.key(0), max(len(analysis.marks), 1))
+    everything = [
+        jax.random.normal(key, logits.shape, jnp.float32).astype(logits.dtype)
+        for key, logits in zip(keys, linearized.no_logits(), strict=False)
+    ]
+    one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
+    loss = linearized.outputs[0]
+    params, gradients, weights = linearized.pull(jnp.zeros_like(loss), everything)
+    _, alone, _ = linearized.pull(jnp.zeros_like(loss), one)
+    leaves = dict(zip(analysis.leaves, params, strict=True))
+
+    def taps_of(member, gradients):
+        gradients = [g[None] for g in gradients]
+        return member_taps(analysis, member, numbers, linearized, gradients, weights)
+
+    found = {}
+    for member in analysis.members:
+        layer = member.layer
+        expected = _wide(layer.take(leaves))
+        taps = taps_of(member, gradients)
+        contracted = sum(_contract(layer, tap) for tap in taps)
+        gradient = _relative(contracted - expected, expected)
+        leaks = [
+            _relative(_others(mine.output_grads), whole.output_grads)
+            for mine, whole in zip(taps_of(member, alone), taps, strict=True)
+        ]
+        found[layer.name] = gradient, jnp.max(jnp.stack(leaks))
+    return found
+
+
+def _of_one(mark, cotangent):
+    """The cotangent of the first datum alone."""
+    axis = data_axis(mark)
+    if axis is None:
+        return cotangent
+    index = [slice(None)] * cotangent.ndim
+    index[axis] = slice(0, 1)
+    return jnp.zeros_like(cotangent).at[tuple(index)].set(cotangent[tuple(index)])
+
+
+def _others(gradients):
+    """All data but the first: [V, B, N - 1, S, d]."""
+    return gradients[:, :, 1:]
+
+
+def _contract(layer, tap):
+    grads = _wide(tap.output_grads)
+    if layer.is_embedding:
+        zeros = jnp.zeros((layer.blocks, layer.d_in, layer.d_out), grads.dtype)
+        flat = tap.inputs[..., 0].reshape(layer.blocks, -1)
+        rows = grads[0].reshape(layer.blocks, -1, layer.d_out)
+        return jax.vmap(lambda z, i, g: z.at[i].add(g))(zeros, flat, rows)
+    inputs = _wide(tap.inputs)
+    return jnp.einsum("bnsi,vbnso->bio", inputs, grads)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _relative(difference, whole):
+    scale = jnp.max(jnp.abs(whole), initial=0) + jnp.finfo(jnp.float32).tiny
+    return jnp.max(jnp.abs(difference), initial=0) / scale

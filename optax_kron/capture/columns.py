@@ -1,0 +1,98 @@
+"""Which cotangents of the marked logits make up the curvature: the estimates of the Fisher."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.analysis import Mark
+from optax_kron.distributions import DISTRIBUTIONS
+
+ESTIMATES = ("mc", "exact", "sketch", "empirical", "forward")
+
+# `exact` needs a column for every output of a datum: more than this is refused.
+MOST_COLUMNS = 4096
+
+
+def data_axis(mark: Mark) -> int | None:
+    """Which axis of a mark's recorded losses, the steps of its scans first, counts the data."""
+    if mark.axis is None:
+        return None
+    if isinstance(mark.axis, int):
+        return len(mark.scans) + mark.axis
+    return mark.scans.index(mark.axis)
+
+
+def has_classes(mark: Mark) -> bool:
+    """Whether the last axis of a mark's logits counts classes, which the losses lack."""
+    return DISTRIBUTIONS[mark.name].has_class_axis
+
+
+def columns(
+    fisher: str, mark: Mark, operands: Sequence[Array], weights: Array, key: Any, samples: int
+) -> Array:
+    """Cotangents of a mark's logits whose outer products sum to N times its weighted curvature.
+
+    Args:
+      fisher: the estimate.
+      mark: the marked loss.
+      operands: of the mark, with the steps of scans as leading axes.
+      weights: derivative of the loss with respect to each per-example loss.
+      key: for random estimates.
+      samples: for random estimates.
+
+    Returns:
+      [V, *logits.shape], at least float32.
+    """
+    distribution = DISTRIBUTIONS[mark.name]
+    where = operands[0].ndim - 1 if has_classes(mark) else None
+    if fisher == "mc":
+        made = distribution.sampled(key, operands, where, samples)
+    elif fisher == "sketch":
+        made = distribution.sketched(key, operands, where, samples)
+    elif fisher == "exact":
+        made = distribution.exact(operands, where)
+    else:
+        made = _gradients(mark, operands)[None]
+    data = data_axis(mark)
+    count = 1 if data is None else weights.shape[data]
+    scale = jnp.sqrt(count * weights.astype(made.dtype))
+    made = made * (scale if where is None else jnp.expand_dims(scale, where))
+    if fisher == "exact":
+        return _apart(made, weights.shape, data, where)
+    return made
+
+
+def _gradients(mark, operands):
+    """Derivative of each per-example loss with respect to its logits."""
+
+    def losses(logits, *others):
+        return jnp.sum(mark.node.bind(logits, *others)[0])
+
+    gradient = jax.grad(losses)
+    for _ in mark.scans:
+        gradient = jax.vmap(gradient)
+    logits = operands[0]
+    return gradient(*operands).astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _apart(made, shape, data, where):
+    """A column of its own for every element of a datum: their curvatures add, not their columns."""
+    others = [1 if axis == data else size for axis, size in enumerate(shape)]
+    elements = math.prod(others)
+    if elements == 1:
+        return made
+    total = elements * made.shape[0]
+    if total > MOST_COLUMNS:
+        raise ValueError(
+            f"fisher='exact' needs {total} columns, one for each of {elements} losses and "
+            f"{made.shape[0]} classes of a datum; at most {MOST_COLUMNS} are allowed. Use "
+            "fisher='mc' or 'sketch'."
+        )
+    apart = jnp.eye(elements, dtype=made.dtype).reshape(elements, *others)
+    if where is not None:
+        apart = jnp.expand_dims(apart, where + 1)
+    return (apart[:, None] * made[None]).reshape(total, *made.shape[1:])

@@ -1,0 +1,160 @@
+"""Evaluate a loss with perturbations added to the outputs of its layers, and record their inputs.
+
+The function that `perturbed` returns is the loss again, with the same loops, branches and
+checkpoints. Derivatives with respect to a perturbation are those with respect to the output that it
+is added to. Inside a scan, perturbations are further inputs of each step and records further
+outputs, so both carry the steps as a leading axis.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.graph import Graph, Node, Value, is_literal
+
+Key = tuple[str, int]
+
+
+@dataclasses.dataclass(eq=False)
+class Probes:
+    """What to perturb and to record.
+
+    Attributes:
+      perturb: keys of the perturbations of a value.
+      record: keys under which a value is recorded.
+      taken: keys under which it is recorded that a branch was taken, by branch.
+    """
+
+    perturb: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
+    record: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
+    taken: dict[tuple[Node, int], list[Key]] = dataclasses.field(default_factory=dict)
+
+
+def evaluate(
+    graph: Graph, arguments: Sequence[Any], probes: Probes, perturbations: Mapping[Key, Array]
+) -> tuple[list[Any], dict[Key, Array]]:
+    """Evaluate a graph.
+
+    Args:
+      graph: of the function.
+      arguments: one array for each input.
+      probes: what to perturb and to record.
+      perturbations: arrays by key; missing ones are zero.
+
+    Returns:
+      The outputs, and the records by key.
+    """
+    return _Run(probes).graph(graph, arguments, perturbations)
+
+
+class _Run:
+    def __init__(self, probes: Probes):
+        self.probes = probes
+        self.held: dict[Node, set[Key]] = {}  # what the bodies of an equation hold
+
+    def graph(self, graph, arguments, perturbations):
+        env: dict[Value, Any] = {value: value.constant for value in graph.constants}
+        records: dict[Key, Any] = {}
+
+        def store(value, array):
+            for key in self.probes.perturb.get(value, ()):
+                if key in perturbations:
+                    array = array + perturbations[key].astype(array.dtype)
+            env[value] = array
+            for key in self.probes.record.get(value, ()):
+                records[key] = array
+
+        for value, array in zip(graph.inputs, arguments, strict=True):
+            store(value, array)
+        for value in graph.constants:
+            store(value, value.constant)
+        for node in graph.nodes:
+            operands = [env[x] for x in node.values]
+            if node.kind in ("scan", "remat", "cond") and self.keys(node):
+                filled = iter(operands)
+                operands = [x.val if is_literal(x) else next(filled) for x in node.operands]
+                inside = {k: v for k, v in perturbations.items() if k in self.keys(node)}
+                outputs, inner = getattr(self, node.kind)(node, operands, inside)
+                records |= inner
+            else:
+                outputs = node.bind(*operands)
+            for value, array in zip(node.outputs, outputs, strict=True):
+                store(value, array)
+        return [env[value] for value in graph.outputs], records
+
+    def keys(self, node) -> set[Key]:
+        """All keys that belong to the bodies of an equation."""
+        if node not in self.held:
+            keys: set[Key] = set()
+            for i, body in enumerate(node.bodies):
+                values = [*body.inputs, *body.constants]
+                for inner in body.walk():
+                    values += inner.outputs
+                    values += [v for b in inner.bodies for v in (*b.inputs, *b.constants)]
+                for value in values:
+                    keys.update(self.probes.perturb.get(value, ()))
+                    keys.update(self.probes.record.get(value, ()))
+                keys.update(self.probes.taken.get((node, i), ()))
+            self.held[node] = keys
+        return self.held[node]
+
+    def remat(self, node, operands, perturbations):
+        (body,) = node.bodies
+
+        def run(operands, perturbations):
+            return self.graph(body, operands, perturbations)
+
+        run = jax.checkpoint(
+            run, policy=node.params["policy"], prevent_cse=node.params["prevent_cse"]
+        )
+        return run(operands, perturbations)
+
+    def scan(self, node, operands, perturbations):
+        (body,) = node.bodies
+        params = node.params
+        first = params["num_consts"]
+        last = first + params["num_carry"]
+
+        def step(carry, sliced):
+            xs, inside = sliced
+            outputs, records = self.graph(body, [*operands[:first], *carry, *xs], inside)
+            split = params["num_carry"]
+            return outputs[:split], (outputs[split:], records)
+
+        carry, (ys, records) = jax.lax.scan(
+            step,
+            list(operands[first:last]),
+            (list(operands[last:]), dict(perturbations)),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *ys], records
+
+    def cond(self, node, operands, perturbations):
+        index, *operands = operands
+
+        def run(i, operands, perturbations):
+            outputs, records = self.graph(node.bodies[i], operands, perturbations)
+            taken = {key: jnp.ones(()) for key in self.probes.taken.get((node, i), ())}
+            return outputs, records | taken
+
+        shapes = {}
+        for i in range(len(node.bodies)):
+            _, records = jax.eval_shape(lambda *a, i=i: run(i, *a), operands, perturbations)
+            shapes |= records
+
+        def branch(i):
+            def complete(operands, perturbations):
+                outputs, records = run(i, operands, perturbations)
+                absent = {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes.items()}
+                return outputs, absent | records
+
+            return complete
+
+        branches = [branch(i) for i in range(len(node.bodies))]
+        return jax.lax.switch(index, branches, operands, perturbations)

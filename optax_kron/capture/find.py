@@ -1,0 +1,132 @@
+"""`find_layers`: the layers of any loss function, and what is in none."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from optax_kron.capture.check import failures
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.trace import Traced, trace_loss
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncovered:
+    """A parameter without a Kronecker block."""
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class Layers:
+    """The layers of a loss function: a sequence of `Layer`, printed as a table.
+
+    Attributes:
+      layers: the layers.
+      uncovered: the parameters that are in none, each with the reason.
+      checked: whether the layers have been checked on numbers.
+    """
+
+    def __init__(self, layers: tuple[Layer, ...], uncovered: tuple[Uncovered, ...], checked: bool):
+        self.layers = layers
+        self.uncovered = uncovered
+        self.checked = checked
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: int | str) -> Layer:
+        if isinstance(name, int):
+            return self.layers[name]
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "blocks", "inputs", "outputs", "parameters")]
+        for layer in self.layers:
+            inputs = f"{layer.d_in} diagonal" if layer.is_embedding else str(layer.d_in)
+            sizes = (str(layer.blocks), inputs, str(layer.d_out))
+            rows.append((layer.name, layer.kind, *sizes, " ".join(layer.paths)))
+        lines = _align(rows)
+        if self.uncovered:
+            lines += ["", "without a Kronecker block:"]
+            lines += _align([(u.path, str(u.shape), u.reason) for u in self.uncovered])
+        if not self.checked:
+            lines += ["", "not checked on numbers yet: found with abstract arrays"]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _align(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def find_layers(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    check: bool = True,
+) -> Layers:
+    """Find the layers of a loss function: which of its parameters get a Kronecker block.
+
+    The function is traced, each parameter followed to the products, convolutions and lookups that
+    consume it, through reshapes, casts, scans, checkpoints and branches. Nothing is registered.
+    Printed, the result is a table of all parameters: the block that each got, or why it has none.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
+        Its likelihood has to come from `ok.losses`, which marks where the data are.
+      params: any pytree; leaves that are not floating-point arrays are left alone.
+      *args: arrays or `jax.ShapeDtypeStruct`s.
+      has_aux: whether `loss_fn` returns auxiliary data.
+      check: compare the layers with the gradient, on the given numbers, and leave out those that
+        differ. Abstract arguments have no numbers: the check is then made by the first
+        `value_and_grad_with_taps` that has some.
+
+    Returns:
+      The layers.
+
+    Raises:
+      ValueError: if the loss is not a real scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> def loss_fn(params, x, y):
+      ...     logits = jnp.tanh(x @ params["in"]) @ params["out"]
+      ...     return jnp.mean(ok.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> layers = ok.find_layers(loss_fn, params, jnp.ones((5, 3)), jnp.zeros(5, int))
+      >>> [layer.name for layer in layers]
+      ['in', 'out']
+    """
+    traced = trace_loss(loss_fn, params, args, has_aux)
+    check = check and traced.is_concrete
+    return describe(traced, failures(traced) if check else {}, check)
+
+
+def describe(traced: Traced, refused: dict[str, str], checked: bool) -> Layers:
+    """The public view of an analysis; `refused` are names of layers left out, with the reason."""
+    analysis = traced.analysis
+    kept = tuple(m.layer for m in analysis.members if m.layer.name not in refused)
+    reasons = dict(analysis.uncovered)
+    for member in analysis.members:
+        if member.layer.name in refused:
+            reasons.update(dict.fromkeys(member.layer.paths, refused[member.layer.name]))
+    uncovered = tuple(
+        Uncovered(path, analysis.leaves[path].shape, reasons[path])
+        for path in analysis.leaves
+        if path in reasons
+    )
+    return Layers(kept, uncovered, checked)

@@ -1,0 +1,245 @@
+"""A function's jaxpr as a graph in which every value is a node of its own.
+
+Jaxprs are shared between call sites (a function that is jitted once and called twice is one jaxpr),
+so that their variables don't say which call is meant. Here calls are inlined, and every other
+equation that holds jaxprs (loops, branches, checkpoints) gets copies of its own, so that a value
+stands for one place of the program. Equations are told apart by what they hold, not by name: names
+change from one release of JAX to the next.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend as jex
+import jax.numpy as jnp
+
+from optax_kron.distributions import MARK_PREFIX
+
+ELEMENTWISE = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
+    min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    zeta
+    """.split()  # noqa: SIM905  (a list would take a line for each)
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """A value of the program, of known shape and dtype."""
+
+    aval: Any
+    constant: Any = None  # its array, if the function closes over it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array."""
+        return tuple(self.aval.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """As of an array."""
+        return self.aval.dtype
+
+    @property
+    def ndim(self) -> int:
+        """As of an array."""
+        return len(self.aval.shape)
+
+    def __repr__(self):
+        return f"Value({self.aval.str_short()}@{id(self) % 10000})"
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One equation.
+
+    Attributes:
+      kind: "plain"; "opaque", bound whole, though its body is known; "mark", a loss of
+        `optax_kron.losses`; or "scan", "while", "cond", "remat".
+      eqn: the equation.
+      jaxpr: that the equation comes from.
+      operands: values, and the equation's literals in their places.
+      outputs: values.
+      bodies: the graphs that it holds, whose inputs and outputs are as the kind says.
+    """
+
+    kind: str
+    eqn: Any
+    jaxpr: Any
+    operands: list[Any]  # values and literals
+    outputs: list[Value]
+    bodies: tuple["Graph", ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Of the equation."""
+        return self.eqn.params
+
+    @property
+    def place(self) -> str:
+        """Where the user's code made this equation: "file.py:12 (function)", or empty."""
+        return jex.source_info_util.summarize(self.eqn.source_info)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether one of its bodies holds a marked loss."""
+        return any(node.kind == "mark" for body in self.bodies for node in body.walk())
+
+    @property
+    def values(self) -> list[Value]:
+        """The operands that are not literals."""
+        return [x for x in self.operands if isinstance(x, Value)]
+
+    def bind(self, *arguments: Any) -> list[Any]:
+        """Evaluate the equation on arrays for its values."""
+        variables = [x for x in self.eqn.invars if not is_literal(x)]
+        given = dict(zip(variables, arguments, strict=True))
+        jaxpr = self.jaxpr.replace(
+            constvars=[], invars=list(given), outvars=self.eqn.outvars, eqns=[self.eqn]
+        )
+        return jax.core.eval_jaxpr(jaxpr, (), *given.values())
+
+
+class Broadcast(Node):
+    """What an elementwise equation does silently to an operand with axes of length one."""
+
+    def __init__(self, operand: Value, eqn: Any, shape: tuple[int, ...]):
+        output = Value(operand.aval.update(shape=shape))
+        super().__init__("plain", eqn, None, [operand], [output])
+
+    @property
+    def name(self) -> str:
+        """What makes the same of the operand."""
+        return "broadcast_in_dim"
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """As of that primitive."""
+        shape = self.outputs[0].shape
+        return {"shape": shape, "broadcast_dimensions": tuple(range(len(shape)))}
+
+    def bind(self, *arguments: Any) -> list[Any]:
+        """Broadcast an array."""
+        return [jnp.broadcast_to(arguments[0], self.outputs[0].shape)]
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """Equations in order, from inputs to outputs."""
+
+    inputs: list[Value]
+    outputs: list[Value]
+    nodes: list[Node]
+    constants: list[Value]
+
+    def walk(self) -> Iterator[Node]:
+        """All nodes, bodies included (an opaque node's body is not)."""
+        for node in self.nodes:
+            yield node
+            if node.kind not in ("opaque", "mark"):
+                for body in node.bodies:
+                    yield from body.walk()
+
+
+def trace(fn: Callable, *arguments: Any) -> tuple[Graph, Any]:
+    """Trace a function of flat arrays or abstract arrays.
+
+    Returns:
+      The graph, and the shapes of the outputs as a pytree.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
+    return build(closed), shapes
+
+
+def build(closed: Any) -> Graph:
+    """The graph of a closed jaxpr."""
+    inputs = [Value(v.aval) for v in closed.jaxpr.invars]
+    constants: list[Value] = []
+    nodes, outputs = _expand(closed.jaxpr, closed.consts, inputs, constants)
+    return Graph(inputs, outputs, nodes, constants)
+
+
+def _expand(jaxpr, consts, inputs, constants):
+    """Nodes and outputs of a jaxpr on given input values; closed-over arrays join `constants`."""
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def constant(aval, array):
+        constants.append(Value(aval, jnp.asarray(array, aval.dtype)))
+        return constants[-1]
+
+    def read(atom):
+        return constant(atom.aval, atom.val) if is_literal(atom) else known[atom]
+
+    for variable, array in zip(jaxpr.constvars, consts, strict=True):
+        known[variable] = constant(variable.aval, array)
+    nodes: list[Node] = []
+    for eqn in jaxpr.eqns:
+        kind, bodies = _kind(eqn)
+        if kind == "call":
+            (body,) = bodies
+            operands = [read(x) for x in eqn.invars]
+            inner, outputs = _expand(body.jaxpr, body.consts, operands, constants)
+            nodes.extend(inner)
+        else:
+            operands = [x if is_literal(x) else known[x] for x in eqn.invars]
+            outputs = [Value(v.aval) for v in eqn.outvars]
+            if eqn.primitive.name in ELEMENTWISE:
+                operands = [_stretch(x, eqn, outputs[0], nodes) for x in operands]
+            nodes.append(Node(kind, eqn, jaxpr, operands, outputs, tuple(map(build, bodies))))
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return nodes, [read(x) for x in jaxpr.outvars]
+
+
+def _stretch(operand, eqn, output, nodes):
+    """Broadcast an operand as its elementwise equation would, by a node of its own."""
+    if is_literal(operand) or operand.ndim != output.ndim or operand.shape == output.shape:
+        return operand
+    nodes.append(Broadcast(operand, eqn, output.shape))
+    return nodes[-1].outputs[0]
+
+
+def _kind(eqn) -> tuple[str, tuple[Any, ...]]:
+    """What an equation is, and the closed jaxprs that it holds."""
+    params = eqn.params
+    if "branches" in params:
+        return "cond", tuple(params["branches"])
+    if "cond_jaxpr" in params and "body_jaxpr" in params:
+        return "while", (params["cond_jaxpr"], params["body_jaxpr"])
+    if "num_carry" in params and "length" in params:
+        return "scan", (params["jaxpr"],)
+    held = [x for x in params.values() if isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)]
+    held = [_close(x) for x in held]
+    if not held:
+        return "plain", ()
+    if len(held) == 1 and len(held[0].jaxpr.invars) == len(eqn.invars):
+        if any(word in key for key in params for word in ("jvp", "fwd", "bwd", "transpose")):
+            return "opaque", tuple(held)  # with a derivative of its own
+        if "prevent_cse" in params:
+            return "remat", tuple(held)
+        if str(params.get("name", "")).startswith(MARK_PREFIX):
+            return "mark", tuple(held)
+        return "call", tuple(held)
+    return "opaque", ()
+
+
+def _close(jaxpr):
+    if isinstance(jaxpr, jex.core.ClosedJaxpr):
+        return jaxpr
+    return jex.core.ClosedJaxpr(jaxpr, ())
+
+
+def is_literal(x: Any) -> bool:
+    """Whether an operand is a literal of its equation."""
+    return isinstance(x, jex.core.Literal)

@@ -1,0 +1,109 @@
+"""One forward pass of a loss with everything to pull back from it: the gradient and the taps."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.analysis import Analysis, Mark
+from optax_kron.capture.evaluate import Probes, evaluate
+from optax_kron.capture.graph import Value
+from optax_kron.capture.uses import Use
+
+
+@dataclasses.dataclass(eq=False)
+class Linearized:
+    """A loss at a point, and its derivatives.
+
+    Attributes:
+      outputs: what the loss function returns, flat; the loss first.
+      operands: of each mark.
+      inputs: what was recorded at each use, `None` for a bias.
+      taken: for each use inside a branch, one if the branch was taken, else zero.
+      pull: from cotangents of the loss and of each mark's logits to those of the parameters, of the
+        outputs of the uses, and of the marks' per-example losses.
+    """
+
+    outputs: list[Any]
+    operands: list[list[Any]]
+    inputs: list[Any]
+    taken: list[Any]
+    pull: Callable[[Array, Sequence[Array]], tuple[list[Array], list[Array], list[Array]]]
+
+    def no_logits(self) -> list[Array]:
+        """A zero cotangent for the logits of every mark."""
+        return [jnp.zeros_like(operands[0]) for operands in self.operands]
+
+
+def linearize(analysis: Analysis, uses: Sequence[Use], arrays: Sequence[Any]) -> Linearized:
+    """Evaluate a loss, and prepare to pull cotangents back from it.
+
+    Args:
+      analysis: of the loss.
+      uses: those to perturb and record.
+      arrays: the graph's inputs, the parameters first.
+    """
+    probes = Probes()
+    shapes: dict[Any, Any] = {}
+    for i, use in enumerate(uses):
+        _add(probes.perturb, use.output, ("use", i))
+        shapes["use", i] = _stacked(use.output, use.scans)
+        if use.reading.operand is not None:
+            _add(probes.record, use.reading.operand, ("input", i))
+        if use.branch:
+            probes.taken.setdefault(use.branch[-1], []).append(("taken", i))
+    for m, mark in enumerate(analysis.marks):
+        _add(probes.perturb, mark.node.outputs[0], ("loss", m))
+        shapes["loss", m] = _stacked(mark.node.outputs[0], mark.scans)
+        for j, operand in enumerate(mark.node.operands):
+            if isinstance(operand, Value):
+                _add(probes.record, operand, (f"mark{m}", j))
+    count = len(analysis.leaves)
+
+    def run(params, perturbations):
+        outputs, records = evaluate(
+            analysis.graph, [*params, *arrays[count:]], probes, perturbations
+        )
+        logits = [records[f"mark{m}", 0] for m in range(len(analysis.marks))]
+        return (outputs[0], logits), (outputs, records)
+
+    zeros = {key: jnp.zeros(shape.shape, shape.dtype) for key, shape in shapes.items()}
+    _, pullback, (outputs, records) = jax.vjp(run, list(arrays[:count]), zeros, has_aux=True)
+
+    def pull(loss, logits):
+        params, perturbations = pullback((loss, list(logits)))
+        return (
+            params,
+            [perturbations["use", i] for i in range(len(uses))],
+            [perturbations["loss", m] for m in range(len(analysis.marks))],
+        )
+
+    return Linearized(
+        outputs=outputs,
+        operands=[_operands(m, mark, records) for m, mark in enumerate(analysis.marks)],
+        inputs=[records.get(("input", i)) for i in range(len(uses))],
+        taken=[records.get(("taken", i)) for i in range(len(uses))],
+        pull=pull,
+    )
+
+
+def _add(table: dict[Value, list], value: Value, key: Any) -> None:
+    table.setdefault(value, []).append(key)
+
+
+def _stacked(value: Value, scans: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    steps = tuple(scan.params["length"] for scan in scans)
+    return jax.ShapeDtypeStruct((*steps, *value.shape), value.dtype)
+
+
+def _operands(m: int, mark: Mark, records: Mapping[Any, Any]) -> list[Any]:
+    steps = tuple(scan.params["length"] for scan in mark.scans)
+    return [
+        records[f"mark{m}", j]
+        if isinstance(operand, Value)
+        else jnp.full((*steps, *operand.aval.shape), operand.val, operand.aval.dtype)
+        for j, operand in enumerate(mark.node.operands)
+    ]

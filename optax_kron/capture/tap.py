@@ -1,0 +1,93 @@
+"""What layers saw: inputs and output-gradients, as pytrees."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Tap(NamedTuple):
+    """What one layer saw of one batch.
+
+    By hand, `Tap(inputs, output_grads)` with [N, d_in] and [N, d_out] will do; `Taps` brings them
+    to canonical form.
+    """
+
+    inputs: Array  # [B, N, S, d_in], ones last where there is a bias; indices [B, N, S, 1]
+    output_grads: Array  # [V, B, N, S, d_out], per datum; V = 0: the output factor is the identity
+    weights: Array | None = None  # of the data in the input factor [N], ≥ 0; None: all equal
+
+
+class Taps(dict):
+    """Taps of all layers: from a layer's name to a tuple of `Tap`s, one for each batch it met.
+
+    Args:
+      taps: a mapping from names to a `Tap`, or to a sequence of them.
+
+    Raises:
+      ValueError: for arrays whose shapes do not fit, by name.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> taps = ok.Taps({"dense": ok.Tap(jnp.ones((5, 3)), jnp.ones((5, 2)))})
+      >>> taps["dense"][0].inputs.shape
+      (1, 5, 1, 3)
+    """
+
+    def __init__(self, taps: Mapping[str, Tap | Iterable[Tap]]):
+        super().__init__(
+            {
+                name: tuple(canonical(name, tap) for tap in _sequence(given))
+                for name, given in taps.items()
+            }
+        )
+
+
+def _sequence(given):
+    return [given] if isinstance(given, Tap) else given
+
+
+def canonical(name: str, tap: Tap) -> Tap:
+    """Bring a tap to canonical form, and check its shapes."""
+    inputs, grads = jnp.asarray(tap.inputs), jnp.asarray(tap.output_grads)
+    if inputs.ndim == 2:
+        inputs = inputs[None, :, None, :]
+    if inputs.ndim == 3:
+        inputs = inputs[None]
+    if grads.ndim == 2:
+        grads = grads[None, None, :, None, :]
+    if grads.ndim == 3:
+        grads = grads[None, None]
+    if grads.ndim == 4:
+        grads = grads[None]
+    if inputs.ndim != 4 or grads.ndim != 5 or inputs.shape[:3] != grads.shape[1:4]:
+        raise ValueError(
+            f"Taps: layer {name!r} has inputs of shape {jnp.shape(tap.inputs)} and output_grads of "
+            f"shape {jnp.shape(tap.output_grads)}; expected [N, d_in] and [N, d_out], or "
+            "[B, N, S, d_in] and [V, B, N, S, d_out], with the same blocks, data and positions."
+        )
+    if 0 in inputs.shape[:3]:
+        raise ValueError(f"Taps: layer {name!r} has no data: inputs have shape {inputs.shape}.")
+    weights = tap.weights
+    if weights is not None and jnp.shape(weights) != (inputs.shape[1],):
+        raise ValueError(
+            f"Taps: layer {name!r} has weights of shape {jnp.shape(weights)}; expected one for "
+            f"each of {inputs.shape[1]} data."
+        )
+    return Tap(inputs, grads, None if weights is None else jnp.asarray(weights))
+
+
+def _flatten(taps):
+    return [(jax.tree_util.DictKey(name), taps[name]) for name in sorted(taps)], tuple(sorted(taps))
+
+
+def _unflatten(names, children):
+    taps = Taps({})
+    taps.update(zip(names, children, strict=True))
+    return taps
+
+
+jax.tree_util.register_pytree_with_keys(Taps, _flatten, _unflatten)

@@ -1,0 +1,156 @@
+"""`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.analysis import Analysis
+from optax_kron.capture.assemble import member_taps
+from optax_kron.capture.check import failures
+from optax_kron.capture.columns import ESTIMATES, columns
+from optax_kron.capture.find import Layers
+from optax_kron.capture.layers import leaf_path
+from optax_kron.capture.pullback import Linearized, linearize
+from optax_kron.capture.tap import Taps
+from optax_kron.capture.trace import Traced, trace_loss
+
+PyTree = Any
+
+
+def value_and_grad_with_taps(
+    loss_fn: Callable[..., Any],
+    layers: Layers | None = None,
+    *,
+    has_aux: bool = False,
+    samples: int = 1,
+    fisher: str = "mc",
+) -> Callable[..., tuple[Any, PyTree, Taps]]:
+    """Like `jax.value_and_grad`, and the taps of every layer from the same forward pass.
+
+    Args:
+      loss_fn: as in `find_layers`.
+      layers: what `find_layers` returned; only their taps are made. `None`: those of all layers.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+      samples: columns of a random estimate.
+      fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
+        own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
+        those; "empirical" the gradient itself; "forward" none: the output factor is the identity.
+
+    Returns:
+      A function of `(params, *args, key=None)` that returns `(value, grads, taps)`, with `(loss,
+      aux)` for the value if `has_aux`. The key is needed by "mc" and "sketch". Leaves of `params`
+      that are not floating-point arrays have the gradient `None`. Cost: that of the gradient, one
+      more backward pass for every column, and the memory of every layer's inputs and
+      output-gradients.
+
+    Raises:
+      ValueError: if the loss is not marked, or the key is missing.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean(ok.losses.squared_error(x @ params["kernel"], y))
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> fn = ok.value_and_grad_with_taps(loss_fn)
+      >>> value, grads, taps = fn(params, jnp.ones((5, 3)), jnp.ones((5, 2)), key=jax.random.key(0))
+      >>> taps["kernel"][0].inputs.shape, taps["kernel"][0].output_grads.shape
+      ((1, 5, 1, 3), (1, 1, 5, 1, 2))
+
+    Sources: Martens and Grosse (2015), arXiv:1503.05671; Eschenhagen et al. (2023),
+    arXiv:2311.00636; Benzing (2022), arXiv:2201.12250, for "forward".
+    """
+    owner = "value_and_grad_with_taps"
+    if fisher not in ESTIMATES:
+        raise ValueError(f"{owner}: fisher must be one of {', '.join(ESTIMATES)}; got {fisher!r}.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"{owner}: samples must be an integer ≥ 1; got {samples!r}.")
+
+    def value_and_grad(params: PyTree, *args: Any, key: Any = None):
+        traced = trace_loss(loss_fn, params, args, has_aux)
+        analysis = traced.analysis
+        if not analysis.marks:
+            raise ValueError(
+                f"{owner}: the loss marks no likelihood, so that it is unknown where the data are, "
+                "and of which distribution. Take the loss from ok.losses, which has Optax's names "
+                "and values; or give taps by hand, as ok.Taps."
+            )
+        if key is None and fisher in ("mc", "sketch"):
+            raise ValueError(f"{owner}: fisher={fisher!r} draws random numbers; pass key=.")
+        _select(traced, layers)
+        uses = [use for member in analysis.members for group in member.groups for use in group]
+        linearized = linearize(analysis, uses, traced.arrays)
+        one = jnp.ones_like(linearized.outputs[0])
+        grads, _, weights = linearized.pull(one, linearized.no_logits())
+        gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
+        numbers = {use: i for i, use in enumerate(uses)}
+        taps = {
+            member.layer.name: member_taps(
+                analysis, member, numbers, linearized, gradients, weights
+            )
+            for member in analysis.members
+        }
+        value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
+        return value, _unflatten_grads(traced, params, grads), Taps(taps)
+
+    return value_and_grad
+
+
+def _select(traced: Traced, layers: Layers | None) -> None:
+    """Keep the layers asked for, checked on numbers where that has not been done."""
+    analysis = traced.analysis
+    refused: dict[str, str] = {}
+    if (layers is None or not layers.checked) and traced.is_concrete:
+        refused = failures(traced)
+    found = {member.layer.name: member for member in analysis.members}
+    if layers is None:
+        wanted = [name for name in found if name not in refused]
+    else:
+        wanted = [layer.name for layer in layers]
+        for name in wanted:
+            if name not in found or name in refused:
+                reason = refused.get(name, "it is not found in this loss function")
+                raise ValueError(
+                    f"value_and_grad_with_taps: no taps for the layer {name!r}: {reason}. Call "
+                    "find_layers again, with this function and numbers."
+                )
+        if refused == {} and traced.is_concrete:
+            layers.checked = True
+    analysis.members = [found[name] for name in wanted]
+
+
+def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, key, samples):
+    """Cotangents [V, ...] of the outputs of all uses."""
+    loss = jnp.zeros_like(linearized.outputs[0])
+    zero = linearized.no_logits()
+    if fisher == "forward":
+        _, shapes, _ = jax.eval_shape(linearized.pull, loss, zero)
+        return [jnp.zeros((0, *s.shape), s.dtype) for s in shapes]
+    made = []
+    for m, (mark, operands) in enumerate(zip(analysis.marks, linearized.operands, strict=True)):
+        own = None if key is None else jax.random.fold_in(key, m)
+        column = columns(fisher, mark, operands, weights[m], own, samples)
+        made.append(column.astype(operands[0].dtype))
+    if fisher in ("mc", "sketch"):
+        stacked = made  # independent and of mean zero: heads may share a column
+    else:
+        counts = [c.shape[0] for c in made]
+        stacked = []
+        for m, c in enumerate(made):
+            before, after = sum(counts[:m]), sum(counts[m + 1 :])
+            stacked.append(jnp.pad(c, [(before, after)] + [(0, 0)] * (c.ndim - 1)))
+
+    def pull(logits):
+        return linearized.pull(loss, logits)[1]
+
+    return jax.vmap(pull)(stacked)
+
+
+def _unflatten_grads(traced: Traced, params: PyTree, grads: list[Array]) -> PyTree:
+    by_path = dict(zip(traced.paths, grads, strict=True))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    return treedef.unflatten([by_path.get(leaf_path(path)) for path, _ in leaves])

@@ -1,0 +1,84 @@
+"""A loss function at given arguments, as a graph of flat arrays with its analysis."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from optax_kron.capture import graph as graphs
+from optax_kron.capture.analysis import Analysis, analyse
+from optax_kron.capture.layers import leaf_path
+
+PyTree = Any
+
+
+@dataclasses.dataclass(eq=False)
+class Traced:
+    """A loss function at given arguments, as a graph of flat arrays.
+
+    Attributes:
+      analysis: its layers.
+      leaves: all leaves of the arguments, those that are not arrays among them.
+      inputs: positions in `leaves` of the graph's inputs, the parameters first.
+      paths: of the parameters, in the order of the graph's inputs.
+      out_tree: structure of what the function returns.
+    """
+
+    analysis: Analysis
+    leaves: list[Any]
+    inputs: list[int]
+    paths: list[str]
+    out_tree: Any
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The graph's inputs."""
+        return [self.leaves[i] for i in self.inputs]
+
+    @property
+    def is_concrete(self) -> bool:
+        """Whether all inputs are numbers, neither abstract nor traced."""
+        constants = [value.constant for value in self.analysis.graph.constants]
+        return all(
+            hasattr(x, "__array__") and not isinstance(x, jax.core.Tracer)
+            for x in (*self.arrays, *constants)
+        )
+
+
+def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) -> Traced:
+    """Trace and analyse a loss function.
+
+    Raises:
+      ValueError: if the loss is not a real scalar, or no parameter can be differentiated.
+    """
+    leaves, treedef = jax.tree.flatten((params, args))
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    wanted = [i for i in range(len(paths)) if _is_inexact(leaves[i])]
+    others = [i for i, x in enumerate(leaves) if i not in set(wanted) and hasattr(x, "dtype")]
+    inputs = [*wanted, *others]
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for i, array in zip(inputs, arrays, strict=True):
+            filled[i] = array
+        given, arguments = jax.tree.unflatten(treedef, filled)
+        return loss_fn(given, *arguments)
+
+    graph, shapes = graphs.trace(flat, *(leaves[i] for i in inputs))
+    loss = shapes[0] if has_aux else shapes
+    if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
+        raise ValueError("has_aux=True, but loss_fn does not return a pair (loss, aux).")
+    if not hasattr(loss, "shape") or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"loss_fn must return a real scalar{', with has_aux' if has_aux else ''}; got {loss}."
+            + ("" if has_aux else " If it returns (loss, aux), pass has_aux=True.")
+        )
+    values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
+    return Traced(analyse(graph, values), leaves, inputs, list(values), jax.tree.structure(shapes))
+
+
+def _is_inexact(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

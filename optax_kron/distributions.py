@@ -1,0 +1,163 @@
+"""Distributions of targets given logits, and square roots of their curvature.
+
+The curvature of a negative log likelihood with respect to its logits is a Hessian H. Estimates of
+the Fisher information need it as columns s_v with `Σ_v s_v s_vᵀ = H`, exactly or in expectation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+# What the names of marked losses begin with; the rest is the name of a distribution.
+MARK_PREFIX = "optax_kron_loss_"
+
+Operands = Sequence[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """Square roots of the Hessian of a marked loss with respect to its logits.
+
+    The Hessian of ONE loss, with respect to the logits that it reads, is `H = Σ_v s_v s_vᵀ`. Each
+    method returns columns s_v of all losses side by side, [V, *logits.shape], in the dtype of the
+    logits or float32, whichever is wider. `operands` are those of the mark; `axis` is the axis of
+    the classes in the logits, and is ignored where there is none.
+
+    Attributes:
+      name: of the mark.
+      has_class_axis: whether a loss reads all logits along an axis, or else a single one.
+      root: `root(noise, operands, axis)` maps noise [V, *logits.shape] linearly, by R: `R Rᵀ = H`.
+      score: `score(key, operands, axis, shape)` draws [samples, *logits.shape] gradients of the
+        loss with respect to the logits, of targets from the distribution.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_kron import losses
+      >>> distribution = losses.DISTRIBUTIONS["optax_kron_loss_categorical"]
+      >>> operands = (jnp.zeros((1, 2)), jnp.array([0]))
+      >>> print(distribution.exact(operands, -1)[:, 0].round(4))
+      [[ 0.3536 -0.3536]
+       [-0.3536  0.3536]]
+
+    Source: Martens (2020), New insights and perspectives on the natural gradient method,
+    arXiv:1412.1193.
+    """
+
+    name: str
+    has_class_axis: bool
+    root: Callable[[Array, Operands, Any], Array]
+    score: Callable[[Array, Operands, Any, tuple[int, ...]], Array]
+
+    def exact(self, operands: Operands, axis: int | None) -> Array:
+        """All columns: V = C, the number of classes, or V = 1."""
+        logits = _wide(operands[0])
+        if self.has_class_axis:
+            along = _from_end(axis, logits)
+            basis = jnp.eye(logits.shape[along], dtype=logits.dtype)
+            basis = jnp.expand_dims(basis, [a for a in range(-logits.ndim, 0) if a != along])
+            return self.root(basis, operands, along)
+        return self.root(jnp.ones((1, *logits.shape), logits.dtype), operands, None)
+
+    def sampled(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Array:
+        """Random columns, V = samples, whose `Σ s sᵀ` has the mean H: scores / √samples."""
+        shape = (samples, *operands[0].shape)
+        return self.score(key, operands, _from_end(axis, operands[0]), shape) / math.sqrt(samples)
+
+    def sketched(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Array:
+        """Random columns, V = samples, as `sampled`: random signs of the exact ones, summed."""
+        shape = (samples, *operands[0].shape)
+        signs = jax.random.rademacher(key, shape, _wide(operands[0]).dtype)
+        return self.root(signs, operands, _from_end(axis, operands[0])) / math.sqrt(samples)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def _from_end(axis: int | None, x: Array) -> Any:
+    return axis if axis is None or axis < 0 else axis - x.ndim
+
+
+def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
+    """Logits, probabilities, and the root of the sum of the labels."""
+    logits, labels, *where = operands
+    (where,) = where or (jnp.array(True),)
+    logits = jnp.where(where, _wide(logits), jnp.finfo(_wide(logits).dtype).min)
+    probabilities = jnp.where(where, jax.nn.softmax(logits, axis), 0)
+    if labels.ndim < logits.ndim:
+        return logits, probabilities, jnp.ones((), logits.dtype)
+    total = jnp.sum(labels.astype(logits.dtype), axis, keepdims=True, where=where)
+    return logits, probabilities, jnp.sqrt(jnp.maximum(total, 0))
+
+
+def _categorical_root(noise: Array, operands: Operands, axis: int) -> Array:
+    _, probabilities, scale = _softmax_parts(operands, axis)
+    weighted = jnp.sqrt(probabilities) * noise
+    return scale * (weighted - probabilities * jnp.sum(weighted, axis, keepdims=True))
+
+
+def _categorical_score(key: Array, operands: Operands, axis: int, shape: tuple[int, ...]) -> Array:
+    logits, probabilities, scale = _softmax_parts(operands, axis)
+    batch = tuple(size for a, size in enumerate(shape, -len(shape)) if a != axis)
+    labels = jax.random.categorical(key, logits, axis, batch)
+    drawn = jax.nn.one_hot(labels, shape[axis], axis=axis, dtype=logits.dtype)
+    # Where no class counts, what was drawn does not either.
+    return scale * (probabilities - jnp.where(probabilities > 0, drawn, 0))
+
+
+def _elementwise(
+    name: str, slope: Callable[[Operands], ArrayLike], score: Any = None
+) -> Distribution:
+    """A distribution with `H = slope²`; its score is normal by default."""
+
+    def root(noise, operands, axis):
+        del axis
+        return noise * jnp.asarray(slope(operands), noise.dtype)
+
+    def normal(key, operands, axis, shape):
+        return root(jax.random.normal(key, shape, _wide(operands[0]).dtype), operands, axis)
+
+    return Distribution(MARK_PREFIX + name, False, root, score or normal)
+
+
+def _bernoulli_slope(operands: Operands) -> Array:
+    logits = _wide(operands[0])
+    return jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
+
+
+def _bernoulli_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
+    del axis
+    probability = jax.nn.sigmoid(_wide(operands[0]))
+    return probability - jax.random.bernoulli(key, probability, shape).astype(probability.dtype)
+
+
+def _poisson_slope(operands: Operands) -> Array:
+    return jnp.exp(_wide(operands[0]) / 2)
+
+
+def _poisson_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
+    del axis
+    slope = _poisson_slope(operands)
+    rate, large = jnp.square(slope), 2.0**20  # above, counts may overflow, and are normal
+    counts = jax.random.poisson(key, jnp.minimum(rate, large), shape)
+    normal = jax.random.normal(key, shape, rate.dtype)
+    return jnp.where(rate < large, rate - counts.astype(rate.dtype), slope * normal)
+
+
+DISTRIBUTIONS: Mapping[str, Distribution] = {
+    distribution.name: distribution
+    for distribution in (
+        Distribution(MARK_PREFIX + "categorical", True, _categorical_root, _categorical_score),
+        _elementwise("bernoulli", _bernoulli_slope, _bernoulli_score),
+        _elementwise("squared_error", lambda operands: math.sqrt(2)),
+        _elementwise("l2", lambda operands: 1.0),
+        _elementwise("gaussian", lambda operands: jax.lax.rsqrt(_wide(operands[2]))),
+        _elementwise("poisson", _poisson_slope, _poisson_score),
+    )
+}

@@ -1,0 +1,318 @@
+"""K-FAC: second moments of what a layer saw, their damping, and their inverses.
+
+Conventions. A layer is `B` blocks of a linear map from `d_in` to `d_out` numbers, read at `S`
+positions of each of `N` data. Its inputs `a` are [B, N, S, d_in]; the gradients `g` with respect to
+its outputs, one for each of `V` columns, are [V, B, N, S, d_out]. The curvature of a block's
+parameters, as a matrix [d_in, d_out], is `A ⊗ G`: the *input factor* `A` is the mean of `a aᵀ`, the
+*output factor* `G` the sum of `g gᵀ` over columns and the mean over data. Factors are symmetric
+[d, d]; an input factor may be diagonal, [d]. All arrays are real.
+
+Where a weight is used at several positions there are two approximations: "expand" takes every
+position of every datum as a case of its own; "reduce" averages `a` and sums `g` over the positions.
+
+Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016), arXiv:1602.01407;
+Eschenhagen et al. (2023), arXiv:2311.00636.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron.kernels import contract, linalg
+
+APPROXIMATIONS = ("expand", "reduce")
+DAMPING_RULES = ("pi", "trace", "eigen")
+TRACE_FLOOR = 1e-12  # least damping of the rule "trace": of factors that are zero
+
+_CLOSED_FORM = 2  # largest size that is inverted without LAPACK
+
+
+def input_moment(
+    inputs: Array,
+    weights: Array | None = None,
+    *,
+    approx: str = "expand",
+    precision: contract.Precision = None,
+) -> Array:
+    """`A = Σ_n w_n Σ_s a aᵀ / (S Σ_n w_n)`, of each block.
+
+    Args:
+      inputs: [B, N, S, d_in].
+      weights: of the data [N], ≥ 0; `None`: all equal. All zero: the moment is zero.
+      approx: "expand"; or "reduce": `a` is its mean over the positions, and S = 1.
+      precision: of the matrix product.
+
+    Returns:
+      [B, d_in, d_in]. Cost: 2·B·N·S·d_in² operations.
+    """
+    if approx == "reduce":
+        inputs = jnp.mean(inputs, axis=2, keepdims=True)
+    share = _shares(inputs.shape, weights, inputs.dtype)
+    return jnp.einsum("bnsi,n,bnsj->bij", inputs, share, inputs, precision=precision)
+
+
+def index_frequencies(
+    indices: Array, length: int, weights: Array | None = None, *, dtype: DTypeLike
+) -> Array:
+    """The input factor of a table: `A` of one-hot inputs, which is diagonal, from their indices.
+
+    It is that of "expand" also where positions are otherwise reduced: a mean of one-hot vectors has
+    a second moment that is not diagonal. An index beyond the table counts for nothing.
+
+    Args:
+      indices: int [B, N, S, 1].
+      length: number of rows of the table.
+      weights: of the data [N], ≥ 0; `None`: all equal.
+      dtype: of the result.
+
+    Returns:
+      Weighted frequency of each index, [B, length]. Cost: B·N·S additions.
+    """
+    share = _shares(indices.shape, weights, dtype)[:, None]
+
+    def count(rows):
+        return jnp.zeros(length, dtype).at[rows].add(share, mode="drop")
+
+    return jax.vmap(count)(indices[..., 0])
+
+
+def _shares(shape: Sequence[int], weights: Array | None, dtype: DTypeLike) -> Array:
+    """What each position of a datum counts in a mean over [B, N, S, ...], by datum [N]."""
+    _, data, positions, _ = shape
+    if weights is None:
+        return jnp.full(data, 1 / (data * positions), dtype)
+    total = positions * jnp.sum(weights)
+    return (weights / jnp.where(total > 0, total, 1)).astype(dtype)
+
+
+def output_moment(
+    output_grads: Array, *, approx: str = "expand", precision: contract.Precision = None
+) -> Array:
+    """`G = (1/N) Σ_v Σ_n Σ_s g gᵀ`, of each block.
+
+    Args:
+      output_grads: [V, B, N, S, d_out].
+      approx: "expand"; or "reduce": `g` is its sum over the positions.
+      precision: of the matrix product.
+
+    Returns:
+      [B, d_out, d_out]. Cost: 2·V·B·N·S·d_out² operations.
+    """
+    if approx == "reduce":
+        output_grads = jnp.sum(output_grads, axis=3, keepdims=True)
+    product = jnp.einsum("vbnsi,vbnsj->bij", output_grads, output_grads, precision=precision)
+    return product / output_grads.shape[2]
+
+
+def second_moments(
+    inputs: Array,
+    output_grads: Array,
+    weights: Array | None = None,
+    *,
+    approx: str = "expand",
+    precision: contract.Precision = None,
+) -> tuple[Array, Array]:
+    """Both factors of one batch; arguments as `input_moment` and `output_moment`.
+
+    Returns:
+      `A` [B, d_in, d_in], and `G` [B, d_out, d_out]: the identity if there are no columns.
+    """
+    return (
+        input_moment(inputs, weights, approx=approx, precision=precision),
+        combine_outputs([output_grads], approx=approx, precision=precision),
+    )
+
+
+def combine_inputs(moments: Sequence[Array], cases: Sequence[int]) -> Array:
+    """The input factor of several batches: the mean of theirs, by their numbers of cases N·S."""
+    shares = [n / sum(cases) for n in cases]
+    first, *others = (m * share for m, share in zip(moments, shares, strict=True))
+    return sum(others, first)
+
+
+def combine_outputs(
+    batches: Sequence[Array], *, approx: str = "expand", precision: contract.Precision = None
+) -> Array:
+    """The output factor of several batches [V, B, N, S, d_out]: the sum of theirs.
+
+    Without a column in any of them it is the identity.
+    """
+    moments = [output_moment(g, approx=approx, precision=precision) for g in batches if g.shape[0]]
+    if not moments:
+        _, blocks, _, _, size = batches[0].shape
+        return jnp.tile(jnp.eye(size, dtype=batches[0].dtype), (blocks, 1, 1))
+    return sum(moments[1:], moments[0])
+
+
+def pi_damping(
+    input_factor: Array, output_factor: Array, damping: ArrayLike
+) -> tuple[Array, Array]:
+    """What the rule "pi" adds to the diagonals: `π√λ` to A and `√λ/π` to G.
+
+    `π² = (tr A / d_in) / (tr G / d_out)`; 1 where a trace is not positive.
+
+    Args:
+      input_factor: [d_in, d_in], or its diagonal [d_in].
+      output_factor: [d_out, d_out].
+      damping: λ ≥ 0.
+
+    Returns:
+      Two scalars, whose product is λ.
+    """
+    means = mean_eigenvalue(input_factor), mean_eigenvalue(output_factor)
+    positive = (means[0] > 0) & (means[1] > 0)
+    # The quotient of roots, for that of the traces themselves may overflow.
+    over, under = (jnp.sqrt(jnp.where(positive, mean, 1)) for mean in means)
+    pi = over / under
+    root = jnp.sqrt(jnp.asarray(damping, pi.dtype))
+    return pi * root, root / pi
+
+
+def trace_damping(factor: Array, damping: ArrayLike) -> Array:
+    """What the rule "trace" adds to the diagonal of a factor: `max(damping·tr(M)/d, 1e-12)`."""
+    mean = mean_eigenvalue(factor)
+    return jnp.maximum(jnp.asarray(damping, mean.dtype) * mean, TRACE_FLOOR)
+
+
+def mean_eigenvalue(factor: Array) -> Array:
+    """`tr(M)/d` of a factor [d, d] or [d]."""
+    return jnp.mean(factor if factor.ndim == 1 else jnp.diagonal(factor))
+
+
+def damp(factor: Array, amount: Array) -> Array:
+    """`M + amount·I`, of a factor [d, d] or [d]."""
+    if factor.ndim == 1:
+        return factor + amount
+    return factor + amount * jnp.eye(factor.shape[0], dtype=factor.dtype)
+
+
+def inverse(factor: Array, *, precision: contract.Precision = None) -> Array:
+    """The inverse of a positive definite matrix; not finite if it is not positive definite.
+
+    By Cholesky decomposition; up to 2×2 in closed form, and elementwise if diagonal.
+
+    Args:
+      factor: [d, d], symmetric; or [d], the diagonal of a diagonal matrix.
+      precision: of the matrix product.
+
+    Returns:
+      An array like `factor`. Cost: about 3·d³ operations.
+    """
+    if factor.ndim == 1:
+        positive = factor > 0
+        return jnp.where(positive, 1 / jnp.where(positive, factor, 1), jnp.nan)
+    if factor.shape[0] <= _CLOSED_FORM:
+        root = _small_inverse_root(factor)
+        return jnp.sum(root[:, :, None] * root[:, None, :], axis=0)
+    return linalg.lapack_safe(functools.partial(_cholesky_inverse, precision=precision))(factor)
+
+
+def _cholesky_inverse(factor: Array, *, precision) -> Array:
+    lower = jnp.linalg.cholesky(factor)
+    identity = jnp.eye(factor.shape[0], dtype=factor.dtype)
+    root = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+    return jnp.matmul(root.T, root, precision=precision)
+
+
+def _small_inverse_root(factor: Array) -> Array:
+    """`L⁻¹` of `M = LLᵀ`, up to 2×2."""
+
+    def root(x):
+        return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), jnp.nan)
+
+    first = root(factor[0, 0])
+    if factor.shape[0] == 1:
+        return (1 / first).reshape(1, 1)
+    below = factor[1, 0] / first
+    second = root(factor[1, 1] - below * below)
+    zero = jnp.zeros_like(first)
+    return jnp.stack([1 / first, zero, -below / (first * second), 1 / second]).reshape(2, 2)
+
+
+def apply_inverses(
+    input_inverse: Array, output_inverse: Array, x: Array, *, precision: contract.Precision = None
+) -> Array:
+    """`A⁻¹ X G⁻¹`, which is `(A ⊗ G)⁻¹` applied to X.
+
+    Args:
+      input_inverse: [d_in, d_in] or [d_in].
+      output_inverse: [d_out, d_out].
+      x: [d_in, d_out].
+      precision: of the matrix products.
+
+    Returns:
+      [d_in, d_out]. Cost: 2·d_in·d_out·(d_in + d_out) operations.
+    """
+    return contract.apply_factors((input_inverse, output_inverse), x, precision=precision)
+
+
+def eigenbasis(factor: Array) -> tuple[Array | None, Array]:
+    """Eigenvectors and eigenvalues of a factor; values below zero, of rounding, become zero.
+
+    Args:
+      factor: [d, d], symmetric; or [d], the diagonal of a diagonal matrix.
+
+    Returns:
+      The eigenvectors as columns [d, d], `None` for a diagonal matrix; and the eigenvalues [d].
+      Cost: about 9·d³ operations, up to 2×2 in closed form.
+    """
+    if factor.ndim == 1:
+        return None, jnp.maximum(factor, 0)
+    if factor.shape[0] <= _CLOSED_FORM:
+        basis, values = _small_eigenbasis(factor)
+    else:
+        values, basis = linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(factor)
+    return basis, jnp.maximum(values, 0)
+
+
+def _small_eigenbasis(factor: Array) -> tuple[Array, Array]:
+    """Of a matrix up to 2×2, by one rotation."""
+    if factor.shape[0] == 1:
+        return jnp.ones_like(factor), factor[0]
+    a, b, c = factor[0, 0], factor[1, 0], factor[1, 1]
+    angle = jnp.arctan2(2 * b, a - c) / 2
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    basis = jnp.stack([cosine, -sine, sine, cosine]).reshape(2, 2)
+    cross = 2 * b * cosine * sine
+    squares = jnp.square(cosine), jnp.square(sine)
+    values = a * squares[0] + c * squares[1] + cross, a * squares[1] + c * squares[0] - cross
+    return basis, jnp.stack(values)
+
+
+def apply_eigen(
+    input_basis: Array | None,
+    input_values: Array,
+    output_basis: Array | None,
+    output_values: Array,
+    x: Array,
+    damping: ArrayLike,
+    *,
+    precision: contract.Precision = None,
+) -> Array:
+    """`(A ⊗ G + λI)⁻¹` applied to X, exactly, in the eigenbases of A and G.
+
+    Args:
+      input_basis: [d_in, d_in], or `None` for the identity.
+      input_values: [d_in].
+      output_basis: [d_out, d_out], or `None` for the identity.
+      output_values: [d_out].
+      x: [d_in, d_out].
+      damping: λ ≥ 0.
+      precision: of the matrix products.
+
+    Returns:
+      [d_in, d_out]. Cost: 4·d_in·d_out·(d_in + d_out) operations.
+    """
+    bases = (input_basis, output_basis)
+    for axis, basis in enumerate(bases):
+        if basis is not None:
+            x = contract.apply_factor(basis, x, axis, adjoint=True, precision=precision)
+    x = x / (input_values[:, None] * output_values + jnp.asarray(damping, x.dtype))
+    for axis, basis in enumerate(bases):
+        if basis is not None:
+            x = contract.apply_factor(basis, x, axis, precision=precision)
+    return x

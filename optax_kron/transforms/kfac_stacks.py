@@ -1,0 +1,228 @@
+"""The factors of K-FAC as stacks: how layers share them, how they move, and precondition.
+
+Blocks with one signature (d_in, d_out, and whether the input factor is diagonal), from all layers,
+form one array per factor. So compile time grows with the number of signatures, not of layers, but
+for the contraction of each layer's taps, whose shapes are its own.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.capture.tap import Tap
+from optax_kron.kernels import kfac, linalg
+from optax_kron.transforms.kfac_layers import LayerPlan, Member
+
+Stacks = Mapping[str, "KfacStack"]
+
+
+class Inverses(NamedTuple):
+    """Inverses of damped factors."""
+
+    input: Array  # (A + ...)⁻¹ [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
+    output: Array  # (G + ...)⁻¹ [N, d_out, d_out], factor_dtype
+
+
+class Eigenbases(NamedTuple):
+    """Eigendecompositions of factors; the damping comes in when they are applied."""
+
+    input_basis: Array | None  # columns [N, d_in, d_in], factor_dtype; None if A is diagonal
+    input_values: Array  # [N, d_in], factor_dtype
+    output_basis: Array | None  # columns [N, d_out, d_out], factor_dtype
+    output_values: Array  # [N, d_out], factor_dtype
+
+
+class KfacStack(NamedTuple):
+    """Factors of the N blocks of one signature."""
+
+    input_factor: Array  # A [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
+    output_factor: Array  # G [N, d_out, d_out], factor_dtype
+    started: Array  # whether the factors have been set, bool [N]
+    inverse: Inverses | Eigenbases  # of the factors at the last refresh that went well
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """How factors are estimated, inverted and applied; the settings of `scale_by_kfac`."""
+
+    rule: str
+    approx: str
+    precision: jax.lax.PrecisionLike
+
+    def init(self, plan: LayerPlan, dtype: DTypeLike) -> Stacks | Array:
+        """Factors of zero, and inverses at the identity."""
+        if not plan.leaves:
+            return jnp.zeros([])  # One leaf where the stacks would be, as map_params needs.
+        stacks = {}
+        for label, members in plan.stacks.items():
+            layer, count = members[0].layer, plan.count(label)
+            diagonal = layer.is_embedding
+
+            def identity(size, diagonal=False, count=count):
+                if diagonal:
+                    return jnp.ones((count, size), dtype)
+                return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
+
+            if self.rule == "eigen":
+                inverse = Eigenbases(
+                    input_basis=None if diagonal else identity(layer.d_in),
+                    input_values=identity(layer.d_in, diagonal=True),
+                    output_basis=identity(layer.d_out),
+                    output_values=identity(layer.d_out, diagonal=True),
+                )
+            else:
+                inverse = Inverses(identity(layer.d_in, diagonal), identity(layer.d_out))
+            input_shape = (count, layer.d_in) if diagonal else (count, layer.d_in, layer.d_in)
+            stacks[label] = KfacStack(
+                input_factor=jnp.zeros(input_shape, dtype),
+                output_factor=jnp.zeros((count, layer.d_out, layer.d_out), dtype),
+                started=jnp.zeros(count, bool),
+                inverse=inverse,
+            )
+        return stacks
+
+    def move(
+        self, plan: LayerPlan, stacks: Stacks, taps: Mapping[str, Sequence[Tap]], decay: Array
+    ) -> tuple[Stacks, Array, Array]:
+        """Average what the layers saw into the factors.
+
+        Args:
+          plan: of the layers.
+          stacks: the factors.
+          taps: groups by layer, in canonical form.
+          decay: of the average, [] in the dtype of the arithmetic.
+
+        Returns:
+          The new stacks; how many blocks failed, so that their old factors were kept; and whether
+          all taps were finite: if not, the stacks are the old ones.
+        """
+        # Of the layers that are here, others may be hidden.
+        used = {
+            m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
+        }
+        sound = guards.all_finite(used)
+        moved, failures = {}, jnp.zeros([], jnp.int32)
+        for label, members in plan.stacks.items():
+            stack = stacks[label]
+            pairs = [self._moments(m, used[m.layer.name], decay.dtype) for m in members]
+            rate = jnp.where(stack.started, decay, 0)  # the first moments are taken as they are
+            new = [
+                _blend(old, jnp.concatenate(moments), rate)
+                for old, moments in zip(stack[:2], zip(*pairs, strict=True), strict=True)
+            ]
+            finite = _finite_blocks(new)
+            taken = sound & finite
+            moved[label] = KfacStack(
+                _select_blocks(taken, new[0], stack.input_factor),
+                _select_blocks(taken, new[1], stack.output_factor),
+                stack.started | taken,
+                stack.inverse,
+            )
+            failures = failures + jnp.sum(sound & ~finite, dtype=jnp.int32)
+        return moved, failures, sound
+
+    def _moments(self, member: Member, taps: Sequence[Tap], dtype) -> tuple[Array, Array]:
+        """Factors [B, ...] of one layer from all groups of its taps."""
+        layer = member.layer
+        approx = "reduce" if layer.kernel is None else self.approx
+        inputs, cases = [], []
+        for tap in taps:
+            weights = None if tap.weights is None else tap.weights.astype(dtype)
+            if layer.is_embedding:
+                moment = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
+            else:
+                a = tap.inputs[..., member.columns].astype(dtype)
+                moment = kfac.input_moment(a, weights, approx=approx, precision=self.precision)
+            inputs.append(moment)
+            cases.append(tap.inputs.shape[1] * (1 if approx == "reduce" else tap.inputs.shape[2]))
+        grads = [tap.output_grads.astype(dtype) for tap in taps]
+        output = kfac.combine_outputs(grads, approx=approx, precision=self.precision)
+        return kfac.combine_inputs(inputs, cases), output
+
+    def refresh(self, stacks: Stacks, damping: ArrayLike) -> tuple[Stacks, Array]:
+        """Invert, or eigendecompose, the factors of every block that has any.
+
+        Returns:
+          The new stacks; and how many blocks failed, so that their last inverse was kept.
+        """
+        refreshed, failures = {}, jnp.zeros([], jnp.int32)
+        for label, stack in stacks.items():
+
+            def invert(A, G, started, old):
+                new = self._invert(_wide(A), _wide(G), damping)
+                new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
+                finite = guards.all_finite(new)
+                return guards.select(started & finite, new, old), started & ~finite
+
+            inverse, failed = _mapping(stack)(
+                invert, stack.input_factor, stack.output_factor, stack.started, stack.inverse
+            )
+            refreshed[label] = stack._replace(inverse=inverse)
+            failures = failures + jnp.sum(failed, dtype=jnp.int32)
+        return refreshed, failures
+
+    def _invert(self, A, G, damping):
+        if self.rule == "eigen":
+            (input_basis, input_values), (output_basis, output_values) = map(
+                kfac.eigenbasis, (A, G)
+            )
+            return Eigenbases(input_basis, input_values, output_basis, output_values)
+        if self.rule == "pi":
+            amounts = kfac.pi_damping(A, G, damping)
+        else:
+            amounts = kfac.trace_damping(A, damping), kfac.trace_damping(G, damping)
+        damped = (kfac.damp(m, amount) for m, amount in zip((A, G), amounts, strict=True))
+        return Inverses(*(kfac.inverse(m, precision=self.precision) for m in damped))
+
+    def precondition(
+        self, stacks: Stacks, blocks: Mapping[str, Array], damping: ArrayLike
+    ) -> dict[str, Array]:
+        """The inverse curvature applied to blocks [N, d_in, d_out] of every signature."""
+
+        def apply(inverse, x):
+            inverse = jax.tree.map(_wide, inverse)
+            if isinstance(inverse, Eigenbases):
+                return kfac.apply_eigen(*inverse, x, damping, precision=self.precision)
+            return kfac.apply_inverses(inverse.input, inverse.output, x, precision=self.precision)
+
+        return {
+            label: _mapping(stacks[label])(apply, stacks[label].inverse, x)
+            for label, x in blocks.items()
+        }
+
+
+def _blend(old: Array, new: Array, rate: Array) -> Array:
+    """`rate·old + (1 − rate)·new` for every block, in the dtype of `old`."""
+    rate = rate.reshape(-1, *(1,) * (old.ndim - 1))
+    return (rate * old.astype(rate.dtype) + (1 - rate) * new).astype(old.dtype)
+
+
+def _finite_blocks(factors: Iterable[Array]) -> Array:
+    """Whether all factors of a block are finite, bool [N]."""
+    checks = [
+        jnp.isfinite(guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))) for x in factors
+    ]
+    return jnp.all(jnp.stack(checks), axis=0)
+
+
+def _select_blocks(condition: Array, new: Array, old: Array) -> Array:
+    return jnp.where(condition.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+
+def _mapping(stack: KfacStack) -> Any:
+    """How to map over blocks: those without a larger dense factor are cheapest all at once."""
+    dense = [x for x in stack[:2] if x.ndim == 3]
+    if max(x.shape[-1] for x in dense) <= 2:
+        return lambda fn, *stacks: jax.vmap(fn)(*stacks)
+    return linalg.map_blocks
+
+
+def _wide(factor: Array) -> Array:
+    """The factor in the dtype of the arithmetic, at least float32."""
+    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))

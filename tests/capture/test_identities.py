@@ -1,0 +1,215 @@
+"""Where K-FAC's block is exactly the curvature: identities in float64, with negative controls."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_kron import losses
+from optax_kron.capture.find import find_layers
+from optax_kron.capture.ggn import ggn_vector_product
+from optax_kron.capture.layers import by_path
+from optax_kron.capture.taps import value_and_grad_with_taps
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def exact_block(loss_fn, params, args, layer):
+    """The block of the generalized Gauss-Newton matrix on a layer [B·in·out, B·in·out]."""
+    product = ggn_vector_product(loss_fn, params, *args)
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+    matrix = jax.vmap(lambda v: layer.take(by_path(product(unflatten(v)))).ravel())(
+        jnp.eye(flat.size)
+    )
+    # Rows: the layer's part of the parameters, in canonical order.
+    order = layer.take(by_path(unflatten(jnp.arange(flat.size, dtype=float)))).ravel().astype(int)
+    return matrix[order]
+
+
+def kfac_block(layer, taps, approx="expand"):
+    """`A ⊗ G` for every block, as one matrix [B·in·out, B·in·out]."""
+    factors_a, factors_g, total = 0, 0, 0
+    for tap in taps:
+        a, g = tap.inputs, tap.output_grads
+        if approx == "reduce":
+            a, g = a.mean(axis=2, keepdims=True), g.sum(axis=3, keepdims=True)
+        weights = tap.weights / tap.weights.sum()
+        positions = a.shape[1] * a.shape[2]
+        factors_a += positions * jnp.einsum("n,bnsi,bnsj->bij", weights, a, a) / a.shape[2]
+        factors_g += jnp.einsum("vbnso,vbnsp->bop", g, g) / a.shape[1]
+        total += positions
+    factors_a = factors_a / total
+    blocks = [jnp.kron(a, g) for a, g in zip(factors_a, factors_g, strict=True)]
+    return jax.scipy.linalg.block_diag(*blocks)
+
+
+def compare(loss_fn, params, *args, approx="expand", names=None):
+    """Relative distance of K-FAC's block to the exact one, for every layer."""
+    layers = find_layers(loss_fn, params, *args)
+    assert not layers.uncovered, layers
+    fn = value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+    _, _, taps = fn(params, *args)
+    found = {}
+    for layer in layers:
+        exact = exact_block(loss_fn, params, args, layer)
+        block = kfac_block(layer, taps[layer.name], approx)
+        found[layer.name] = float(jnp.linalg.norm(block - exact) / jnp.linalg.norm(exact))
+    return found
+
+
+def assert_exact(distances):
+    assert distances
+    assert max(distances.values()) < 1e-10, distances
+
+
+LINEAR = {
+    "a": {"w": draw(3, 4), "b": draw(4)},
+    "b": {"w": draw(4, 5), "b": draw(5)},
+    "c": {"w": draw(5, 2)},
+}
+
+
+def linear_net(p, x):
+    h = x @ p["a"]["w"] + p["a"]["b"]
+    h = h @ p["b"]["w"] + p["b"]["b"]
+    return h @ p["c"]["w"]
+
+
+def regress(out, y):
+    return jnp.mean(jnp.sum(losses.squared_error(out, y), axis=-1))
+
+
+def test_deep_linear_net_with_squared_error_is_exact():
+    assert_exact(
+        compare(lambda p, x, y: regress(linear_net(p, x), y), LINEAR, draw(7, 3), draw(7, 2))
+    )
+
+
+def test_deep_linear_net_under_a_sum_loss_is_exact():
+    def loss_fn(p, x, y):
+        return jnp.sum(losses.l2_loss(linear_net(p, x), y))
+
+    assert_exact(compare(loss_fn, LINEAR, draw(7, 3), draw(7, 2)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_uneven_weights_and_masks_keep_the_linear_net_exact(masked):
+    weights = jnp.array([0.1, 2.0, 0.0, 0.7, 1.3, 0.2, 5.0]) if not masked else jnp.arange(7) < 4
+
+    def loss_fn(p, x, y):
+        each = jnp.sum(losses.squared_error(linear_net(p, x), y), axis=-1)
+        return jnp.sum(weights * each) / jnp.sum(weights)
+
+    assert_exact(compare(loss_fn, LINEAR, draw(7, 3), draw(7, 2)))
+
+
+def test_two_batches_of_different_size_in_one_loss():
+    def loss_fn(p, x, y, u, v):
+        return regress(linear_net(p, x), y) + 0.3 * regress(linear_net(p, u), v)
+
+    args = draw(7, 3), draw(7, 2), draw(4, 3, seed=1), draw(4, 2, seed=1)
+    layers = find_layers(loss_fn, LINEAR, *args)
+    _, _, taps = value_and_grad_with_taps(loss_fn, layers, fisher="exact")(LINEAR, *args)
+    assert {len(groups) for groups in taps.values()} == {2}
+    assert sorted(tap.inputs.shape[1] for tap in taps["a"]) == [4, 7]
+
+
+def nonlinear(p, x):
+    return (
+        jnp.tanh(jnp.tanh(x @ p["a"]["w"] + p["a"]["b"]) @ p["b"]["w"] + p["b"]["b"]) @ p["c"]["w"]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_one_datum_is_exact_for_any_loss_and_more_are_not(count):
+    def loss_fn(p, x, y):
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(nonlinear(p, x), y))
+
+    distances = compare(loss_fn, LINEAR, draw(count, 3), jnp.arange(count) % 2)
+    if count == 1:
+        # One column for each class: the sum over columns of outer products is the exact block.
+        assert_exact(distances)
+    else:
+        assert max(distances.values()) > 1e-3
+
+
+POSITIONWISE = {"a": {"w": draw(3, 4), "b": draw(4)}, "c": {"w": draw(4, 2)}}
+
+
+def positionwise(p, x):
+    return (x @ p["a"]["w"] + p["a"]["b"]) @ p["c"]["w"]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_expand_and_reduce_are_each_exact_in_their_setting(pooled, approx):
+    def loss_fn(p, x, y):
+        out = positionwise(p, x)
+        return regress(out.mean(axis=1), y[:, 0]) if pooled else regress(out, y)
+
+    # Inputs with a mean: pooling must not make everything vanish.
+    distances = compare(loss_fn, POSITIONWISE, draw(5, 6, 3) + 0.5, draw(5, 6, 2), approx=approx)
+    if pooled == (approx == "reduce"):
+        assert_exact(distances)
+    else:
+        assert min(distances.values()) > 0.5
+
+
+def test_a_weight_used_twice_is_exact_with_its_uses_as_positions():
+    def loss_fn(p, x, u, y):
+        out = jnp.concatenate([x @ p["w"], u @ p["w"]], axis=-1)
+        return regress(out, y)
+
+    args = draw(5, 3), draw(5, 3, seed=1), draw(5, 4)
+    assert_exact(compare(loss_fn, {"w": draw(3, 2)}, *args))
+
+
+def test_piecewise_linear_net_has_the_hessian_as_its_gauss_newton_block():
+    params = {"a": draw(3, 4), "c": draw(4, 2)}
+    x, y = draw(6, 3), draw(6, 2)
+
+    def loss_fn(p, x, y):
+        return regress(jax.nn.relu(x @ p["a"]) @ p["c"], y)
+
+    layers = find_layers(loss_fn, params, x, y)
+    hessian = jax.hessian(loss_fn)(params, x, y)
+    for layer in layers:
+        exact = exact_block(loss_fn, params, (x, y), layer)
+        own = hessian[layer.kernel][layer.kernel].reshape(exact.shape)
+        np.testing.assert_allclose(exact, own, atol=1e-10)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "sketch"])
+def test_estimates_converge_to_the_exact_one(fisher):
+    def loss_fn(p, x, y):
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(nonlinear(p, x), y))
+
+    x, y = draw(3, 3), jnp.arange(3) % 2
+    layers = find_layers(loss_fn, LINEAR, x, y)
+    _, _, exact = value_and_grad_with_taps(loss_fn, layers, fisher="exact")(LINEAR, x, y)
+    estimate = value_and_grad_with_taps(loss_fn, layers, fisher=fisher, samples=3000)
+    _, _, taps = jax.jit(estimate)(LINEAR, x, y, key=jax.random.key(0))
+    for layer in layers:
+        wanted = kfac_block(layer, exact[layer.name])
+        found = kfac_block(layer, taps[layer.name])
+        # 3000 samples: a relative standard error of about 1/√3000 per entry, 10 % with margin.
+        assert jnp.linalg.norm(found - wanted) < 0.1 * jnp.linalg.norm(wanted)
+
+
+def test_forward_has_no_columns():
+    def loss_fn(p, x, y):
+        return regress(linear_net(p, x), y)
+
+    _, _, taps = value_and_grad_with_taps(loss_fn, fisher="forward")(LINEAR, draw(7, 3), draw(7, 2))
+    assert taps["a"][0].output_grads.shape == (0, 1, 7, 1, 4)
