@@ -210,7 +210,7 @@ class Fit:
         real = contract.real_dtype(gradient.dtype)
         # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
         damping = jnp.maximum(
-            jnp.asarray(self.damping, real), _DAMPING_FLOOR * jnp.finfo(real).eps * largest
+            jnp.asarray(self.damping, real), float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
         )
         scale = psgd.initial_scale(gradient, damping, probe if self.newton else None, sizes)
         scale = jnp.where(started, 1, scale ** (1 / len(factors)))

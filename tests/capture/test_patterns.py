@@ -16,10 +16,9 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.nam
 
 def per_example(layer, tap):
     """Gradients of every datum [N, B, d_in, d_out], from one tap."""
+    inputs = tap.inputs
     if layer.is_embedding:
-        inputs = jax.nn.one_hot(tap.inputs[..., 0], layer.d_in)
-    else:
-        inputs = tap.inputs
+        inputs = jax.nn.one_hot(inputs[..., 0], layer.d_in)
     return jnp.einsum(
         "bnsi,vbnso->nbio", inputs.astype(jnp.float32), tap.output_grads.astype(jnp.float32)
     )
