@@ -274,7 +274,7 @@ def _mapping(factors: tuple[Array, ...]) -> Callable:
 
 def _preconditioner_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
-    return jnp.promote_types(dtype, jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def _no_preconditioner(factor: Array) -> Array:
