@@ -1,6 +1,6 @@
 """From what was recorded and pulled back to the taps of a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ from jax import Array
 from optax_kron.capture.analysis import Analysis, Mark, Member
 from optax_kron.capture.canonical import Canonical
 from optax_kron.capture.columns import data_axis
+from optax_kron.capture.moments import InsideMoments, moments_of
 from optax_kron.capture.pullback import Linearized
-from optax_kron.capture.tap import Tap
+from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
 
 
@@ -49,8 +50,8 @@ def member_taps(
                 x = form.inputs(linearized.inputs[i], g.dtype)
                 if member.layer.bias is not None:
                     x = _with_bias(x, use in member.biased)
-            if linearized.taken[i] is not None:
-                x = x * _like(linearized.taken[i], x) if not member.layer.is_embedding else x
+            if linearized.taken[i] is not None and not member.layer.is_embedding:
+                x = x * form.taken(linearized.taken[i]).astype(x.dtype)
             inputs.append(x)
             grads.append(g)
             shared = label.marks if shared is None else shared | label.marks
@@ -61,7 +62,7 @@ def member_taps(
         tap = Tap(
             jnp.concatenate([x.astype(dtype) for x in inputs], axis=2),
             jnp.concatenate(grads, axis=3),
-            _data_weights(analysis.marks, shared, weights, linearized.taken[numbers[group[0]]]),
+            data_weights(analysis.marks, shared, weights, linearized.taken[numbers[group[0]]]),
         )
         taps.append(tap)
     return tuple(taps)
@@ -72,11 +73,58 @@ def _with_bias(x: Array, biased: bool) -> Array:
     return jnp.concatenate([x, column], axis=-1)
 
 
-def _like(taken: Array, x: Array) -> Array:
-    return jnp.max(taken).astype(x.dtype)
+def member_moments(
+    analysis: Analysis,
+    member: Member,
+    numbers: dict[Use, int],
+    linearized: Linearized,
+    gradients: Sequence[Array],
+    weights: Sequence[Array],
+    inside: Mapping[Use, InsideMoments],
+) -> tuple[Moments, ...]:
+    """The second moments of one layer, one for each group of uses; arguments as `member_taps`.
+
+    Args:
+      analysis: of the loss.
+      member: the layer.
+      numbers: of the uses.
+      linearized: the loss at a point.
+      gradients: cotangents of the uses' outputs, or of their dummies [V, ...].
+      weights: derivative of the loss with respect to each mark's per-example losses.
+      inside: the uses whose moments were formed inside.
+    """
+    if member.groups[0][0] not in inside:
+        taps = member_taps(analysis, member, numbers, linearized, gradients, weights)
+        return tuple(moments_of(member.layer, tap) for tap in taps)
+    found = []
+    for group in member.groups:
+        inputs: Any = 0
+        outputs: Any = 0
+        positions, marks = 0, frozenset()
+        for use in group:
+            label = analysis.labels.data(use.output)
+            form = Canonical(use, label)
+            i = numbers[use]
+            record = linearized.inputs[i]
+            if member.layer.is_embedding:
+                # Its moments are a diagonal, with an axis of length one.
+                inputs = inputs + form.merged_blocks(record)[..., 0]
+            else:
+                inputs = inputs + form.merged_blocks(record)
+            outputs = outputs + form.merged_blocks(jnp.sum(gradients[i], axis=0))
+            positions += form.positions
+            marks |= label.marks
+        data = analysis.labels.data(group[0].output).size
+        taken = linearized.taken[numbers[group[0]]]
+        total = jnp.sum(data_weights(analysis.marks, marks, weights, taken)) * positions
+        cases = jnp.where(total > 0, data * positions, 0).astype(jnp.float32)
+        if gradients[numbers[group[0]]].shape[0] == 0:
+            outputs = data * jnp.tile(jnp.eye(member.layer.d_out), (member.layer.blocks, 1, 1))
+        found.append(Moments(inputs / jnp.where(total > 0, total, 1), outputs / data, cases))
+    return tuple(found)
 
 
-def _data_weights(marks: Sequence[Mark], numbers: Any, weights, taken) -> Array:
+def data_weights(marks: Sequence[Mark], numbers: Any, weights, taken) -> Array:
     """How much each datum weighs in the loss, summed over its per-example losses, [N]."""
     total: Any = 0
     for m in sorted(numbers):

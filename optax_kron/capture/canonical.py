@@ -27,11 +27,18 @@ class _Part:
 
 
 class Canonical:
-    """How a use's recorded operand and output-gradient become canonical."""
+    """How a use's recorded operand and output-gradient become canonical.
 
-    def __init__(self, use: Use, label: Data):
+    Args:
+      use: of a parameter.
+      label: where its output holds the data.
+      inside: leave out the steps of the scans around it, as seen from inside of them.
+    """
+
+    def __init__(self, use: Use, label: Data, *, inside: bool = False):
         self.use = use
-        scans = [self._scan_parts(depth, label) for depth in range(len(use.scans))]
+        self._steps = [self._scan_parts(depth, label) for depth in range(len(use.scans))]
+        scans = [] if inside else self._steps
         data, offset = self._data_slot(label)
         self._data, self._offset, self._label = data, offset, label
         output = [*scans, *(self._parts(slots) for slots in use.reading.output_slots)]
@@ -39,6 +46,11 @@ class Canonical:
         self._output, self._operand = output, operand
         found = {(p.role, p.order): p for axis in (*output, *operand) for p in axis}
         self._all = sorted(found.values(), key=lambda p: p.order)
+
+    @property
+    def positions(self) -> int:
+        """Number S of positions."""
+        return math.prod(p.size for p in self._all if p.role == "position")
 
     def _scan_parts(self, depth: int, label: Data) -> list[_Part]:
         scan = self.use.scans[depth]
@@ -87,6 +99,22 @@ class Canonical:
         else:
             axes = self._operand
         return self._arranged(record, axes, _INPUT_ROLES)
+
+    def taken(self, taken: Array) -> Array:
+        """[B, N, S, 1] of what was recorded once for each step: whether a branch was taken."""
+        taken = self._arranged(taken, self._steps, ("block", "data", "position"))
+        return taken[..., None]
+
+    def merged_blocks(self, stacked: Array) -> Array:
+        """[B, ...] of what is [*steps of scans over blocks, blocks inside, ...]."""
+        parts = [p for axis in self._steps for p in axis if p.role == "block"]
+        inner = [p for p in self._all if p.role == "block" and p not in parts]
+        parts = [*parts, *inner]
+        order = sorted(range(len(parts)), key=lambda i: parts[i].order)
+        kept = stacked.shape[stacked.ndim - 2 :]
+        x = stacked.reshape(*(p.size for p in parts), *kept)
+        x = x.transpose(*order, len(parts), len(parts) + 1)
+        return x.reshape(-1, *kept)
 
     def output_grads(self, gradient: Array) -> Array:
         """[B, N, S, d_out] of the cotangent of a perturbation."""

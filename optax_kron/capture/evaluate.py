@@ -7,7 +7,7 @@ outputs, so both carry the steps as a leading axis.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +27,22 @@ class Probes:
       perturb: keys of the perturbations of a value.
       record: keys under which a value is recorded.
       taken: keys under which it is recorded that a branch was taken, by branch.
+      transform: what is recorded of a value, by key; the value itself if not given.
+      apply: how a perturbation enters, by key: from a value and it to a new value; added if not
+        given.
+      stacked: for keys that scans sum up, rather than stack, the scans that do stack them.
     """
 
     perturb: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
     record: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
     taken: dict[tuple[Node, int], list[Key]] = dataclasses.field(default_factory=dict)
+    transform: dict[Key, Callable] = dataclasses.field(default_factory=dict)
+    apply: dict[Key, Callable] = dataclasses.field(default_factory=dict)
+    stacked: dict[Key, frozenset[Node]] = dataclasses.field(default_factory=dict)
+
+    def is_summed(self, key: Key, scan: Node) -> bool:
+        """Whether the steps of a scan share a perturbation, and add up their records."""
+        return key in self.stacked and scan not in self.stacked[key]
 
 
 def evaluate(
@@ -51,6 +62,14 @@ def evaluate(
     return _Run(probes).graph(graph, arguments, perturbations)
 
 
+def _add(value: Array, perturbation: Array) -> Array:
+    return value + perturbation.astype(value.dtype)
+
+
+def _same(value: Array) -> Array:
+    return value
+
+
 class _Run:
     def __init__(self, probes: Probes):
         self.probes = probes
@@ -63,10 +82,10 @@ class _Run:
         def store(value, array):
             for key in self.probes.perturb.get(value, ()):
                 if key in perturbations:
-                    array = array + perturbations[key].astype(array.dtype)
+                    array = self.probes.apply.get(key, _add)(array, perturbations[key])
             env[value] = array
             for key in self.probes.record.get(value, ()):
-                records[key] = array
+                records[key] = self.probes.transform.get(key, _same)(array)
 
         for value, array in zip(graph.inputs, arguments, strict=True):
             store(value, array)
@@ -118,22 +137,36 @@ class _Run:
         params = node.params
         first = params["num_consts"]
         last = first + params["num_carry"]
+        split = params["num_carry"]
+        shared = {k: x for k, x in perturbations.items() if self.probes.is_summed(k, node)}
+        sliced = {k: x for k, x in perturbations.items() if k not in shared}
+
+        def one(carry, xs, inside):
+            outputs, records = self.graph(
+                body, [*operands[:first], *carry, *xs], {**inside, **shared}
+            )
+            sums = {k: x for k, x in records.items() if self.probes.is_summed(k, node)}
+            return outputs, sums, {k: x for k, x in records.items() if k not in sums}
 
         def step(carry, sliced):
-            xs, inside = sliced
-            outputs, records = self.graph(body, [*operands[:first], *carry, *xs], inside)
-            split = params["num_carry"]
-            return outputs[:split], (outputs[split:], records)
+            carry, sums = carry
+            outputs, new, records = one(carry, *sliced)
+            sums = jax.tree.map(jnp.add, sums, new)
+            return (outputs[:split], sums), (outputs[split:], records)
 
-        carry, (ys, records) = jax.lax.scan(
+        init, scanned = list(operands[first:last]), (list(operands[last:]), sliced)
+        a_slice = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), scanned)
+        _, shapes, _ = jax.eval_shape(one, init, *a_slice)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (carry, sums), (ys, records) = jax.lax.scan(
             step,
-            list(operands[first:last]),
-            (list(operands[last:]), dict(perturbations)),
+            (init, zeros),
+            scanned,
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carry, *ys], records
+        return [*carry, *ys], records | sums
 
     def cond(self, node, operands, perturbations):
         index, *operands = operands

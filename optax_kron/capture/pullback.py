@@ -11,6 +11,7 @@ from jax import Array
 from optax_kron.capture.analysis import Analysis, Mark
 from optax_kron.capture.evaluate import Probes, evaluate
 from optax_kron.capture.graph import Value
+from optax_kron.capture.moments import InsideMoments
 from optax_kron.capture.uses import Use
 
 
@@ -38,19 +39,34 @@ class Linearized:
         return [jnp.zeros_like(operands[0]) for operands in self.operands]
 
 
-def linearize(analysis: Analysis, uses: Sequence[Use], arrays: Sequence[Any]) -> Linearized:
+def linearize(
+    analysis: Analysis,
+    uses: Sequence[Use],
+    arrays: Sequence[Any],
+    inside: Mapping[Use, InsideMoments] | None = None,
+) -> Linearized:
     """Evaluate a loss, and prepare to pull cotangents back from it.
 
     Args:
       analysis: of the loss.
       uses: those to perturb and record.
       arrays: the graph's inputs, the parameters first.
+      inside: the uses whose second moments are formed inside: then these are their inputs, and
+        what is pulled back to them.
     """
+    inside = inside or {}
     probes = Probes()
     shapes: dict[Any, Any] = {}
     for i, use in enumerate(uses):
         _add(probes.perturb, use.output, ("use", i))
-        shapes["use", i] = _stacked(use.output, use.scans)
+        if use in inside:
+            moments = inside[use]
+            shapes["use", i] = moments.dummy()
+            probes.apply["use", i] = moments.watch
+            probes.transform["input", i] = moments.of_inputs
+            probes.stacked["use", i] = probes.stacked["input", i] = moments.stacked
+        else:
+            shapes["use", i] = _stacked(use.output, use.scans)
         if use.reading.operand is not None:
             _add(probes.record, use.reading.operand, ("input", i))
         if use.branch:

@@ -20,6 +20,17 @@ class Tap(NamedTuple):
     weights: Array | None = None  # of the data in the input factor [N], ≥ 0; None: all equal
 
 
+class Moments(NamedTuple):
+    """Second moments of what one layer saw of one batch: all that "expand" needs of a `Tap`.
+
+    Those of several batches of one size may be averaged.
+    """
+
+    input_factor: Array  # A [B, d_in, d_in]; of an embedding its diagonal [B, d_in]
+    output_factor: Array  # G [B, d_out, d_out]
+    cases: Array  # N·S, which weighs A against other groups; 0 if none was seen; float32 []
+
+
 class Taps(dict):
     """Taps of all layers: from a layer's name to a tuple of `Tap`s, one for each batch it met.
 
@@ -37,7 +48,7 @@ class Taps(dict):
       (1, 5, 1, 3)
     """
 
-    def __init__(self, taps: Mapping[str, Tap | Iterable[Tap]]):
+    def __init__(self, taps: Mapping[str, Tap | Moments | Iterable[Tap | Moments]]):
         super().__init__(
             {
                 name: tuple(canonical(name, tap) for tap in _sequence(given))
@@ -47,11 +58,13 @@ class Taps(dict):
 
 
 def _sequence(given):
-    return [given] if isinstance(given, Tap) else given
+    return [given] if isinstance(given, Tap | Moments) else given
 
 
-def canonical(name: str, tap: Tap) -> Tap:
+def canonical(name: str, tap: Tap | Moments) -> Tap | Moments:
     """Bring a tap to canonical form, and check its shapes."""
+    if isinstance(tap, Moments):
+        return tap
     inputs, grads = jnp.asarray(tap.inputs), jnp.asarray(tap.output_grads)
     if inputs.ndim == 2:
         inputs = inputs[None, :, None, :]

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.assemble import member_taps
+from optax_kron.capture.assemble import data_weights, member_moments, member_taps
 from optax_kron.capture.check import failures
 from optax_kron.capture.columns import ESTIMATES, columns
 from optax_kron.capture.find import Layers
 from optax_kron.capture.layers import leaf_path
+from optax_kron.capture.moments import InsideMoments, can_be_inside
 from optax_kron.capture.pullback import Linearized, linearize
 from optax_kron.capture.tap import Taps
 from optax_kron.capture.trace import Traced, trace_loss
+from optax_kron.capture.uses import Use
 
 PyTree = Any
 
@@ -25,6 +27,7 @@ def value_and_grad_with_taps(
     layers: Layers | None = None,
     *,
     has_aux: bool = False,
+    reduce: bool = False,
     samples: int = 1,
     fisher: str = "mc",
 ) -> Callable[..., tuple[Any, PyTree, Taps]]:
@@ -34,6 +37,9 @@ def value_and_grad_with_taps(
       loss_fn: as in `find_layers`.
       layers: what `find_layers` returned; only their taps are made. `None`: those of all layers.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
+      reduce: return second moments, ready for `ok.kfac`, instead of what each datum gave. They are
+        formed inside the traced function, also inside scans and checkpoints, so that a layer takes
+        `d_in² + d_out²` numbers however large the batch. "expand" only.
       samples: columns of a random estimate.
       fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
         own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
@@ -83,21 +89,45 @@ def value_and_grad_with_taps(
             raise ValueError(f"{owner}: fisher={fisher!r} draws random numbers; pass key=.")
         _select(traced, layers)
         uses = [use for member in analysis.members for group in member.groups for use in group]
-        linearized = linearize(analysis, uses, traced.arrays)
+        inside = _inside(traced) if reduce else {}
+        linearized = linearize(analysis, uses, traced.arrays, inside)
         one = jnp.ones_like(linearized.outputs[0])
         grads, _, weights = linearized.pull(one, linearized.no_logits())
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
         numbers = {use: i for i, use in enumerate(uses)}
-        taps = {
-            member.layer.name: member_taps(
-                analysis, member, numbers, linearized, gradients, weights
-            )
-            for member in analysis.members
-        }
+        seen = (analysis, numbers, linearized, gradients, weights)
+        taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
         value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
         return value, _unflatten_grads(traced, params, grads), Taps(taps)
 
     return value_and_grad
+
+
+def _taps_of(member, analysis, numbers, linearized, gradients, weights, inside, reduce):
+    arguments = analysis, member, numbers, linearized, gradients, weights
+    return member_moments(*arguments, inside) if reduce else member_taps(*arguments)
+
+
+def _inside(traced: Traced) -> dict[Use, InsideMoments]:
+    """The uses whose second moments can be formed where they are."""
+    analysis = traced.analysis
+    # What each datum weighs has to be known in the forward pass; most losses are linear in their
+    # per-example losses, and then none of this is evaluated.
+    first = linearize(analysis, (), traced.arrays)
+    _, _, weights = first.pull(jnp.ones_like(first.outputs[0]), first.no_logits())
+    found = {}
+    for member in analysis.members:
+        uses = [use for group in member.groups for use in group]
+        labels = {use: analysis.labels.data(use.output) for use in uses}
+        if not all(can_be_inside(member.layer, use, labels[use]) for use in uses):
+            continue
+        for group in member.groups:
+            marks = frozenset().union(*(labels[use].marks for use in group))
+            own = data_weights(analysis.marks, marks, weights, None)
+            for use in group:
+                biased = use in member.biased
+                found[use] = InsideMoments(member.layer, use, labels[use], own, biased)
+    return found
 
 
 def _select(traced: Traced, layers: Layers | None) -> None:

@@ -92,7 +92,7 @@ def _shares(shape: Sequence[int], weights: Array | None, dtype: DTypeLike) -> Ar
 def output_moment(
     output_grads: Array, *, approx: str = "expand", precision: contract.Precision = None
 ) -> Array:
-    """`G = (1/N) Σ_v Σ_n Σ_s g gᵀ`, of each block.
+    """`G = (1/N) Σ_v Σ_n Σ_s g gᵀ`, of each block; the identity if there are no columns.
 
     Args:
       output_grads: [V, B, N, S, d_out].
@@ -104,6 +104,9 @@ def output_moment(
     """
     if approx == "reduce":
         output_grads = jnp.sum(output_grads, axis=3, keepdims=True)
+    if output_grads.shape[0] == 0:
+        _, blocks, _, _, size = output_grads.shape
+        return jnp.tile(jnp.eye(size, dtype=output_grads.dtype), (blocks, 1, 1))
     product = jnp.einsum("vbnsi,vbnsj->bij", output_grads, output_grads, precision=precision)
     return product / output_grads.shape[2]
 
@@ -119,33 +122,12 @@ def second_moments(
     """Both factors of one batch; arguments as `input_moment` and `output_moment`.
 
     Returns:
-      `A` [B, d_in, d_in], and `G` [B, d_out, d_out]: the identity if there are no columns.
+      `A` [B, d_in, d_in], and `G` [B, d_out, d_out].
     """
     return (
         input_moment(inputs, weights, approx=approx, precision=precision),
-        combine_outputs([output_grads], approx=approx, precision=precision),
+        output_moment(output_grads, approx=approx, precision=precision),
     )
-
-
-def combine_inputs(moments: Sequence[Array], cases: Sequence[int]) -> Array:
-    """The input factor of several batches: the mean of theirs, by their numbers of cases N·S."""
-    shares = [n / sum(cases) for n in cases]
-    first, *others = (m * share for m, share in zip(moments, shares, strict=True))
-    return sum(others, first)
-
-
-def combine_outputs(
-    batches: Sequence[Array], *, approx: str = "expand", precision: contract.Precision = None
-) -> Array:
-    """The output factor of several batches [V, B, N, S, d_out]: the sum of theirs.
-
-    Without a column in any of them it is the identity.
-    """
-    moments = [output_moment(g, approx=approx, precision=precision) for g in batches if g.shape[0]]
-    if not moments:
-        _, blocks, _, _, size = batches[0].shape
-        return jnp.tile(jnp.eye(size, dtype=batches[0].dtype), (blocks, 1, 1))
-    return sum(moments[1:], moments[0])
 
 
 def pi_damping(

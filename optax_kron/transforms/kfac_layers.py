@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optax_kron.capture.layers import Layer, by_path, leaf_path, slashed
-from optax_kron.capture.tap import Tap, Taps
+from optax_kron.capture.tap import Moments, Tap, Taps
 
 PyTree = Any
 Box = tuple[tuple[int, int], ...]  # for each axis of a parameter, a range of indices
@@ -135,10 +135,13 @@ class LayerPlan:
                 self._check_tap(m, tap)
         return found
 
-    def _check_tap(self, member: Member, tap: Tap) -> None:
+    def _check_tap(self, member: Member, tap: Tap | Moments) -> None:
         layer = member.layer
-        blocks, *_, width = tap.inputs.shape
         where = f"{self.owner}: layer {layer.name!r} ({', '.join(layer.paths)})"
+        if isinstance(tap, Moments):
+            self._check_moments(member, tap, where)
+            return
+        blocks, *_, width = tap.inputs.shape
         if blocks != layer.blocks:
             raise ValueError(
                 f"{where}: the taps have {blocks} blocks, in inputs of shape {tap.inputs.shape}; "
@@ -168,6 +171,17 @@ class LayerPlan:
                 raise ValueError(
                     f"{where}: the taps have {name} of dtype {x.dtype}; expected real."
                 )
+
+    def _check_moments(self, member: Member, moments: Moments, where: str) -> None:
+        layer = member.layer
+        width = layer.d_in if layer.is_embedding else member.width
+        input_shape = (layer.blocks, width) + (() if layer.is_embedding else (width,))
+        expected = input_shape, (layer.blocks, layer.d_out, layer.d_out)
+        got = moments.input_factor.shape, moments.output_factor.shape
+        if got[1] != expected[1] or (width is not None and got[0] != expected[0]):
+            raise ValueError(
+                f"{where}: the taps are second moments of shapes {got}; expected {expected}."
+            )
 
 
 def check_layers(owner: str, layers: Any) -> tuple[Layer, ...]:

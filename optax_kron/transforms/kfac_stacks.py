@@ -15,7 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.capture.tap import Tap
+from optax_kron.capture.moments import moments_of
+from optax_kron.capture.tap import Moments, Tap
 from optax_kron.kernels import kfac, linalg
 from optax_kron.transforms.kfac_layers import LayerPlan, Member
 
@@ -111,13 +112,13 @@ class Curvature:
         for label, members in plan.stacks.items():
             stack = stacks[label]
             pairs = [self._moments(m, used[m.layer.name], decay.dtype) for m in members]
+            *moments, some = map(jnp.concatenate, zip(*pairs, strict=True))
             rate = jnp.where(stack.started, decay, 0)  # the first moments are taken as they are
             new = [
-                _blend(old, jnp.concatenate(moments), rate)
-                for old, moments in zip(stack[:2], zip(*pairs, strict=True), strict=True)
+                _blend(old, moment, rate) for old, moment in zip(stack[:2], moments, strict=True)
             ]
             finite = _finite_blocks(new)
-            taken = sound & finite
+            taken = sound & finite & some  # a layer in a branch not taken has seen nothing
             moved[label] = KfacStack(
                 _select_blocks(taken, new[0], stack.input_factor),
                 _select_blocks(taken, new[1], stack.output_factor),
@@ -127,23 +128,39 @@ class Curvature:
             failures = failures + jnp.sum(sound & ~finite, dtype=jnp.int32)
         return moved, failures, sound
 
-    def _moments(self, member: Member, taps: Sequence[Tap], dtype) -> tuple[Array, Array]:
-        """Factors [B, ...] of one layer from all groups of its taps."""
-        layer = member.layer
-        approx = "reduce" if layer.kernel is None else self.approx
-        inputs, cases = [], []
-        for tap in taps:
-            weights = None if tap.weights is None else tap.weights.astype(dtype)
-            if layer.is_embedding:
-                moment = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
-            else:
-                a = tap.inputs[..., member.columns].astype(dtype)
-                moment = kfac.input_moment(a, weights, approx=approx, precision=self.precision)
-            inputs.append(moment)
-            cases.append(tap.inputs.shape[1] * (1 if approx == "reduce" else tap.inputs.shape[2]))
-        grads = [tap.output_grads.astype(dtype) for tap in taps]
-        output = kfac.combine_outputs(grads, approx=approx, precision=self.precision)
-        return kfac.combine_inputs(inputs, cases), output
+    def _moments(
+        self, member: Member, taps: Sequence[Tap | Moments], dtype
+    ) -> tuple[Array, Array, Array]:
+        """Factors [B, ...] of one layer from all groups of its taps, and if there is any [B].
+
+        The input factor is the mean of those of the groups, by their numbers of cases N·S; the
+        output factor is the sum, as curvatures of terms of a loss add up.
+        """
+        found = [self._group(member, tap, dtype) for tap in taps]
+        total = sum((m.cases for m in found[1:]), found[0].cases)
+        shares = [m.cases / jnp.where(total > 0, total, 1) for m in found]
+        inputs = [m.input_factor * s.astype(dtype) for m, s in zip(found, shares, strict=True)]
+        outputs = [m.output_factor for m in found]
+        if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
+            outputs = outputs[:1]  # no columns: the identity, not a sum of them
+        some = jnp.full(member.layer.blocks, total > 0)
+        return sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), some
+
+    def _group(self, member: Member, tap: Tap | Moments, dtype) -> Moments:
+        layer, columns = member.layer, member.columns
+        if isinstance(tap, Tap):
+            inputs = tap.inputs if layer.is_embedding else tap.inputs[..., columns]
+            tap = tap._replace(inputs=inputs)
+            return moments_of(layer, tap, approx=self.approx, dtype=dtype, precision=self.precision)
+        if self.approx == "reduce" and layer.kernel is not None:
+            raise ValueError(
+                f"kfac: approx='reduce' needs what each datum gave, but the taps of layer "
+                f"{layer.name!r} are second moments, which 'expand' has. Make the taps with "
+                "reduce=False, or take approx='expand'."
+            )
+        inputs = tap.input_factor.astype(dtype)
+        inputs = inputs if layer.is_embedding else inputs[..., columns, columns]
+        return Moments(inputs, tap.output_factor.astype(dtype), tap.cases)
 
     def refresh(self, stacks: Stacks, damping: ArrayLike) -> tuple[Stacks, Array]:
         """Invert, or eigendecompose, the factors of every block that has any.

@@ -1,0 +1,133 @@
+"""Second moments of inputs and output-gradients, formed inside the traced function.
+
+Neither is kept: a step of a scan adds its moments to those of the steps before, and a checkpoint
+recomputes what it did not save. The moment of inputs is one more output of the function. That of
+output-gradients is known only in the backward pass: it is read as the cotangent of a dummy operand,
+of a function whose derivative is declared to be that.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from optax_kron.capture.canonical import Canonical
+from optax_kron.capture.graph import Node
+from optax_kron.capture.labels import Data
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.tap import Moments, Tap
+from optax_kron.capture.uses import Use
+from optax_kron.kernels import contract, kfac
+
+
+def moments_of(
+    layer: Layer,
+    tap: Tap,
+    *,
+    approx: str = "expand",
+    dtype: DTypeLike | None = None,
+    precision: contract.Precision = None,
+) -> Moments:
+    """The second moments of a tap in canonical form.
+
+    Args:
+      layer: that the tap belongs to. A bias alone is always reduced.
+      tap: what it saw.
+      approx: "expand" or "reduce", as in `ok.kfac`.
+      dtype: of the moments; `None`: that of the output-gradients, at least float32.
+      precision: of the matrix products.
+    """
+    approx = "reduce" if layer.kernel is None else approx
+    dtype = _wide(tap.output_grads.dtype) if dtype is None else dtype
+    weights = None if tap.weights is None else tap.weights.astype(dtype)
+    if layer.is_embedding:
+        inputs = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
+    else:
+        x = tap.inputs.astype(dtype)
+        inputs = kfac.input_moment(x, weights, approx=approx, precision=precision)
+    grads = tap.output_grads.astype(dtype)
+    outputs = kfac.output_moment(grads, approx=approx, precision=precision)
+    _, data, positions, _ = tap.inputs.shape
+    cases = jnp.asarray(data * (1 if approx == "reduce" else positions), jnp.float32)
+    if weights is not None:
+        cases = jnp.where(jnp.sum(weights) > 0, cases, 0)
+    return Moments(inputs, outputs, cases)
+
+
+def can_be_inside(layer: Layer, use: Use, label: Data) -> bool:
+    """Whether the moments of a use can be formed where it is.
+
+    Not those of a bias alone, whose gradients are summed over all positions before they are
+    squared; nor where the steps of a scan count the data. Both are small, or formed afterwards.
+    """
+    return layer.kernel is not None and not isinstance(label.axis, Node)
+
+
+class InsideMoments:
+    """The second moments of one use, as seen from inside all scans around it.
+
+    Args:
+      layer: that the use belongs to.
+      use: of its kernel.
+      label: where the use's output holds the data.
+      weights: of the data in the loss [N].
+      biased: whether the layer's bias is added to this use.
+    """
+
+    def __init__(self, layer: Layer, use: Use, label: Data, weights: Array, biased: bool):
+        self.layer, self.use, self.biased = layer, use, biased
+        self.weights = weights
+        self.form = Canonical(use, label, inside=True)
+        self.stacked = frozenset(scan for scan, _ in use.view.steps)
+
+    def dummy(self) -> Array:
+        """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out]."""
+        steps = [scan.params["length"] for scan in self.use.scans if scan in self.stacked]
+        d_out = self.layer.d_out
+        shape = jax.eval_shape(self.form.output_grads, self._output())
+        return jnp.zeros((*steps, shape.shape[0], d_out, d_out), _wide(shape.dtype))
+
+    def _output(self) -> Any:
+        return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)
+
+    def of_inputs(self, record: Array) -> Array:
+        """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal for an embedding."""
+        positions = self.form.positions
+        total = jnp.sum(self.weights) * positions  # undo the kernel's mean
+        if self.layer.is_embedding:
+            indices = self.form.inputs(record, record.dtype)
+            found = kfac.index_frequencies(
+                indices, self.layer.d_in, self.weights, dtype=self.weights.dtype
+            )
+            return found[..., None] * total
+        x = self.form.inputs(record, record.dtype)
+        x = x.astype(_wide(x.dtype))
+        if self.layer.bias is not None:
+            column = jnp.full((*x.shape[:-1], 1), 1 if self.biased else 0, x.dtype)
+            x = jnp.concatenate([x, column], axis=-1)
+        return kfac.input_moment(x, self.weights) * total
+
+    def watch(self, value: Array, dummy: Array) -> Array:
+        """The value; its cotangent's second moment `Σ_n Σ_s g gᵀ` becomes that of the dummy."""
+
+        @jax.custom_vjp
+        def watched(value, dummy):
+            return value
+
+        def forward(value, dummy):
+            return value, None
+
+        def backward(_, cotangent):
+            g = self.form.output_grads(cotangent)
+            g = g.astype(_wide(g.dtype))
+            moment = kfac.output_moment(g[None]) * g.shape[1]
+            return cotangent, moment.astype(dummy.dtype)
+
+        watched.defvjp(forward, backward)
+        return watched(value, dummy)
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
