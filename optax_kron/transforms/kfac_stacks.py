@@ -137,9 +137,10 @@ class Curvature:
         output factor is the sum, as curvatures of terms of a loss add up.
         """
         found = [self._group(member, tap, dtype) for tap in taps]
-        total = sum((m.cases for m in found[1:]), found[0].cases)
-        shares = [m.cases / jnp.where(total > 0, total, 1) for m in found]
-        inputs = [m.input_factor * s.astype(dtype) for m, s in zip(found, shares, strict=True)]
+        cases = [m.cases.astype(dtype) for m in found]
+        total = sum(cases[1:], cases[0])
+        shares = [n / jnp.where(total > 0, total, 1) for n in cases]
+        inputs = [m.input_factor * share for m, share in zip(found, shares, strict=True)]
         outputs = [m.output_factor for m in found]
         if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
             outputs = outputs[:1]  # no columns: the identity, not a sum of them

@@ -56,53 +56,6 @@ def test_without_columns_the_output_factor_is_the_identity():
     np.testing.assert_array_equal(G, np.broadcast_to(np.eye(4), (2, 4, 4)))
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.0, 0.5]])
-def test_second_moments_of_every_block(approx, weights):
-    a, g = draw(2, 4, 3, 5), draw(2, 2, 4, 3, 6, seed=1)
-    w = None if weights is None else jnp.asarray(weights)
-    A, G = kfac.second_moments(jnp.asarray(a), jnp.asarray(g), w, approx=approx)
-    assert (A.shape, G.shape) == ((2, 5, 5), (2, 6, 6))
-    for b in range(2):
-        expected = reference.factors(a[b], g[:, b], weights, approx)
-        np.testing.assert_allclose(A[b], expected[0], rtol=RTOL, atol=1e-14)
-        np.testing.assert_allclose(G[b], expected[1], rtol=RTOL, atol=1e-14)
-
-
-def test_expand_and_reduce_agree_at_one_position_and_differ_at_more():
-    a, g = jnp.asarray(draw(1, 4, 3, 5)), jnp.asarray(draw(1, 1, 4, 3, 2, seed=1))
-    for positions, same in ((1, True), (3, False)):
-        pairs = [
-            kfac.second_moments(a[:, :, :positions], g[..., :positions, :], approx=approx)
-            for approx in kfac.APPROXIMATIONS
-        ]
-        for x, y in zip(*pairs, strict=True):
-            assert np.allclose(x, y, rtol=1e-12) == same
-
-
-def test_weights_of_zero_leave_a_zero_moment():
-    A = kfac.input_moment(jnp.ones((1, 3, 2, 2)), jnp.zeros(3))
-    np.testing.assert_array_equal(A, 0)
-
-
-def test_without_columns_the_output_factor_is_the_identity():
-    _, G = kfac.second_moments(jnp.ones((2, 3, 1, 2)), jnp.ones((0, 2, 3, 1, 4)))
-    np.testing.assert_array_equal(G, np.broadcast_to(np.eye(4), (2, 4, 4)))
-
-
-def test_batches_add_up():
-    """The mean of input moments by cases is that of all cases in one batch; outputs are summed."""
-    a = [draw(1, 2, 3, 4), draw(1, 5, 2, 4, seed=1)]
-    g = [draw(2, 1, 2, 3, 3, seed=2), draw(0, 1, 5, 2, 3), draw(1, 1, 5, 2, 3, seed=3)]
-    A = kfac.combine_inputs([kfac.input_moment(jnp.asarray(x)) for x in a], [6, 10])
-    cases = np.concatenate([x.reshape(-1, 4) for x in a])
-    np.testing.assert_allclose(A[0], cases.T @ cases / 16, rtol=RTOL)
-    G = kfac.combine_outputs([jnp.asarray(x) for x in g])
-    expected = sum(
-        reference.factors(np.ones((x.shape[2], x.shape[3], 1)), x[:, 0])[1] for x in (g[0], g[2])
-    )
-    np.testing.assert_allclose(G[0], expected, rtol=RTOL)
-
-
 @pytest.mark.parametrize("weights", [None, [1.0, 0.0, 3.0]])
 def test_index_frequencies_are_the_diagonal_of_the_one_hot_moment(weights):
     indices = np.random.default_rng(0).integers(0, 5, size=(2, 3, 4, 1))
