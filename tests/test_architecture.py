@@ -54,6 +54,15 @@ def test_only_public_modules_are_imported(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_core_needs_only_its_declared_dependencies(path):
-    standard = {"collections", "dataclasses", "functools", "itertools", "math", "re", "typing"}
+    standard = {
+        "collections",
+        "dataclasses",
+        "functools",
+        "itertools",
+        "math",
+        "pathlib",
+        "re",
+        "typing",
+    }
     allowed = standard | {"jax", "numpy", "optax", "optax_kron"}
     assert {module.split(".")[0] for module in imported_modules(path)} <= allowed

@@ -23,7 +23,15 @@ def failures(traced: Traced) -> dict[str, str]:
     analysis = traced.analysis
     if not analysis.members:
         return {}
-    found = jax.jit(lambda arrays: _deviations(traced, arrays))(traced.arrays)
+    check = jax.jit(lambda arrays: _deviations(traced, arrays), compiler_options=_quickly())
+    found, least = check(traced.arrays)
+    for mark, weight in zip(analysis.marks, least, strict=True):
+        if float(weight) < 0:
+            raise ValueError(
+                f"the loss falls with a per-example loss ({mark.node.place}): its derivative there "
+                f"is {float(weight):.3g}. Curvature needs weights ≥ 0; take the term out of "
+                "ok.losses if it is not a likelihood, and use Optax's function instead."
+            )
     values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
     dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
@@ -38,7 +46,17 @@ def failures(traced: Traced) -> dict[str, str]:
     return failed
 
 
-def _deviations(traced: Traced, arrays: list[Any]) -> dict[str, tuple[Array, Array]]:
+def _quickly() -> dict[str, Any] | None:
+    """Options for a program that runs once: on CPU most of the time goes into optimizing it."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _deviations(
+    traced: Traced, arrays: list[Any]
+) -> tuple[dict[str, tuple[Array, Array]], list[Array]]:
+    """How far each layer is off: from the gradient, and by mixing data; and the least weights."""
     analysis = traced.analysis
     uses = [use for member in analysis.members for group in member.groups for use in group]
     numbers = {use: i for i, use in enumerate(uses)}
@@ -50,7 +68,8 @@ def _deviations(traced: Traced, arrays: list[Any]) -> dict[str, tuple[Array, Arr
     ]
     one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
     loss = linearized.outputs[0]
-    params, gradients, weights = linearized.pull(jnp.zeros_like(loss), everything)
+    _, _, weights = linearized.pull(jnp.ones_like(loss), linearized.no_logits())
+    params, gradients, _ = linearized.pull(jnp.zeros_like(loss), everything)
     _, alone, _ = linearized.pull(jnp.zeros_like(loss), one)
     leaves = dict(zip(analysis.leaves, params, strict=True))
 
@@ -70,7 +89,7 @@ def _deviations(traced: Traced, arrays: list[Any]) -> dict[str, tuple[Array, Arr
             for mine, whole in zip(taps_of(member, alone), taps, strict=True)
         ]
         found[layer.name] = gradient, jnp.max(jnp.stack(leaks))
-    return found
+    return found, [jnp.min(w, initial=0) for w in weights]
 
 
 def _of_one(mark, cotangent):

@@ -8,6 +8,7 @@ change from one release of JAX to the next.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ import jax.extend as jex
 import jax.numpy as jnp
 
 from optax_kron.distributions import MARK_PREFIX
+
+_PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 ELEMENTWISE = frozenset(
     """
@@ -90,7 +93,17 @@ class Node:
     @property
     def place(self) -> str:
         """Where the user's code made this equation: "file.py:12 (function)", or empty."""
-        return jex.source_info_util.summarize(self.eqn.source_info)
+        summary = jex.source_info_util.summarize(self.eqn.source_info)
+        if not summary.startswith(_PACKAGE):
+            return summary
+        # A marked loss was made here: the user's line is the one that called it.
+        frames = getattr(self.eqn.source_info.traceback, "frames", ())
+        ours = [frame.file_name.startswith(_PACKAGE) for frame in frames]
+        callers = [i for i in range(1, len(ours)) if ours[i - 1] and not ours[i]]
+        if not callers:
+            return summary
+        frame = frames[callers[0]]
+        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
 
     @property
     def has_marks(self) -> bool:

@@ -76,6 +76,12 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
             f"loss_fn must return a real scalar{', with has_aux' if has_aux else ''}; got {loss}."
             + ("" if has_aux else " If it returns (loss, aux), pass has_aux=True.")
         )
+    for node in graph.walk():
+        if node.kind == "mark" and 0 in node.outputs[0].shape:
+            raise ValueError(
+                f"the loss at {node.place} has no data: its per-example losses have shape "
+                f"{node.outputs[0].shape}."
+            )
     values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
     return Traced(analyse(graph, values), leaves, inputs, list(values), jax.tree.structure(shapes))
 
