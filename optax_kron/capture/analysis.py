@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optax_kron.capture.graph import Graph, Node, Value
-from optax_kron.capture.labels import Labels
+from optax_kron.capture.labelling import Labels
 from optax_kron.capture.layers import Arrangement, Layer
 from optax_kron.capture.uses import Branch, Use, Uses
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from optax_kron.capture import views
+from optax_kron.capture.axes import dot_free_axes
 from optax_kron.capture.graph import Node, Value
-from optax_kron.capture.labels import dot_free_axes
 from optax_kron.capture.views import NEW, Digits, View
 
 

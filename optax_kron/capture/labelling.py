@@ -1,0 +1,160 @@
+"""The pass backwards that labels all values of a graph."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from optax_kron.capture.axes import back
+from optax_kron.capture.graph import Graph, Node, Value, is_literal
+from optax_kron.capture.labels import Coupled, Data, Label, meet
+
+
+class Labels:
+    """The labels of all values of a graph."""
+
+    def __init__(self, graph: Graph, axes: dict[Node, int | None]):
+        """Label a graph.
+
+        Args:
+          graph: of the whole loss.
+          axes: for each mark, the axis of its per-example losses that counts the data; `None` if
+            all of them belong to one datum.
+        """
+        self._of: dict[Value, Label] = {}
+        self._marks = axes
+        self._numbers = {node: i for i, node in enumerate(axes)}
+        self._visit(graph)
+
+    def __getitem__(self, value: Value) -> Label:
+        return self._of.get(value)
+
+    def data(self, value: Value) -> Data:
+        """Where a value holds its data, if it does."""
+        label = self[value]
+        if not isinstance(label, Data):
+            raise TypeError(f"{value} is not known to hold data along an axis; it is {label}")
+        return label
+
+    def _join(self, value: Any, label: Label, node: Any = None) -> bool:
+        """Add a use to a value; return whether that changed its label."""
+        if label is None or is_literal(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
+            return False  # no derivative passes through integers and booleans
+        old = self._of.get(value)
+        new = meet(old, label, node)
+        self._of[value] = new  # type: ignore[assignment]
+        return new != old
+
+    def _visit(self, graph: Graph) -> None:
+        for node in reversed(graph.nodes):
+            labels = [self[v] for v in node.outputs]
+            if node in self._marks:
+                labels = self._mark_labels(node)
+            inside = node.kind in ("scan", "remat", "cond") and node.has_marks
+            if all(label is None for label in labels) and not inside:
+                continue
+            for value, label in zip(node.operands, self._back(node, labels), strict=True):
+                self._join(value, label, node)
+
+    def _mark_labels(self, node: Node) -> list[Label]:
+        mark, axis = frozenset([self._numbers[node]]), self._marks[node]
+        if isinstance(axis, Node):
+            size = axis.params["length"]
+        else:
+            size = 1 if axis is None else node.outputs[0].shape[axis]
+        return [meet(self[v], Data(mark, size, axis), node) for v in node.outputs]
+
+    def _back(self, node: Node, labels: list[Label]) -> list[Label]:
+        """The labels of a node's operands from those of its outputs."""
+        if node.kind == "scan":
+            return self._back_scan(node, labels)
+        if node.kind == "while":
+            return self._back_while(node, labels)
+        if node.kind == "cond":
+            merged: list[Label] = [None] * (len(node.operands) - 1)
+            for body in node.bodies:
+                inner = self._through(body, labels)
+                merged = [meet(a, b, node) for a, b in zip(merged, inner, strict=True)]
+            return [_couple(labels, node), *merged]
+        if node.kind == "mark":
+            return [_of_mark(node, x, labels[0]) for x in node.operands]
+        if len(node.bodies) == 1:
+            return self._through(node.bodies[0], labels)
+        return back(node, labels)
+
+    def _through(self, body: Graph, labels: Sequence[Label]) -> list[Label]:
+        for value, label in zip(body.outputs, labels, strict=True):
+            self._join(value, label)
+        self._visit(body)
+        return [self[v] for v in body.inputs]
+
+    def _back_scan(self, node: Node, labels: list[Label]) -> list[Label]:
+        (body,) = node.bodies
+        constants, carries = node.params["num_consts"], node.params["num_carry"]
+
+        def enter(label):  # from stacked outputs to those of one step
+            if not (isinstance(label, Data) and label.on_axis):
+                return label
+            if label.axis > 0:
+                return label.moved(label.axis - 1)
+            if label.before == label.after == 1:
+                return dataclasses.replace(label, axis=node)
+            return Coupled(label.marks, node)
+
+        def leave(label):  # from the inputs of one step to stacked ones
+            if not isinstance(label, Data) or label.axis is None:
+                return label
+            if label.axis is node:
+                return dataclasses.replace(label, axis=0)
+            return label.moved(label.axis + 1) if label.on_axis else label
+
+        outputs = [*labels[:carries], *map(enter, labels[carries:])]
+        while True:
+            inputs = self._through(body, outputs)
+            carried = [
+                meet(a, self._apart(b, node), node)
+                for a, b in zip(
+                    outputs[:carries], inputs[constants : constants + carries], strict=True
+                )
+            ]
+            if carried == outputs[:carries]:
+                break
+            outputs[:carries] = carried
+        shared = [self._apart(label, node) for label in inputs[:constants]]
+        return [*shared, *carried, *map(leave, inputs[constants + carries :])]
+
+    def _apart(self, label: Label, node: Node) -> Label:
+        """What all steps of a scan share is coupled if the steps are the data."""
+        if isinstance(label, Data) and label.axis is node:
+            return Coupled(label.marks, node)
+        return label
+
+    def _back_while(self, node: Node, labels: list[Label]) -> list[Label]:
+        body = node.bodies[1]
+        tests, constants = node.params["cond_nconsts"], node.params["body_nconsts"]
+        outputs = list(labels)
+        while True:
+            inputs = self._through(body, outputs)
+            carried = [meet(a, b, node) for a, b in zip(outputs, inputs[constants:], strict=True)]
+            if carried == outputs:
+                return [*[None] * tests, *inputs[:constants], *carried]
+            outputs = carried
+
+
+def _of_mark(node: Node, operand: Any, label: Label) -> Label:
+    """Logits, targets and losses agree in the axes that they share: the leading ones."""
+    if is_literal(operand) or not isinstance(label, Data) or not label.on_axis:
+        return label
+    axis, losses = label.axis, node.outputs[0]
+    if axis < operand.ndim and operand.shape[axis] == losses.shape[axis]:
+        return label
+    return Coupled(label.marks, node)
+
+
+def _couple(labels: Sequence[Label], node: Node) -> Label:
+    """What reaches all that any of the outputs reaches."""
+    marks = [label.marks for label in labels if label is not None]
+    if not marks:
+        return None
+    return Coupled(frozenset().union(*marks), node)
