@@ -6,10 +6,13 @@ ARGS ?=
 
 VENV := .venv
 PEER_VENV := .venv-psgd-jax
+KFAC_VENV := .venv-kfac-jax
 RUN := $(VENV)/bin/python
 
 # psgd-jax imports a private Optax module; these are the newest releases that still have it.
 PEER_PINS := psgd-jax==0.2.9 jax==0.4.38 jaxlib==0.4.38 optax==0.2.4 flax==0.10.2 scikit-learn
+# kfac-jax 0.0.8 works with JAX 0.8.0 and 0.9.0, and fails on a dense layer with 0.10.
+KFAC_PINS := kfac-jax==0.0.8 jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 scikit-learn
 
 # A hang must end as a failure. Systems without GNU timeout (macOS) run without the limit.
 # On a terminal the command stays in the foreground, or Ctrl-C would not reach it; elsewhere the
@@ -22,7 +25,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench bench-peers soak clean
+.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -45,14 +48,19 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/
 bench: $(VENV)/.installed-examples ## Measure compile time, step time and state size
 	$(call within,1800) $(RUN) benchmarks/step.py $(ARGS)
 
-bench-peers: $(VENV)/.installed-examples $(PEER_VENV)/.installed ## Measure the same beside psgd-jax
+bench-peers: bench-psgd bench-kfac ## Measure the same beside psgd-jax, and K-FAC beside kfac-jax
+
+bench-psgd: $(VENV)/.installed-examples $(PEER_VENV)/.installed ## Beside psgd-jax alone
 	$(call within,3600) $(RUN) benchmarks/peers.py --peer-python $(PEER_VENV)/bin/python $(ARGS)
+
+bench-kfac: $(VENV)/.installed-examples $(KFAC_VENV)/.installed ## Beside kfac-jax alone
+	$(call within,3600) $(RUN) benchmarks/kfac_peers.py --peer-python $(KFAC_VENV)/bin/python $(ARGS)
 
 soak: $(VENV)/.installed-examples ## Run 300 updates with every geometry, under a time limit
 	$(call within,3600) $(RUN) benchmarks/soak.py $(ARGS)
 
 clean: ## Remove the environments and everything that the other targets made
-	rm -rf $(VENV) $(PEER_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER_VENV) $(KFAC_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted installation is done again.
@@ -69,4 +77,9 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 $(PEER_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PEER_VENV)
 	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PINS)
+	@touch $@
+
+$(KFAC_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(KFAC_VENV)
+	$(KFAC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(KFAC_PINS)
 	@touch $@

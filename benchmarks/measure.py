@@ -73,9 +73,9 @@ def train_autoencoder(tx, *, steps=200, seed=0):
     return {**figures, "losses": losses, "median_s": float(np.median(seconds))}
 
 
-def launch(python, *options, limit=1200):
-    """Run this script under the given interpreter and return its figures; warnings go to stderr."""
-    command = [python, str(Path(__file__)), *map(str, options)]
+def launch(python, *options, script=__file__, limit=1200):
+    """Run a script, this one, under an interpreter; return its figures. Warnings go to stderr."""
+    command = [python, str(Path(script)), *map(str, options)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
     if result.returncode:
         raise SystemExit(f"failed ({result.returncode}): {' '.join(command)}\n{result.stdout}")

@@ -1,4 +1,4 @@
-"""The two models that every benchmark uses, as plain JAX.
+"""The models that the benchmarks use, as plain JAX.
 
 *Model T* is a stack of parameter shapes in the proportions of a small transformer (3.4 million
 parameters). It has no forward pass: the benchmarks feed its optimizers random gradients, so that
@@ -8,6 +8,9 @@ only the optimizer is timed.
 scikit-learn's 1797 images of digits (pixels / 16), full batch. The loss is the sigmoid
 cross-entropy summed over the pixels of an image, averaged over the images. Weights start as N(0, 1
 / d_in), biases at zero.
+
+*The throughput autoencoder* has the same form, 784-1000-500-250-30-250-500-1000-784 (2.8 million
+parameters), and uniform random numbers for 512 images: it is timed, not trained.
 
 Nothing here depends on more than long-standing parts of JAX, and random numbers are NumPy's: old
 and new versions of JAX run the very same code on the very same numbers.
@@ -22,6 +25,8 @@ import optax
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 256, 1024, 1024, 4
 AUTOENCODER_SIZES = (64, 256, 128, 32, 8, 32, 128, 256, 64)
+THROUGHPUT_SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+THROUGHPUT_BATCH = 512
 
 
 def _dense_shapes(d_in, d_out):
@@ -63,6 +68,11 @@ def digits_images():
     return (load_digits().data / 16).astype(np.float32)
 
 
+def random_images(seed=0, batch=THROUGHPUT_BATCH, pixels=THROUGHPUT_SIZES[0]):
+    """Uniform random numbers in [0, 1), float32 [batch, pixels]."""
+    return np.random.default_rng(seed).random((batch, pixels), dtype=np.float32)
+
+
 def autoencoder_init(seed, sizes=AUTOENCODER_SIZES):
     """A list of {"kernel", "bias"}, one per dense layer."""
     rng = np.random.default_rng(seed)
@@ -75,10 +85,15 @@ def autoencoder_init(seed, sizes=AUTOENCODER_SIZES):
     ]
 
 
-def autoencoder_loss(params, images):
-    """Sigmoid cross-entropy of the reconstruction, summed over pixels, mean over images."""
+def autoencoder_logits(params, images):
+    """The reconstruction of images, before the sigmoid."""
     x = images
     for layer in params[:-1]:
         x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-    logits = x @ params[-1]["kernel"] + params[-1]["bias"]
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def autoencoder_loss(params, images):
+    """Sigmoid cross-entropy of the reconstruction, summed over pixels, mean over images."""
+    logits = autoencoder_logits(params, images)
     return optax.sigmoid_binary_cross_entropy(logits, images).sum(axis=-1).mean()

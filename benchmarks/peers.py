@@ -40,8 +40,8 @@ STEP_TASKS = {
 PEER_LOSS = 15.55
 
 
-def measure_pairs(sides, tasks, rounds):
-    """For each named task, a list of {side: figures}, one for each round."""
+def measure_pairs(sides, tasks, rounds, script=measure.__file__):
+    """For each named task, a list of {side: figures}, one for each round; `script` measures."""
     results = {name: [] for name in tasks}
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("measuring", total=rounds * len(tasks) * len(sides))
@@ -50,7 +50,7 @@ def measure_pairs(sides, tasks, rounds):
                 pair = {}
                 for side, (python, *own) in sides.items():
                     progress.update(bar, description=f"{name}: {side}")
-                    pair[side] = measure.launch(python, *own, *options)
+                    pair[side] = measure.launch(python, *own, *options, script=script)
                     progress.advance(bar)
                 results[name].append(pair)
     return results

@@ -4,17 +4,9 @@ python examples/digits_nnx.py --help
 """
 
 import argparse
-import math
 
 import optax
-from common import (
-    batch_order,
-    fitting_batch_size,
-    load_data,
-    progress_bar,
-    step_count,
-    whole_number,
-)
+from common import add_batch_size, batch_order, load_data, make_parser, progress_bar
 from flax import nnx
 
 import optax_kron as ok
@@ -58,18 +50,9 @@ def accuracy_of(model, images, labels):
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a small convolutional net in Flax NNX with kron_psgd.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--steps", type=step_count, default=200, help="training steps")
-    parser.add_argument(
-        "--batch-size", type=fitting_batch_size, default=256, help="images per step"
-    )
+    parser = make_parser(__doc__, steps=200, seed_of="weights, batches and optimizer")
+    add_batch_size(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="at the first step")
-    parser.add_argument(
-        "--seed", type=whole_number, default=0, help="of weights, batches and optimizer"
-    )
     return parser.parse_args()
 
 
@@ -85,13 +68,14 @@ def main() -> None:
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     with progress_bar() as bars:
-        bar = bars.add_task("kron_psgd in Flax NNX", total=steps, loss=math.nan, accuracy=math.nan)
+        bar = bars.add_task("kron_psgd in Flax NNX", total=steps, metrics="")
         batches = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
         for step, batch in enumerate(batches, start=1):
             loss = train_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
             if step % 10 == 0 or step == steps:
                 accuracy = float(accuracy_of(model, data.test_images, data.test_labels))
-                bars.update(bar, completed=step, loss=float(loss), accuracy=accuracy)
+                metrics = f"loss {loss:.1e}  test accuracy {accuracy:.1%}"
+                bars.update(bar, completed=step, metrics=metrics)
     print(f"Test accuracy after {steps} steps: {accuracy:.1%}")
 
 

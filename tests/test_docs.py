@@ -1,7 +1,9 @@
-"""The code that users read runs: README, quickstart, and every docstring."""
+"""The code that users read runs: README, every page, and every docstring."""
 
 import doctest
 import importlib
+import importlib.util
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -16,13 +18,42 @@ MODULES = [
     *(m.name for m in pkgutil.walk_packages(optax_kron.__path__, "optax_kron.")),
 ]
 
+# What other functions make, and the module of the losses, each of which has an example.
+WITHOUT_EXAMPLE = ["Layers", "ScaleByKfacState", "Tap", "losses"]
+LOSSES = [
+    name
+    for name, value in vars(optax_kron.losses).items()
+    if inspect.isfunction(value) and not name.startswith("_")
+]
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
+    "docs/kfac.md",
+    "docs/losses.md",
+]
+# A block that imports one of these runs where it is installed.
+OPTIONAL = ["equinox", "haiku"]
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+
+def can_run(block):
+    needed = [name for name in OPTIONAL if re.search(rf"^import {name}\b", block, re.MULTILINE)]
+    return all(importlib.util.find_spec(name) for name in needed)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks, f"{page} has no Python block"
     # Blocks of a page build on each other, as a reader would type them.
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
+    code = "\n".join(block for block in blocks if can_run(block))
+    exec(compile(code, page, "exec"), {"__name__": page})
+
+
+def test_all_pages_with_python_blocks_are_run():
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    with_blocks = {page for page in pages if "```python" in (ROOT / page).read_text()}
+    assert with_blocks == set(PAGES) - {"README.md"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -34,5 +65,11 @@ def test_docstring_examples(module):
 @pytest.mark.parametrize("name", optax_kron.__all__)
 def test_public_names_have_examples_and_docstrings(name):
     assert getattr(optax_kron, name).__doc__, f"{name} has no docstring"
-    if name != "ScaleByKronPsgdState":
+    if name not in WITHOUT_EXAMPLE:
         assert ">>>" in getattr(optax_kron, name).__doc__, f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_examples_and_are_on_their_page(name):
+    assert ">>>" in getattr(optax_kron.losses, name).__doc__, f"{name} has no example"
+    assert f"| `{name}` |" in (ROOT / "docs/losses.md").read_text()

@@ -180,6 +180,9 @@ class Uses:
         """Note a consumption that is not understood, if it is one of a parameter."""
         origin = view.origin
         if origin in self._pending:
+            label = self._labels[origin]
+            if isinstance(label, Coupled) and label.node is not None and reason is None:
+                reason, node = f"data are coupled by {label.node.name}", label.node
             origin = self._pending[origin].leaf
         if origin in self._leaves:
             self.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
@@ -198,7 +201,12 @@ class Uses:
             (i,) = weights
             view: Any = seen[i]
             adds = node.name in ("add", "add_any")
-            if adds and isinstance(label, Coupled):
+            other = seen[1 - i] if adds else None
+            if other is not None and other.origin in self._pending:
+                self._gap(other, node)
+                self.gaps.append(dataclasses.replace(self.gaps[-1], leaf=view.origin))
+                seen = []
+            elif adds and isinstance(label, Coupled):
                 env[output] = view  # a parameter plus something else is still an image of it
                 self._before[output] = node.operands[i]
                 seen[i] = None

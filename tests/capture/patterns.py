@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from optax_kron import losses
 
@@ -25,7 +26,10 @@ class Pattern:
     args: tuple
     uncovered: tuple[str, ...] = ()  # paths that must be declared
     layers: int | None = None  # how many layers there must be
-    data_loss: Callable[..., jax.Array] | None = None  # the likelihood alone, if there is more
+    # The loss whose gradient a column is, of one datum: the likelihood alone, if there is more.
+    data_loss: Callable[..., jax.Array] | None = None
+    scale: float | None = None  # of the columns; by default that of losses that weigh the same
+    axis: int = 0  # of all arguments, which counts the data
 
 
 PATTERNS: list[Pattern] = []
@@ -47,10 +51,10 @@ def regress(out, y):
     return jnp.mean(jnp.sum(losses.squared_error(out, y), axis=tuple(range(1, out.ndim))))
 
 
-def pattern(params, *args, uncovered=(), layers=None):
+def pattern(params, *args, uncovered=(), layers=None, **kwargs):
     def register(loss_fn):
         name = loss_fn.__name__
-        PATTERNS.append(Pattern(name, loss_fn, params, args, uncovered, layers))
+        PATTERNS.append(Pattern(name, loss_fn, params, args, uncovered, layers, **kwargs))
         return loss_fn
 
     return register
@@ -401,3 +405,374 @@ def laplacian_by_forward_mode(p, x, y):
         return second(jnp.array([1.0, 0.0])) + second(jnp.array([0.0, 1.0]))
 
     return jnp.mean(losses.squared_error(jax.vmap(laplacian)(x), y))
+
+
+# ------------------------------------------------------------------------- how functions are called
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def nested_jit(p, x, y):
+    dense = jax.jit(lambda w, b, x: x @ w + b)
+
+    @jax.jit
+    def net(p, x):
+        return dense(p["w2"], p["b2"], jnp.tanh(dense(p["w1"], p["b1"], x)))
+
+    return jax.jit(lambda p: classify(net(p, x), y))(p)
+
+
+@pattern({"w": draw(4, 4), "b": draw(4)}, draw(N, 4), labels(4), layers=1)
+def jitted_function_called_twice(p, x, y):
+    dense = jax.jit(lambda x: jnp.tanh(x @ p["w"] + p["b"]))
+    return classify(dense(dense(x)), y)
+
+
+@pattern(MLP, draw(N, 6, 4), labels(3, 6), layers=2)
+def vmapped_twice_over_odd_axes(p, x, y):
+    def net(x):
+        return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+    out = jax.vmap(jax.vmap(net, in_axes=0, out_axes=1), in_axes=0, out_axes=2)(x)  # [3, 6, N]
+    return classify(out.transpose(2, 1, 0), y)
+
+
+@pattern(MLP, draw(N, 6, 4), labels(3, 6), layers=2)
+def mapped_over_positions(p, x, y):
+    def net(x):
+        return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+    return classify(jax.lax.map(net, x.swapaxes(0, 1)).swapaxes(0, 1), y)
+
+
+def _checkpointed(name, policy):
+    def loss_fn(p, x, y):
+        first = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w1"] + p["b1"]))
+
+        def net(p, x):
+            return checkpoint_name(first(p, x), "h") @ p["w2"] + p["b2"]
+
+        return classify(jax.checkpoint(net, policy=policy)(p, x), y)
+
+    loss_fn.__name__ = name
+    pattern(MLP, draw(N, 4), labels(), layers=2)(loss_fn)
+
+
+_checkpointed("checkpoint_of_dots", jax.checkpoint_policies.dots_saveable)
+_checkpointed("checkpoint_of_names", jax.checkpoint_policies.save_only_these_names("h"))
+
+
+# ----------------------------------------------------------------------------- data and their losses
+
+MASK = jnp.arange(6) < jnp.arange(2, N + 2)[:, None]
+POSITIONS = draw(N, 6, 4), MASK, labels(3, 6)
+
+
+def _masked_losses(p, x, m, y):
+    out = jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+    return losses.softmax_cross_entropy_with_integer_labels(out, y) * m
+
+
+def _masked_column(p, x, m, y):
+    return jnp.sum(_masked_losses(p, x, m, y)) * jnp.sqrt(N / jnp.sum(MASK))
+
+
+@pattern(MLP, *POSITIONS, layers=2, scale=1, data_loss=_masked_column)
+def masked_positions(p, x, m, y):
+    return jnp.sum(_masked_losses(p, x, m, y)) / jnp.sum(m)
+
+
+@pattern(MLP, *POSITIONS, layers=2, scale=1, data_loss=_masked_column)
+def masked_by_where(p, x, m, y):
+    return jnp.sum(jnp.where(m, _masked_losses(p, x, m, y), 0)) / jnp.sum(m)
+
+
+@pattern(RNN, draw(6, N, 4), labels(3, 6).T, layers=4, axis=1, scale=6**0.5)
+def time_major(p, x, y):
+    def step(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, h @ p["out"]
+
+    return classify(jax.lax.scan(step, jnp.zeros((x.shape[1], 5)), x)[1], y)
+
+
+@pattern(RNN, draw(N, 6, 4), labels(3, 6), layers=4)
+def losses_inside_a_scan(p, x, y):
+    def step(h, xy):
+        x, y = xy
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, losses.softmax_cross_entropy_with_integer_labels(h @ p["out"], y)
+
+    start = jnp.zeros((x.shape[0], 5))
+    return jnp.mean(jax.lax.scan(step, start, (x.swapaxes(0, 1), y.swapaxes(0, 1)))[1])
+
+
+@pattern({"w": draw(4, 3)}, draw(N, 4), labels(), layers=1)
+def losses_summed_in_a_carry(p, x, y):
+    def step(total, xy):
+        loss = losses.softmax_cross_entropy_with_integer_labels(xy[0] @ p["w"], xy[1])
+        return total + loss, None
+
+    return jax.lax.scan(step, 0.0, (x, y))[0] / x.shape[0]
+
+
+@pattern(
+    {"t": draw(4, 6), "a": draw(6, 3), "b": draw(6, 2)},
+    draw(N, 4),
+    labels(),
+    draw(N, 2),
+    layers=3,
+    scale=1,
+)
+def two_heads(p, x, y, z):
+    h = jnp.tanh(x @ p["t"])
+    return classify(h @ p["a"], y) + regress(h @ p["b"], z)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), draw(N, 4, seed=5), labels(), layers=2)
+def two_batches(p, x, u, y):
+    def net(x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    return classify(net(x), y) + classify(net(u), y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(12, 3)}, draw(N, 4), draw(N, 4, seed=5), labels(), layers=2)
+def two_inputs_of_a_datum(p, x, u, y):
+    def net(x):
+        return jnp.tanh(x @ p["w"])
+
+    return classify(jnp.concatenate([net(x), net(u)], axis=-1) @ p["v"], y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 6, 4), labels(3, 6), layers=2)
+def positions_flattened_inside(p, x, y):
+    h = jnp.tanh(x.reshape(-1, 4) @ p["w"]) @ p["v"]
+    return classify(h.reshape(*y.shape, 3), y)
+
+
+# What several data share has no gradient of a datum.
+@pattern({"w": draw(4, 3)}, draw(N, 4), labels(N), uncovered=("w",), layers=0)
+def data_against_data(p, x, y):
+    h = x @ p["w"]
+    return classify(h @ h.T, y)
+
+
+# The curvature is that of the predictions: through the variance and the targets comes none.
+@pattern(
+    {"m": draw(4, 2), "s": draw(4, 2, seed=1)},
+    draw(N, 4),
+    draw(N, 2),
+    uncovered=("s",),
+    layers=1,
+    scale=1,
+)
+def learned_variance(p, x, y):
+    variance = jnp.exp(x @ p["s"])
+    each = losses.gaussian_negative_log_likelihood(x @ p["m"], y, variance)
+    return jnp.mean(jnp.sum(each, axis=-1))
+
+
+@pattern({"w": draw(4, 3), "v": draw(4, 3, seed=3)}, draw(N, 4), uncovered=("v",), layers=1, scale=1)
+def learned_targets(p, x):
+    return regress(x @ p["w"], x @ p["v"])
+
+
+# ---------------------------------------------------------------------------- between the layers
+
+
+@pattern(MLP, draw(N, 4), jax.random.split(jax.random.key(3), N), labels(), layers=2)
+def dropout(p, x, keys, y):
+    h = jnp.tanh(x @ p["w1"] + p["b1"])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6,)))(keys)
+    return classify(jnp.where(keep, h / 0.5, 0) @ p["w2"] + p["b2"], y)
+
+
+@jax.custom_jvp
+def _squashed(x):
+    return jnp.tanh(x)
+
+
+_squashed.defjvp(lambda p, t: (_squashed(p[0]), t[0] * (1 - jnp.tanh(p[0]) ** 2)))
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def custom_jvp_activation(p, x, y):
+    return classify(_squashed(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), labels(), layers=2)
+def functions_of_features(p, x, y):
+    h = x @ p["w"]
+    h = h * jax.nn.softmax(h) + jax.nn.gelu(h) + jnp.sort(h, -1) + jnp.cumsum(h, -1)
+    h = jnp.roll(jnp.flip(h, -1), 2, -1) + jax.nn.standardize(h) + jnp.max(h, -1, keepdims=True)
+    return classify(h.at[:, :3].set(0.5) @ p["v"], y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), labels(), layers=2)
+def stacked_and_unstacked(p, x, y):
+    z = x @ p["w"]
+    a, b = jnp.unstack(jnp.stack([jnp.tanh(z), z], axis=1), axis=1)
+    return classify((a * b) @ p["v"], y)
+
+
+@pattern({"w": draw(4, 3), "v": draw(6, 3)}, draw(N, 4), labels(), layers=2)
+def tiled(p, x, y):
+    return classify(jnp.tile(jnp.tanh(x @ p["w"]), (1, 2)) @ p["v"], y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), labels(), layers=2)
+def straight_through(p, x, y):
+    h = x @ p["w"]
+    return classify((h + jax.lax.stop_gradient(jnp.sign(h) - h)) @ p["v"], y)
+
+
+@pattern({"w": draw(6, 3)}, draw(N, 4), labels(), layers=1)
+def padded_inputs(p, x, y):
+    return classify(jnp.pad(x, ((0, 0), (1, 1))) @ p["w"], y)
+
+
+# ------------------------------------------------------------------------------- odd parameters
+
+
+@pattern({"w": draw(4, 3), "b": draw(1)}, draw(N, 4), labels(), layers=2)
+def bias_of_one_element(p, x, y):
+    return classify(jnp.tanh(x @ p["w"] + p["b"]), y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(6, 1)}, draw(N, 6, 4), labels(3, 6), layers=2)
+def bias_of_positions(p, x, y):
+    return classify(jnp.tanh(x @ p["w"] + p["b"]), y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=1)
+def bias_first(p, x, y):
+    return classify(p["b"] + x @ p["w"], y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=2)
+def bias_added_twice(p, x, y):
+    return classify(x @ p["w"] + p["b"] + p["b"], y)
+
+
+# A bias of each datum: its elements are not shared.
+@pattern({"w": draw(4, 3), "b": draw(N, 3)}, draw(N, 4), labels(), uncovered=("b",), layers=1)
+def bias_of_every_datum(p, x, y):
+    return classify(x @ p["w"] + p["b"], y)
+
+
+@pattern({"w": draw(4, 3), "s": draw(), "t": draw()}, draw(N, 4), labels(), layers=3)
+def scalars(p, x, y):
+    return classify(p["s"] * jnp.tanh(x @ p["w"]) + p["t"], y)
+
+
+@pattern({"flat": draw(24 + 6 + 18)}, draw(N, 4), labels(), layers=3)
+def everything_from_one_vector(p, x, y):
+    w, b, v = jnp.split(p["flat"], (24, 30))
+    return classify(jnp.tanh(x @ w.reshape(4, 6) + b) @ v.reshape(6, 3), y)
+
+
+@pattern({"w": draw(3, 4, 4), "v": draw(4, 3)}, draw(N, 4), labels(), layers=4)
+def stacked_layers_indexed(p, x, y):
+    for i in range(3):
+        x = jnp.tanh(x @ p["w"][i])
+    return classify(x @ p["v"], y)
+
+
+@pattern({"w": draw(6, 4), "v": draw(3, 6)}, draw(N, 4), labels(), layers=2)
+def swapped_operands(p, x, y):
+    return classify((p["v"] @ jnp.tanh(p["w"] @ x.T)).T, y)
+
+
+@pattern({"w": draw(4, 4)}, draw(N, 4), draw(N), layers=1)
+def quadratic_form(p, x, y):
+    form = jnp.einsum("ni,ij,nj->n", x, p["w"], x)
+    return jnp.mean(losses.squared_error(form, y))
+
+
+@pattern({"w": draw(4, 3), "steps": jnp.array(3), "flag": jnp.array(True)}, draw(N, 4), labels())
+def integer_parameters(p, x, y):
+    return classify(jnp.where(p["flag"], 1.0, 2.0) * (x @ p["w"]) * p["steps"], y)
+
+
+@pattern({"w": draw(2, 3, 3, 2, 4), "v": draw(4, 3)}, draw(N, 5, 5, 2), labels(), layers=2)
+def ensemble_of_convolutions(p, x, y):
+    h = jax.vmap(lambda w: _conv(x, w, _2D))(p["w"])
+    return classify(jnp.sum(jnp.tanh(h), axis=(0, 2, 3)) @ p["v"], y)
+
+
+@pattern(
+    {"w": draw(2, 4, 6), "b": draw(2, 6), "v": draw(2, 6, 3)},
+    draw(N, 4),
+    labels(),
+    layers=2,
+    # The loss of every member weighs a half.
+    scale=2**0.5,
+)
+def ensemble_of_losses(p, x, y):
+    def loss(p):
+        return classify(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], y)
+
+    return jnp.mean(jax.vmap(loss)(p))
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), labels(), uncovered=("w",), layers=1)
+def stopped_kernel(p, x, y):
+    return classify(jnp.tanh(x @ jax.lax.stop_gradient(p["w"])) @ p["v"], y)
+
+
+@pattern({"w": draw(4, 3)}, draw(N, 4), labels(), layers=1)
+def kernel_and_its_stopped_copy(p, x, y):
+    return classify(x @ p["w"] - 0.5 * (x @ jax.lax.stop_gradient(p["w"])), y)
+
+
+@pattern({"w": draw(4, 5), "v": draw(5)}, draw(N, 4), draw(N, 4), uncovered=("w",), scale=1)
+def gradient_of_an_energy(p, x, y):
+    def energy(x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    return regress(jax.vmap(jax.grad(energy))(x), y)
+
+
+# Each of these is a function of the parameter that is not a layout of it.
+def _declared(name, params, kernel, d_in=4):
+    def loss_fn(p, x, y):
+        return classify(x @ kernel(p), y)
+
+    loss_fn.__name__ = name
+    pattern(params, draw(N, d_in), labels(), uncovered=tuple(params), layers=0)(loss_fn)
+
+
+_W, _PAIR = {"w": draw(4, 3)}, {"w": draw(4, 3), "v": draw(4, 3, seed=1)}
+_UPPER = jnp.triu(jnp.ones((4, 3)))
+_declared("negated_kernel", _W, lambda p: 0 - p["w"])
+_declared("scaled_kernel", _W, lambda p: 2 * p["w"])
+_declared("doubled_kernel", _W, lambda p: p["w"] + p["w"])
+_declared("pruned_kernel", _W, lambda p: p["w"] * _UPPER)
+_declared("masked_kernel", _W, lambda p: jnp.where(_UPPER > 0, p["w"], 0))
+_declared("flipped_kernel", _W, lambda p: p["w"][::-1])
+_declared("sum_of_kernels", _PAIR, lambda p: p["w"] + p["v"])
+_declared("concatenated_kernels", _PAIR, lambda p: jnp.concatenate([p["w"], p["v"]]), d_in=8)
+_declared("outer_product", {"u": draw(4), "v": draw(3)}, lambda p: jnp.outer(p["u"], p["v"]))
+_declared(
+    "chosen_kernel",
+    {"w": draw(2, 4, 3)},
+    lambda p: jax.lax.dynamic_index_in_dim(p["w"], jnp.array(1), keepdims=False),
+)
+_declared("symmetric_kernel", {"w": draw(3, 3)}, lambda p: p["w"] + p["w"].T, d_in=3)
+_declared(
+    "kernel_from_a_loop",
+    _W,
+    lambda p: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * 2), (0, p["w"]))[1],
+)
+_declared("both_orientations", {"w": draw(4, 4)}, lambda p: p["w"] @ p["w"].T)
+
+
+@pattern(
+    {"w": draw(4, 3) + 1j * draw(4, 3, seed=2), "v": draw(3, 3)},
+    draw(N, 4),
+    labels(),
+    uncovered=("w",),
+    layers=1,
+)
+def complex_kernel(p, x, y):
+    return classify(jnp.abs(x.astype(jnp.complex64) @ p["w"]) @ p["v"], y)

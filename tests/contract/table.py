@@ -40,9 +40,20 @@ def _abs_sq(x):
     return jnp.real(x * jnp.conj(x))
 
 
+def _square(p, target):
+    """Squared distance of a leaf; marked with its distribution, where the leaf is real.
+
+    The leaf is then a bias, of two data that are alike, so that a capture of layers finds it.
+    """
+    if jnp.iscomplexobj(p) or not p.size:
+        return jnp.sum(_abs_sq(p - target))
+    targets = jnp.stack([target, target])
+    return 0.5 * jnp.sum(ok.losses.squared_error(jnp.zeros_like(targets) + p[None], targets))
+
+
 def _squared_distance(solution, scales=None):
     def loss_fn(params):
-        terms = jax.tree.map(lambda p, s: jnp.sum(_abs_sq(p - s)), params, solution)
+        terms = jax.tree.map(_square, params, solution)
         weights = jax.tree.map(lambda _: 1.0, solution) if scales is None else scales
         return sum(jax.tree.leaves(jax.tree.map(jnp.multiply, weights, terms)))
 
@@ -70,7 +81,7 @@ def least_squares():
     solution = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
 
     def loss_fn(X, A, B):
-        return 0.5 * jnp.sum(jnp.square(A @ X - B))
+        return jnp.sum(ok.losses.l2_loss(A @ X, B))
 
     args = (A, A @ solution)
     return Problem(jnp.zeros((4, 3)), loss_fn, args, solution=solution)
@@ -105,7 +116,7 @@ def regression():
 
     def loss_fn(params, x, y):
         out = x @ params["kernel"] + params["bias"]
-        return jnp.mean(jnp.sum(optax.squared_error(out, y), axis=-1))
+        return jnp.mean(jnp.sum(ok.losses.squared_error(out, y), axis=-1))
 
     return Problem({"kernel": kernel, "bias": jnp.array([0.5, -0.5], jnp.float32)}, loss_fn, (x, y))
 
@@ -120,7 +131,7 @@ def perceptron():
     def loss_fn(params, x, y):
         for name in sorted(params):
             x = jnp.tanh(x) @ params[name]["kernel"] + params[name]["bias"]
-        return jnp.mean(jnp.sum(optax.squared_error(x, y), axis=-1))
+        return jnp.mean(jnp.sum(ok.losses.squared_error(x, y), axis=-1))
 
     params = {
         f"layer{i}": {
@@ -136,7 +147,8 @@ def norms(params):
     """Half the squared norm of any tree: its gradient is the parameters themselves."""
 
     def loss_fn(params):
-        terms = [jnp.sum(_abs_sq(p)).astype(jnp.float32) for p in jax.tree.leaves(params)]
+        leaves = jax.tree.leaves(params)
+        terms = [_square(p, jnp.zeros_like(p)).astype(jnp.float32) for p in leaves]
         return 0.5 * sum(terms, jnp.zeros((), jnp.float32))
 
     return Problem(params, loss_fn)
@@ -158,6 +170,71 @@ def _hvp(loss_fn, params, *args):
 def _hvp_not_finite(loss_fn, params, *args):
     hvp = ok.hessian_vector_product(loss_fn, params, *args)
     return {"hvp_fn": lambda v: jax.tree.map(lambda x: x * jnp.nan, hvp(v))}
+
+
+def _captured_layers(problem):
+    args = problem.params, *problem.args
+    return {"layers": ok.find_layers(problem.loss_fn, *args, check=False)}
+
+
+def _captured_taps(loss_fn, params, *args):
+    layers = ok.find_layers(loss_fn, params, *args, check=False)
+    if not layers:
+        return {"taps": ok.Taps({})}
+    fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+    return {"taps": fn(params, *args)[-1]}
+
+
+def _paths(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _hand_layers(params):
+    """A layer for every kernel with its bias, and for every other real leaf with elements."""
+    leaves, layers = _paths(params), []
+    for path, leaf in leaves.items():
+        parent, slash, name = path.rpartition("/")
+        kernel, bias = (f"{parent}{slash}{name}" for name in ("kernel", "bias"))
+        if jnp.iscomplexobj(leaf) or not leaf.size or (name == "bias" and kernel in leaves):
+            continue
+        if leaf.ndim < 2:
+            layers.append(ok.Layer(path, bias=path))
+        else:
+            blocks = (0,) if leaf.ndim > 2 else ()
+            beside = bias if bias in leaves and name == "kernel" else None
+            layers.append(ok.Layer(path, kernel=path, bias=beside, block_axes=blocks))
+    return layers
+
+
+def _hand_taps(loss_fn, params, *args, size=5.0):
+    """Random data that move with the parameters; their gradients have the loss's scale.
+
+    They are larger than those of the loss, of whose directions they know nothing, to be safe.
+    """
+    ones = jax.tree.map(jnp.ones_like, params)
+    curved = jax.tree.leaves(ok.hessian_vector_product(loss_fn, params, *args)(ones))
+    count = max(sum(x.size for x in curved), 1)
+    curvature = sum(jnp.sum(jnp.abs(x)).astype(jnp.float32) for x in curved) / count
+    leaves, taps = _paths(params), {}
+    for layer in _hand_layers(params):
+        layer = layer.resolved(leaves)
+        rng = np.random.default_rng([layer.blocks, layer.d_in, layer.d_out])
+        inputs, grads = (
+            jnp.asarray(rng.normal(size=(layer.blocks, 8, 1, d)), jnp.float32)
+            for d in (layer.d_in, layer.d_out)
+        )
+        moved = jnp.sin(jnp.sum(jnp.real(leaves[layer.paths[0]])).astype(jnp.float32))
+        inputs = inputs * (1 + 0.5 * moved)
+        if layer.bias is not None:
+            inputs = inputs.at[..., -1].set(1)
+        taps[layer.name] = ok.Tap(inputs, size * jnp.sqrt(curvature) * grads[None])
+    return {"taps": ok.Taps(taps)}
+
+
+def _spoilt_hand_taps(loss_fn, params, *args):
+    """Finite taps, whose squares are not."""
+    return _hand_taps(loss_fn, params, *args, size=1e30)
 
 
 class Target(NamedTuple):
@@ -247,6 +324,36 @@ def _psgd(name, **kwargs):
     )
 
 
+_KFAC_TARGETS = {
+    "parabola": Target(0.1, 4000, 1e-3),
+    "least_squares": Target(0.05, 3000, 1e-3),
+    "mixed": Target(0.05, 2000, 1e-3),
+}
+_KFAC_TUNABLE = {
+    "learning_rate": 0.02,
+    "decay": 0.5,
+    "damping": 1.0,
+    "momentum": 0.5,
+    "factor_every": 3,
+    "weight_decay": 0.1,
+}
+
+
+def _kfac(name, rate=1.0, **kwargs):
+    targets = {k: t._replace(learning_rate=rate * t.learning_rate) for k, t in _KFAC_TARGETS.items()}
+    return Row(
+        f"kfac-{name}",
+        ok.kfac,
+        ok.scale_by_kfac,
+        targets=targets,
+        switched_on={"weight_decay": 0.01},
+        param_trees=1,
+        random=False,
+        core=True,
+        **kwargs,
+    )
+
+
 ROWS = (
     _psgd("EQ", core=True),
     _psgd("QEP", settings={"geometry": "QEP"}, targets=_QEP_TARGETS),
@@ -268,6 +375,24 @@ ROWS = (
         core=True,
     ),
     _psgd("no_momentum", settings={"momentum": None}),
+    _kfac(
+        "captured",
+        settings_for=_captured_layers,
+        extras=_captured_taps,
+        # A dense layer under a squared error has the same factors at every step: settings of their
+        # averages make no difference.
+        tunable={k: v for k, v in _KFAC_TUNABLE.items() if k not in ("decay", "factor_every")},
+    ),
+    _kfac(
+        "hand",
+        rate=10.0,
+        # Factors that are soon old, so that the time between refreshes tells.
+        settings={"decay": 0.5, "refresh_every": 1},
+        settings_for=lambda problem: {"layers": _hand_layers(problem.params)},
+        extras=_hand_taps,
+        spoilt_extras=_spoilt_hand_taps,
+        tunable=_KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
+    ),
 )
 
 CORE_ROWS = tuple(row for row in ROWS if row.core)

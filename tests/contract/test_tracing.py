@@ -75,7 +75,8 @@ def _tuned(row):
 
     params, state = problem.params, tx.init(problem.params)
     for i in range(2):
-        _, state = update(random_like(params, i), state, params)
+        moved = optax.tree.scale(2.0 - i, params)  # curvature that changes
+        _, state = update(random_like(params, i), state, moved)
     grads = random_like(params, 2)
     return update, traces, grads, params, state, update(grads, state, params)[0]
 
@@ -84,7 +85,7 @@ def _tuned(row):
 def test_injected_hyperparameter_can_be_changed_without_retracing(row, name):
     update, traces, grads, params, state, expected = _tuned(row)
     old, new = state.hyperparams[name], row.tunable[name]
-    changed = {**state.hyperparams, name: jnp.asarray(new, old.dtype)}
+    changed = {**state.hyperparams, name: jnp.full_like(old, new)}
     updates, _ = update(grads, state._replace(hyperparams=changed), params)
     assert len(traces) == 1
     if name == "learning_rate":
