@@ -5,6 +5,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
+from optax_kron.capture.canonical import fits
 from optax_kron.capture.graph import Graph, Node, Value
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.layers import Arrangement, Layer
@@ -136,9 +139,15 @@ class _Assembly:
         for gap in uses.gaps:
             place = f" ({gap.node.place})" if gap.node is not None and gap.node.place else ""
             self.uncovered.setdefault(self.paths[gap.leaf], gap.reason + place)
+        for use in uses.found:
+            if not fits(use, labels.data(use.output)):
+                place = f" ({use.node.place})"
+                self.uncovered.setdefault(self.paths[use.leaf], "is not shared by data" + place)
         for path, value in leaves.items():
             if labels[value] is None:
                 self.uncovered[path] = "reaches no marked loss"
+            elif jnp.issubdtype(value.dtype, jnp.complexfloating):
+                self.uncovered[path] = "is complex"
             elif not self.uses[value]:
                 self.uncovered.setdefault(path, "its output meets no data")
 

@@ -49,8 +49,12 @@ def _back_one(node, output, label, i, operand):
     if isinstance(label, Coupled) or not label.on_axis:
         return label
     if node.name == "reshape":
-        moved = reshape_label(label, output.shape, operand.shape)
-        return Coupled(label.marks, node) if moved is None else moved
+        # It may transpose its operand first.
+        order = node.params.get("dimensions") or range(operand.ndim)
+        moved = reshape_label(label, output.shape, [operand.shape[a] for a in order])
+        if moved is None:
+            return Coupled(label.marks, node)
+        return moved.moved(order[moved.axis])
     axis = source_axis(node, i, operand, output, label.axis)
     if axis is None or operand.shape[axis] != output.shape[label.axis]:
         return Coupled(label.marks, node)
@@ -202,7 +206,22 @@ def _scatter(params, i, operand, output, axis):
     return numbers.update_window_dims[window.index(axis)] if i == 2 else None
 
 
+def _unstack(params, i, operand, output, axis):
+    return axis + (axis >= params["axis"])
+
+
+def _stack(params, i, operand, output, axis):
+    return None if axis == params["axis"] else axis - (axis > params["axis"])
+
+
+def _tile(params, i, operand, output, axis):
+    return axis  # the caller compares the lengths
+
+
 _RULES = {
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     "squeeze": _squeeze,

@@ -67,7 +67,8 @@ class Canonical:
         if not label.on_axis:
             return None, 1
         inner = 1
-        for slot in reversed(self.use.reading.output_slots[label.axis]):
+        slots = self.use.reading.output_slots
+        for slot in reversed(slots[label.axis] if label.axis < len(slots) else ()):
             inside = inner <= label.after and label.after * label.size <= inner * slot.size
             if slot.role == "free" and inside:
                 return slot, label.after // inner
@@ -152,6 +153,15 @@ class Canonical:
             precision=jax.lax.Precision.HIGHEST,
         )
         return patches.reshape(*steps, -1, *patches.shape[1:])
+
+
+def fits(use: Use, label: Data) -> bool:
+    """Whether the data of a use's output are apart from the digits of its kernel."""
+    try:
+        Canonical(use, label)
+    except ValueError:
+        return False
+    return True
 
 
 def _digit(role, digit) -> _Part:

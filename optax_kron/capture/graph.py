@@ -126,7 +126,7 @@ class Node:
 
 
 class Broadcast(Node):
-    """What an elementwise equation does silently to an operand with axes of length one."""
+    """What an elementwise equation does silently to a scalar, or to axes of length one."""
 
     def __init__(self, operand: Value, eqn: Any, shape: tuple[int, ...]):
         output = Value(operand.aval.update(shape=shape))
@@ -140,8 +140,8 @@ class Broadcast(Node):
     @property
     def params(self) -> dict[str, Any]:
         """As of that primitive."""
-        shape = self.outputs[0].shape
-        return {"shape": shape, "broadcast_dimensions": tuple(range(len(shape)))}
+        dimensions = tuple(range(self.operands[0].ndim))
+        return {"shape": self.outputs[0].shape, "broadcast_dimensions": dimensions}
 
     def bind(self, *arguments: Any) -> list[Any]:
         """Broadcast an array."""
@@ -217,7 +217,9 @@ def _expand(jaxpr, consts, inputs, constants):
 
 def _stretch(operand, eqn, output, nodes):
     """Broadcast an operand as its elementwise equation would, by a node of its own."""
-    if is_literal(operand) or operand.ndim != output.ndim or operand.shape == output.shape:
+    if is_literal(operand) or operand.ndim not in (0, output.ndim):
+        return operand
+    if operand.shape == output.shape:
         return operand
     nodes.append(Broadcast(operand, eqn, output.shape))
     return nodes[-1].outputs[0]

@@ -78,7 +78,9 @@ class Labels:
                 merged = [meet(a, b, node) for a, b in zip(merged, inner, strict=True)]
             return [_couple(labels, node), *merged]
         if node.kind == "mark":
-            return [_of_mark(node, x, labels[0]) for x in node.operands]
+            # The curvature is that of the logits; targets and variances are given numbers.
+            logits, *others = node.operands
+            return [_of_mark(node, logits, labels[0]), *(None for _ in others)]
         if len(node.bodies) == 1:
             return self._through(node.bodies[0], labels)
         return back(node, labels)

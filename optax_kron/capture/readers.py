@@ -71,6 +71,8 @@ def _free(axis: int, size: int) -> Slots:
 def _dot_general(node: Node, i: int, view: View) -> Reading | None:
     contracted, batch = node.params["dimension_numbers"]
     x = node.operands[1 - i]
+    if not isinstance(x, Value):
+        return None
     kernel_ndim = len(view.axes)
     kernel_free = dot_free_axes(kernel_ndim, (contracted[i], batch[i]))
     x_free = dot_free_axes(x.ndim, (contracted[1 - i], batch[1 - i]))

@@ -190,6 +190,8 @@ class Uses:
     # --------------------------------------------------------------------------------- equations
 
     def _plain(self, node, env, scans, branch):
+        if node.name == "stop_gradient":
+            return
         seen = [env.get(x) if isinstance(x, Value) else None for x in node.operands]
         output = node.outputs[0]
         label = self._labels[output]

@@ -101,7 +101,7 @@ def regroup(digits: Sequence[Digit], sizes: Sequence[int]) -> list[Digits] | Non
 
 def follow(node: Node, view: View) -> list[View] | None:
     """The views that a layout-only equation makes of its operand; `None` for any other."""
-    if node.name == "split":
+    if node.name in ("split", "unstack"):
         return _split(node, view)
     rule = _RULES.get(node.name)
     axes = None if rule is None else rule(node, view)
@@ -112,16 +112,23 @@ def follow(node: Node, view: View) -> list[View] | None:
 
 def _split(node, view):
     axis, start, images = node.params["axis"], 0, []
-    for size in node.params["sizes"]:
+    for size in node.params.get("sizes", (1,) * view.shape[axis]):
         spans = [(0, d) for d in view.shape]
         spans[axis] = (start, start + size)
-        images.append(_ranges(view, spans))
+        image = _ranges(view, spans)
+        if image is None:
+            return None
+        if node.name == "unstack":
+            axes = (*image.axes[:axis], *image.axes[axis + 1 :])
+            image = dataclasses.replace(image, axes=axes)
+        images.append(image)
         start += size
-    return None if None in images else images
+    return images
 
 
 def _reshape(node, view):
-    return regroup([d for axis in view.axes for d in axis], node.outputs[0].shape)
+    order = node.params.get("dimensions") or range(len(view.axes))
+    return regroup([d for a in order for d in view.axes[a]], node.outputs[0].shape)
 
 
 def _transpose(node, view):
