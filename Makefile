@@ -34,6 +34,8 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 	@mkdir -p out
 	$(call within,600) $(RUN) examples/digits.py --out out/digits.png $(ARGS)
 
+demo-%: $(VENV)/.installed-examples ; @mkdir -p out && OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
+
 test: $(VENV)/.installed-test ## Run the test suite
 	$(call within,1800) $(RUN) -m pytest -n 2 $(ARGS)
 

@@ -66,6 +66,37 @@ def test_digits_runs_one_optimizer_alone(tmp_path):
     read_png(tmp_path / "digits.png")
 
 
+@pytest.mark.parametrize(
+    ("script", "names", "texts"),
+    [
+        ("autoencoder.py", ("adamw", "kron_psgd", "kfac"), ("params/Dense_7/kernel", "to 17.5")),
+        ("digits_kfac.py", ("adamw", "kfac"), ("params/Conv_2/kernel", "to 97%")),
+        ("characters.py", ("adamw", "kfac"), ("MultiHeadDotProductAttention_0/query", "held-out")),
+    ],
+)
+def test_comparisons_with_kfac(script, names, texts, tmp_path):
+    result = run(script, "--steps", "2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for text in texts:
+        assert text in result.stdout
+    for name in names:
+        assert result.stdout.count(f"{name} *") == 1
+    # The table of layers is whole, and every parameter has a Kronecker block.
+    assert "layer  " in result.stdout
+    assert "without a Kronecker block" not in result.stdout
+    width, height, pixels = read_png(tmp_path / script.replace(".py", ".png"))
+    assert width > 1000
+    assert height > 400
+    assert len(set(pixels)) > 50
+
+
+def test_layers_are_found_only_for_kfac(tmp_path):
+    result = run("autoencoder.py", "--steps", "1", "--optimizer", "adamw", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "kfac" not in result.stdout
+    assert "params/Dense_7/kernel" not in result.stdout
+
+
 def test_digits_nnx_trains(tmp_path):
     result = run("digits_nnx.py", "--steps", "3", "--batch-size", "16", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -86,11 +117,20 @@ def stop(monkeypatch, capsys):
     return run_and_stop
 
 
-@pytest.mark.parametrize("script", ["digits.py", "digits_nnx.py"])
-def test_help(script, stop):
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("digits.py", ("--optimizer", "--batch-size", "--out")),
+        ("digits_kfac.py", ("--optimizer", "--batch-size", "--out")),
+        ("digits_nnx.py", ("--batch-size", "--learning-rate")),
+        ("autoencoder.py", ("--optimizer", "--out")),
+        ("characters.py", ("--optimizer", "--out")),
+    ],
+)
+def test_help(script, options, stop):
     code, printed = stop(script, "--help")
     assert code == 0
-    for option in ("--steps", "--batch-size", "--seed"):
+    for option in ("--steps", "--seed", *options):
         assert option in printed.out
 
 
@@ -101,6 +141,8 @@ def test_help(script, stop):
         ("digits.py", ["--batch-size", "5000"], "expected at most 1297 training images, got 5000"),
         ("digits.py", ["--optimizer", "sgd"], "invalid choice: 'sgd'"),
         ("digits.py", ["--out", "curves.txt"], "expected the path of a .png file"),
+        ("autoencoder.py", ["--optimizer", "both"], "invalid choice: 'both'"),
+        ("characters.py", ["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         ("digits_nnx.py", ["--steps", "many"], "expected a whole number of at least 1, got 'many'"),
     ],
 )

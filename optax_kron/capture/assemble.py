@@ -14,6 +14,7 @@ from optax_kron.capture.moments import InsideMoments, moments_of
 from optax_kron.capture.pullback import Linearized
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
+from optax_kron.kernels import contract
 
 
 def member_taps(
@@ -126,12 +127,11 @@ def member_moments(
 
 def data_weights(marks: Sequence[Mark], numbers: Any, weights, taken) -> Array:
     """How much each datum weighs in the loss, summed over its per-example losses, [N]."""
-    total: Any = 0
+    dtype = max((contract.wide_dtype(weights[m].dtype) for m in numbers), key=lambda d: d.itemsize)
+    total = jnp.zeros((), dtype)
     for m in sorted(numbers):
         axis = data_axis(marks[m])
-        w = weights[m]
+        w = weights[m].astype(dtype)
         w = w[None] if axis is None else jnp.moveaxis(w, axis, 0)
         total = total + jnp.sum(w, axis=tuple(range(1, w.ndim)))
-    total = jnp.asarray(total)
-    total = total.astype(jnp.promote_types(total.dtype, jnp.float32))
-    return total if taken is None else total * jnp.max(taken).astype(total.dtype)
+    return total if taken is None else total * jnp.max(taken).astype(dtype)

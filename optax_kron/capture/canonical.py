@@ -64,7 +64,7 @@ class Canonical:
 
     def _data_slot(self, label):
         """The free slot that holds the data, if they lie along an axis of the output."""
-        if not label.on_axis:
+        if not label.on_axis or label.size == 1:
             return None, 1
         inner = 1
         slots = self.use.reading.output_slots

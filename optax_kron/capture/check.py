@@ -16,6 +16,7 @@ from optax_kron.capture.assemble import member_taps
 from optax_kron.capture.columns import data_axis
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import Traced
+from optax_kron.kernels import contract
 
 
 def failures(traced: Traced) -> dict[str, str]:
@@ -24,7 +25,8 @@ def failures(traced: Traced) -> dict[str, str]:
     if not analysis.members:
         return {}
     check = jax.jit(lambda arrays: _deviations(traced, arrays), compiler_options=_quickly())
-    found, least = check(traced.arrays)
+    with jax.ensure_compile_time_eval():  # the numbers may be known inside of somebody's trace
+        found, least = check(traced.arrays)
     for mark, weight in zip(analysis.marks, least, strict=True):
         if float(weight) < 0:
             raise ValueError(
@@ -119,7 +121,7 @@ def _contract(layer, tap):
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(contract.wide_dtype(x.dtype))
 
 
 def _relative(difference, whole):

@@ -10,6 +10,7 @@ from jax import Array
 
 from optax_kron.capture.analysis import Mark
 from optax_kron.distributions import DISTRIBUTIONS
+from optax_kron.kernels import contract
 
 ESTIMATES = ("mc", "exact", "sketch", "empirical", "forward")
 
@@ -76,7 +77,7 @@ def _gradients(mark, operands):
     for _ in mark.scans:
         gradient = jax.vmap(gradient)
     logits = operands[0]
-    return gradient(*operands).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return gradient(*operands).astype(contract.wide_dtype(logits.dtype))
 
 
 def _apart(made, shape, data, where):

@@ -40,7 +40,7 @@ def moments_of(
       precision: of the matrix products.
     """
     approx = "reduce" if layer.kernel is None else approx
-    dtype = _wide(tap.output_grads.dtype) if dtype is None else dtype
+    dtype = contract.wide_dtype(tap.output_grads.dtype) if dtype is None else dtype
     weights = None if tap.weights is None else tap.weights.astype(dtype)
     if layer.is_embedding:
         inputs = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
@@ -87,7 +87,7 @@ class InsideMoments:
         steps = [scan.params["length"] for scan in self.use.scans if scan in self.stacked]
         d_out = self.layer.d_out
         shape = jax.eval_shape(self.form.output_grads, self._output())
-        return jnp.zeros((*steps, shape.shape[0], d_out, d_out), _wide(shape.dtype))
+        return jnp.zeros((*steps, shape.shape[0], d_out, d_out), contract.wide_dtype(shape.dtype))
 
     def _output(self) -> Any:
         return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)
@@ -103,7 +103,7 @@ class InsideMoments:
             )
             return found[..., None] * total
         x = self.form.inputs(record, record.dtype)
-        x = x.astype(_wide(x.dtype))
+        x = x.astype(contract.wide_dtype(x.dtype))
         if self.layer.bias is not None:
             column = jnp.full((*x.shape[:-1], 1), 1 if self.biased else 0, x.dtype)
             x = jnp.concatenate([x, column], axis=-1)
@@ -121,13 +121,9 @@ class InsideMoments:
 
         def backward(_, cotangent):
             g = self.form.output_grads(cotangent)
-            g = g.astype(_wide(g.dtype))
+            g = g.astype(contract.wide_dtype(g.dtype))
             moment = kfac.output_moment(g[None]) * g.shape[1]
             return cotangent, moment.astype(dummy.dtype)
 
         watched.defvjp(forward, backward)
         return watched(value, dummy)
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)

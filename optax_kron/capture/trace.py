@@ -68,9 +68,9 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
         return loss_fn(given, *arguments)
 
     graph, shapes = graphs.trace(flat, *(leaves[i] for i in inputs))
-    loss = shapes[0] if has_aux else shapes
     if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
         raise ValueError("has_aux=True, but loss_fn does not return a pair (loss, aux).")
+    loss: Any = shapes[0] if has_aux else shapes
     if not hasattr(loss, "shape") or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
             f"loss_fn must return a real scalar{', with has_aux' if has_aux else ''}; got {loss}."

@@ -124,6 +124,11 @@ def squared_magnitude(x: Array) -> Array:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The real dtype of the arithmetic on a floating-point dtype: float32, or float64 for that."""
+    return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype with the precision of `dtype`: float32 for complex64, and so on."""
     return jnp.finfo(dtype).dtype

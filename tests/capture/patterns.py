@@ -30,6 +30,7 @@ class Pattern:
     data_loss: Callable[..., jax.Array] | None = None
     scale: float | None = None  # of the columns; by default that of losses that weigh the same
     axis: int = 0  # of all arguments, which counts the data
+    has_examples: bool = True  # whether there is a gradient of a single example
 
 
 PATTERNS: list[Pattern] = []
@@ -315,6 +316,7 @@ def layer_norm(p, x, y):
     draw(N, 4),
     labels(),
     uncovered=("w",),
+    has_examples=False,
 )
 def batch_norm(p, x, y):
     # Leaves of `uncovered` touch several data at once; what follows the norm does not.
@@ -461,7 +463,7 @@ _checkpointed("checkpoint_of_dots", jax.checkpoint_policies.dots_saveable)
 _checkpointed("checkpoint_of_names", jax.checkpoint_policies.save_only_these_names("h"))
 
 
-# ----------------------------------------------------------------------------- data and their losses
+# ---------------------------------------------------------------------------- data and their losses
 
 MASK = jnp.arange(6) < jnp.arange(2, N + 2)[:, None]
 POSITIONS = draw(N, 6, 4), MASK, labels(3, 6)
@@ -572,7 +574,9 @@ def learned_variance(p, x, y):
     return jnp.mean(jnp.sum(each, axis=-1))
 
 
-@pattern({"w": draw(4, 3), "v": draw(4, 3, seed=3)}, draw(N, 4), uncovered=("v",), layers=1, scale=1)
+@pattern(
+    {"w": draw(4, 3), "v": draw(4, 3, seed=3)}, draw(N, 4), uncovered=("v",), layers=1, scale=1
+)
 def learned_targets(p, x):
     return regress(x @ p["w"], x @ p["v"])
 
@@ -655,12 +659,19 @@ def bias_added_twice(p, x, y):
 
 
 # A bias of each datum: its elements are not shared.
-@pattern({"w": draw(4, 3), "b": draw(N, 3)}, draw(N, 4), labels(), uncovered=("b",), layers=1)
+@pattern(
+    {"w": draw(4, 3), "b": draw(N, 3)},
+    draw(N, 4),
+    labels(),
+    uncovered=("b",),
+    layers=1,
+    has_examples=False,
+)
 def bias_of_every_datum(p, x, y):
     return classify(x @ p["w"] + p["b"], y)
 
 
-@pattern({"w": draw(4, 3), "s": draw(), "t": draw()}, draw(N, 4), labels(), layers=3)
+@pattern({"w": draw(4, 3), "s": draw(), "t": draw()}, draw(N, 4), labels(), layers=2)
 def scalars(p, x, y):
     return classify(p["s"] * jnp.tanh(x @ p["w"]) + p["t"], y)
 
@@ -725,7 +736,7 @@ def kernel_and_its_stopped_copy(p, x, y):
     return classify(x @ p["w"] - 0.5 * (x @ jax.lax.stop_gradient(p["w"])), y)
 
 
-@pattern({"w": draw(4, 5), "v": draw(5)}, draw(N, 4), draw(N, 4), uncovered=("w",), scale=1)
+@pattern({"w": draw(4, 5), "v": draw(5)}, draw(N, 4), draw(N, 4), uncovered=("v", "w"), scale=1)
 def gradient_of_an_energy(p, x, y):
     def energy(x):
         return jnp.tanh(x @ p["w"]) @ p["v"]
@@ -762,7 +773,7 @@ _declared("symmetric_kernel", {"w": draw(3, 3)}, lambda p: p["w"] + p["w"].T, d_
 _declared(
     "kernel_from_a_loop",
     _W,
-    lambda p: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * 2), (0, p["w"]))[1],
+    lambda p: jax.lax.while_loop(lambda w: w[0, 0] > 1e3, jnp.sin, p["w"]),
 )
 _declared("both_orientations", {"w": draw(4, 4)}, lambda p: p["w"] @ p["w"].T)
 
@@ -776,3 +787,9 @@ _declared("both_orientations", {"w": draw(4, 4)}, lambda p: p["w"] @ p["w"].T)
 )
 def complex_kernel(p, x, y):
     return classify(jnp.abs(x.astype(jnp.complex64) @ p["w"]) @ p["v"], y)
+
+
+# A batch of one: what all data share is shared all the same.
+@pattern(RNN, draw(1, 6, 4), labels()[:1], layers=4, scale=1)
+def batch_of_one(p, x, y):
+    return recurrent(p, x, y)

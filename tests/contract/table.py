@@ -340,7 +340,9 @@ _KFAC_TUNABLE = {
 
 
 def _kfac(name, rate=1.0, **kwargs):
-    targets = {k: t._replace(learning_rate=rate * t.learning_rate) for k, t in _KFAC_TARGETS.items()}
+    targets = {
+        k: t._replace(learning_rate=rate * t.learning_rate) for k, t in _KFAC_TARGETS.items()
+    }
     return Row(
         f"kfac-{name}",
         ok.kfac,

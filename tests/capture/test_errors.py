@@ -1,0 +1,196 @@
+"""What goes wrong says what, where and how to mend it; and the table of layers reads well."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_kron as ok
+
+X, Y = jnp.ones((5, 3)) + jnp.arange(5.0)[:, None], jnp.array([0, 1, 1, 0, 1])
+PARAMS = {
+    "dense": {"kernel": jnp.ones((3, 2)) * 0.1, "bias": jnp.zeros(2)},
+    "gate": jnp.ones(2),
+    "table": jnp.ones((2, 2)),
+}
+
+
+def logits(params, x, y):
+    dense = params["dense"]
+    h = x @ dense["kernel"] + dense["bias"]
+    return h * jax.nn.sigmoid(params["gate"]) + params["table"][y]
+
+
+def loss_fn(params, x, y):
+    each = ok.losses.softmax_cross_entropy_with_integer_labels(logits(params, x, y), y)
+    return jnp.mean(each)
+
+
+def unmarked(params, x, y):
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits(params, x, y), y))
+
+
+def with_aux(params, x, y):
+    return loss_fn(params, x, y), {"logits": logits(params, x, y)}
+
+
+def taps_of(function=loss_fn, args=(X, Y), fisher="exact", layers=None, key=None, **kwargs):
+    fn = ok.value_and_grad_with_taps(function, layers, fisher=fisher, **kwargs)
+    return fn(PARAMS, *args, key=key)[2]
+
+
+def test_no_mark():
+    layers = ok.find_layers(unmarked, PARAMS, X, Y)
+    assert not len(layers)
+    assert {u.reason for u in layers.uncovered} == {"reaches no marked loss"}
+    with pytest.raises(ValueError, match=r"marks no likelihood.*ok\.losses.*ok\.Taps"):
+        taps_of(unmarked)
+
+
+CALLS = {
+    "find": lambda f, **kw: ok.find_layers(f, PARAMS, X, Y, **kw),
+    "taps": lambda f, **kw: taps_of(f, **kw),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@every_call
+@pytest.mark.parametrize(
+    ("function", "has_aux", "message"),
+    [
+        (with_aux, False, r"must return a real scalar.*pass has_aux=True"),
+        (loss_fn, True, r"has_aux=True, but loss_fn does not return a pair"),
+        (lambda *a: (1.0, 2.0, 3.0), True, r"has_aux=True, but loss_fn does not return a pair"),
+        (lambda *a: logits(*a), False, r"must return a real scalar; got .*\(5, 2\)"),
+        (lambda *a: jnp.argmax(logits(*a)), False, r"must return a real scalar; got .*int32"),
+        (lambda *a: loss_fn(*a) + 0j, False, r"must return a real scalar; got .*complex64"),
+        (lambda *a: (with_aux(*a)[1], 0.0), True, r"must return a real scalar, with has_aux"),
+    ],
+)
+def test_loss_that_is_not_a_real_scalar(call, function, has_aux, message):
+    with pytest.raises(ValueError, match=message):
+        call(function, has_aux=has_aux)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "sketch"])
+def test_missing_key(fisher):
+    with pytest.raises(ValueError, match=rf"fisher='{fisher}' draws random numbers; pass key="):
+        taps_of(fisher=fisher)
+
+
+@pytest.mark.parametrize("fisher", ["", "MC", "true", None])
+def test_wrong_fisher(fisher):
+    message = rf"must be one of mc, exact, .*got {re.escape(repr(fisher))}"
+    with pytest.raises(ValueError, match=message):
+        ok.value_and_grad_with_taps(loss_fn, fisher=fisher)
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.0, True, None])
+def test_wrong_samples(samples):
+    with pytest.raises(ValueError, match=rf"samples must be an integer ≥ 1; got {samples!r}"):
+        ok.value_and_grad_with_taps(loss_fn, samples=samples)
+
+
+@every_call
+def test_no_data(call):
+    def empty(params, x, y):
+        return loss_fn(params, x[:0], y[:0])
+
+    with pytest.raises(ValueError, match=r"has no data.*\(0,\)"):
+        call(empty)
+
+
+@every_call
+def test_negative_weights(call):
+    with pytest.raises(ValueError, match=r"loss falls with a per-example loss.*weights ≥ 0"):
+        call(lambda *a: -loss_fn(*a))
+
+
+def test_layers_of_other_parameters():
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    other = {**PARAMS, "dense": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match=r"dense/kernel has shape \(4, 2\).*\(3, 2\)"):
+        ok.kfac(0.1, layers=layers).init(other)
+    with pytest.raises(ValueError, match=r"no parameter at dense/kernel; there are gate, table"):
+        ok.kfac(0.1, layers=layers).init({k: PARAMS[k] for k in ("gate", "table")})
+
+
+def test_layers_of_another_function():
+    def other(params, x, y):
+        z = x @ params["dense"]["kernel"]
+        return jnp.mean(ok.losses.softmax_cross_entropy_with_integer_labels(z, y))
+
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    with pytest.raises(ValueError, match=r"no taps for the layer 'table'.*not found in this loss"):
+        taps_of(other, layers=layers)
+
+
+@pytest.fixture
+def optimizer():
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    tx = ok.kfac(0.1, layers=layers)
+    state = tx.init(PARAMS)
+    return lambda taps: tx.update(PARAMS, state, PARAMS, taps=taps)
+
+
+def test_taps_of_no_layer_or_of_too_few(optimizer):
+    with pytest.raises(ValueError, match=r"update needs taps at every step"):
+        optimizer(None)
+    taps = taps_of()
+    assert set(taps) == {"dense", "table"}
+    with pytest.raises(ValueError, match=r"there are none for \['table'\]"):
+        optimizer({"dense": taps["dense"]})
+    with pytest.raises(ValueError, match=r"\['other'\] belong to no layer"):
+        optimizer({**taps, "other": taps["dense"]})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "grads", "message"),
+    [
+        ((5, 3), (5, 2), r"inputs of width 3; expected 4.*column of ones"),
+        ((5, 4), (5, 3), r"output_grads of width 3; expected 2"),
+        ((2, 5, 1, 4), (1, 2, 5, 1, 2), r"have 2 blocks.*expected 1"),
+        ((5, 4), (6, 2), r"expected \[N, d_in\] and \[N, d_out\]"),
+        ((5,), (5, 2), r"expected \[N, d_in\] and \[N, d_out\]"),
+        ((0, 4), (0, 2), r"'dense' has no data"),
+    ],
+)
+def test_taps_of_a_wrong_shape(optimizer, inputs, grads, message):
+    table = ok.Tap(jnp.zeros((5, 1), int), jnp.ones((5, 2)))
+    with pytest.raises(ValueError, match=message):
+        optimizer({"dense": ok.Tap(jnp.ones(inputs), jnp.ones(grads)), "table": table})
+
+
+def test_weights_of_a_wrong_shape():
+    tap = ok.Tap(jnp.ones((5, 4)), jnp.ones((5, 2)), jnp.ones(4))
+    with pytest.raises(ValueError, match=r"weights of shape \(4,\); expected one for each of 5"):
+        ok.Taps({"dense": tap})
+
+
+TABLE = """\
+layer  kind       blocks  inputs      outputs  parameters
+dense  dense      1       4           2        dense/kernel dense/bias
+table  embedding  1       2 diagonal  2        table
+
+without a Kronecker block:
+gate  (2,)  used by logistic (test_errors.py:LINE (logits))"""
+
+
+def _readable(layers):
+    return re.sub(r"\(\S*test_errors\.py:[0-9:]+", "(test_errors.py:LINE", str(layers))
+
+
+def test_table_of_layers_is_readable():
+    assert _readable(ok.find_layers(loss_fn, PARAMS, X, Y)) == TABLE
+
+
+def test_table_says_what_is_not_checked():
+    abstract = jax.eval_shape(lambda: (PARAMS, X, Y))
+    layers = ok.find_layers(loss_fn, *abstract)
+    table, _, note = _readable(layers).rpartition("\n\n")
+    assert table == TABLE
+    assert note.startswith("not checked on numbers yet")
+    taps_of(layers=layers)
+    assert _readable(layers) == TABLE
