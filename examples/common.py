@@ -1,9 +1,9 @@
 """What the examples share: data, command line, training with several optimizers, table and curves.
 
 An example describes a `Task` and `Contestant`s; `compare` trains with each of these from the same
-weights on the same batches, at a few learning rates with the same cosine schedule. The run with the lowest final training loss is
-the contestant's best. Seconds count training steps alone: compilation is listed on its own and
-evaluation is not counted. The time per step is a median.
+weights on the same batches, at a few learning rates with the same cosine schedule. The run with the
+lowest final training loss is the contestant's best. Seconds count training steps alone: compilation
+is listed on its own and evaluation is not counted. The time per step is a median.
 """
 
 import argparse
