@@ -12,17 +12,20 @@ from .patterns import PATTERNS, N
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 
 
+# The check on numbers compiles a program of its own; these take all that it does differently.
+CHECKED = ("perceptron", "cast_to_bf16", "embedding", "conv_grouped", "recurrent", "branches")
+
+
 @every_pattern
-def test_layers_are_those_expected(pattern):
-    layers = find_layers(pattern.loss_fn, pattern.params, *pattern.args)
+def test_layers_and_their_taps(pattern):
+    """The layers are those expected, and their taps give the gradient of every example."""
+    layers = find_layers(
+        pattern.loss_fn, pattern.params, *pattern.args, check=pattern.name in CHECKED
+    )
     assert {u.path for u in layers.uncovered} == set(pattern.uncovered), layers
     if pattern.layers is not None:
         assert len(layers) == pattern.layers, layers
-
-
-@every_pattern
-def test_taps_give_the_gradient_of_every_example(pattern):
-    if pattern.layers == 0 or not pattern.has_examples:
+    if not len(layers) or not pattern.has_examples:
         return
     # Each of the T losses of a datum weighs 1/(NT): its column is scaled by the root of 1/T.
     scale = math.sqrt(pattern.args[-1].size / N) if pattern.scale is None else pattern.scale
@@ -30,7 +33,7 @@ def test_taps_give_the_gradient_of_every_example(pattern):
         pattern.loss_fn,
         pattern.params,
         pattern.args,
-        find_layers(pattern.loss_fn, pattern.params, *pattern.args, check=False),
+        layers,
         column=pattern.data_loss,
         scale=scale,
         axis=pattern.axis,
