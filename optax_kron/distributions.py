@@ -38,8 +38,8 @@ class Distribution:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from optax_kron import losses
-      >>> distribution = losses.DISTRIBUTIONS["optax_kron_loss_categorical"]
+      >>> from optax_kron import distributions
+      >>> distribution = distributions.DISTRIBUTIONS["optax_kron_loss_categorical"]
       >>> operands = (jnp.zeros((1, 2)), jnp.array([0]))
       >>> print(distribution.exact(operands, -1)[:, 0].round(4))
       [[ 0.3536 -0.3536]

@@ -8,6 +8,8 @@ import os
 
 # Read when JAX starts its backend, which importing it does not do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Threads of LAPACK would only wait for those of the other test processes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

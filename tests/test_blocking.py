@@ -27,7 +27,7 @@ def numbers(shape, start=1):
     return np.arange(start, start + int(np.prod(shape)), dtype=np.float32).reshape(shape)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(shapes, max_size=4), blockings)
 def test_joining_undoes_splitting(leaf_shapes, blocking):
     tree = {f"leaf{i}": numbers(shape) for i, shape in enumerate(leaf_shapes)}
@@ -39,7 +39,7 @@ def test_joining_undoes_splitting(leaf_shapes, blocking):
         np.testing.assert_array_equal(joined[name], leaf)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(shapes, blockings)
 def test_blocks_hold_each_element_once_and_zeros_in_the_padding(shape, blocking):
     plan = plan_blocks(numbers(shape), blocking)
@@ -54,7 +54,7 @@ def test_blocks_hold_each_element_once_and_zeros_in_the_padding(shape, blocking)
             assert merged_whole <= blocking.block_size
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(shapes.filter(lambda s: 0 not in s), st.integers(0, 9), st.none() | st.floats(0, 3))
 def test_dense_or_diagonal(shape, max_size, max_skew):
     plan = plan_blocks(numbers(shape), ok.Blocking(max_size=max_size, max_skew=max_skew))
