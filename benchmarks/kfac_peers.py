@@ -10,7 +10,6 @@ Without `--peer-python` ours runs alone; without `throughput` among the tasks it
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -115,12 +114,7 @@ def main():
             console.print(curves_table(results))
         console.print(times_table(results))
         found += criteria(task, results)
-    for what, figure, bound in found:
-        mark = "[green]pass[/]" if figure <= bound else "[bold red]MISS[/]"
-        console.print(f"{mark} {what}: {figure:.3f} (at most {bound:.3f})")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
-    return int(not all(figure <= bound for _, figure, bound in found))
+    return peers.report(console, found, figures, args.json)
 
 
 if __name__ == "__main__":

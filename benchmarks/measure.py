@@ -112,12 +112,7 @@ def main():
         rate = learning_rate_schedule(args.schedule, args.learning_rate, steps)
         tx = make_optimizer(args.library, rate, args.probability, args.geometry, args.precond_lr)
         figures = train_autoencoder(tx, steps=steps, seed=args.seed)
-    machine = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "matmul_flop_s": timing.matmul_rate(),
-    }
-    print(json.dumps({**figures, **machine}))
+    print(json.dumps({**figures, **timing.machine()}))
 
 
 if __name__ == "__main__":

@@ -153,12 +153,7 @@ def main():
     figures = train(
         args.library, args.task, refresh_every=args.refresh_every, steps=steps, seed=args.seed
     )
-    machine = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "matmul_flop_s": timing.matmul_rate(),
-    }
-    print(json.dumps({**figures, **machine}))
+    print(json.dumps({**figures, **timing.machine()}))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,16 @@ def autoencoder_criteria(results):
     yield "autoencoder: time of a training step, ratio", ratio(paired, "median_s"), 0.7
 
 
+def report(console, criteria, figures, path):
+    """Print a line for each (what, figure, bound), write all figures; exit code 1 on a miss."""
+    for what, figure, bound in criteria:
+        mark = "[green]pass[/]" if figure <= bound else "[bold red]MISS[/]"
+        console.print(f"{mark} {what}: {figure:.3f} (at most {bound:.3f})")
+    if path:
+        path.write_text(json.dumps(figures, indent=1))
+    return int(not all(figure <= bound for _, figure, bound in criteria))
+
+
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -171,12 +181,7 @@ def main():
         results = figures["autoencoder"] = measure_pairs(sides, autoencoder_tasks(args), 1)
         console.print(*curves_tables(results), sep="\n")
         criteria += autoencoder_criteria(results)
-    for what, figure, bound in criteria:
-        mark = "[green]pass[/]" if figure <= bound else "[bold red]MISS[/]"
-        console.print(f"{mark} {what}: {figure:.3f} (at most {bound:.3f})")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
-    return int(not all(figure <= bound for _, figure, bound in criteria))
+    return report(console, criteria, figures, args.json)
 
 
 if __name__ == "__main__":

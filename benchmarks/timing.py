@@ -30,6 +30,15 @@ def matmul_rate(sizes=(1024, 2048), repeats=7):
     return max(rates)
 
 
+def machine():
+    """What a measurement ran on: the version of JAX, the device, FLOP/s of a matrix product."""
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "matmul_flop_s": matmul_rate(),
+    }
+
+
 def clock(function, *args):
     """Seconds that one call took until its result was ready, and the result."""
     start = time.perf_counter()

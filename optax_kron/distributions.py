@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron.kernels import contract
+
 # What the names of marked losses begin with; the rest is the name of a distribution.
 MARK_PREFIX = "optax_kron_loss_"
 
@@ -56,7 +58,7 @@ class Distribution:
 
     def exact(self, operands: Operands, axis: int | None) -> Array:
         """All columns: V = C, the number of classes, or V = 1."""
-        logits = _wide(operands[0])
+        logits = contract.widen(operands[0])
         if self.has_class_axis:
             along = _from_end(axis, logits)
             basis = jnp.eye(logits.shape[along], dtype=logits.dtype)
@@ -72,12 +74,8 @@ class Distribution:
     def sketched(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Array:
         """Random columns, V = samples, as `sampled`: random signs of the exact ones, summed."""
         shape = (samples, *operands[0].shape)
-        signs = jax.random.rademacher(key, shape, _wide(operands[0]).dtype)
+        signs = jax.random.rademacher(key, shape, contract.widen(operands[0]).dtype)
         return self.root(signs, operands, _from_end(axis, operands[0])) / math.sqrt(samples)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def _from_end(axis: int | None, x: Array) -> Any:
@@ -88,7 +86,7 @@ def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
     """Logits, probabilities, and the root of the sum of the labels."""
     logits, labels, *where = operands
     (where,) = where or (jnp.array(True),)
-    logits = jnp.where(where, _wide(logits), jnp.finfo(_wide(logits).dtype).min)
+    logits = jnp.where(where, contract.widen(logits), jnp.finfo(contract.widen(logits).dtype).min)
     probabilities = jnp.where(where, jax.nn.softmax(logits, axis), 0)
     if labels.ndim < logits.ndim:
         return logits, probabilities, jnp.ones((), logits.dtype)
@@ -121,24 +119,26 @@ def _elementwise(
         return noise * jnp.asarray(slope(operands), noise.dtype)
 
     def normal(key, operands, axis, shape):
-        return root(jax.random.normal(key, shape, _wide(operands[0]).dtype), operands, axis)
+        return root(
+            jax.random.normal(key, shape, contract.widen(operands[0]).dtype), operands, axis
+        )
 
     return Distribution(MARK_PREFIX + name, False, root, score or normal)
 
 
 def _bernoulli_slope(operands: Operands) -> Array:
-    logits = _wide(operands[0])
+    logits = contract.widen(operands[0])
     return jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
 
 
 def _bernoulli_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
     del axis
-    probability = jax.nn.sigmoid(_wide(operands[0]))
+    probability = jax.nn.sigmoid(contract.widen(operands[0]))
     return probability - jax.random.bernoulli(key, probability, shape).astype(probability.dtype)
 
 
 def _poisson_slope(operands: Operands) -> Array:
-    return jnp.exp(_wide(operands[0]) / 2)
+    return jnp.exp(contract.widen(operands[0]) / 2)
 
 
 def _poisson_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
@@ -157,7 +157,7 @@ DISTRIBUTIONS: Mapping[str, Distribution] = {
         _elementwise("bernoulli", _bernoulli_slope, _bernoulli_score),
         _elementwise("squared_error", lambda operands: math.sqrt(2)),
         _elementwise("l2", lambda operands: 1.0),
-        _elementwise("gaussian", lambda operands: jax.lax.rsqrt(_wide(operands[2]))),
+        _elementwise("gaussian", lambda operands: jax.lax.rsqrt(contract.widen(operands[2]))),
         _elementwise("poisson", _poisson_slope, _poisson_score),
     )
 }

@@ -2,11 +2,15 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import Array
 
+from optax_kron.capture import views
 from optax_kron.capture.canonical import fits
 from optax_kron.capture.graph import Graph, Node, Value
 from optax_kron.capture.labelling import Labels
@@ -41,6 +45,13 @@ class Mark:
         axes = [*range(self.node.outputs[0].ndim), *reversed(self.scans)]
         return axes or [None]
 
+    def evaluate(self, *operands: Array) -> Array:
+        """The per-example losses of operands that have the steps of all scans as leading axes."""
+        evaluate = lambda *operands: self.node.bind(*operands)[0]  # noqa: E731
+        for _ in self.scans:
+            evaluate = jax.vmap(evaluate)
+        return evaluate(*operands)
+
 
 @dataclasses.dataclass(eq=False)
 class Member:
@@ -70,6 +81,11 @@ class Analysis:
     labels: Labels
     members: list[Member]
     uncovered: dict[str, str]
+
+    @property
+    def uses(self) -> list[Use]:
+        """All uses of the layers, in order."""
+        return [use for member in self.members for group in member.groups for use in group]
 
 
 def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
@@ -110,14 +126,7 @@ def _marks(graph: Graph, scans, branch) -> Iterator[Mark]:
 
 def _coverage(analysis: Analysis) -> int:
     paths = {path for member in analysis.members for path in member.layer.paths}
-    return sum(_elements(analysis.leaves[path]) for path in paths)
-
-
-def _elements(value: Value) -> int:
-    count = 1
-    for size in value.shape:
-        count *= size
-    return count
+    return sum(math.prod(analysis.leaves[path].shape) for path in paths)
 
 
 def _analyse(graph, leaves, marks) -> Analysis:
@@ -219,7 +228,7 @@ class _Assembly:
             if len(paths) == 1 and len(pairs) == 1:
                 (bias_path,), (digits,) = paths, pairs
                 leaf = self.leaves[bias_path]
-                whole = all(b.view.part == tuple((0, d) for d in leaf.shape) for b in biases)
+                whole = all(b.view.part == views.spans(leaf.shape) for b in biases)
                 alone = whole and set(self.uses[leaf]) == set(biases)
                 if alone and bias_path not in self.uncovered:
                     layer = self._with_bias(path, arrangement, bias_path, dict(digits), uses)
@@ -240,8 +249,7 @@ class _Assembly:
             return tuple(digit for d in mine for digit in pairs[d])
 
         shape = self.leaves[bias_path].shape
-        part = tuple((0, d) for d in shape)
-        view = Arrangement(shape, part, (beside(blocks), beside(outputs)))
+        view = Arrangement(shape, views.spans(shape), (beside(blocks), beside(outputs)))
         return Layer(
             name=path,
             kernel=path,
@@ -272,14 +280,13 @@ def _within(digit, whole) -> bool:
 def _tiles(part, roles) -> bool:
     """Whether digits enumerate every element of a part once."""
     sizes = [stop - start for start, stop in part]
-    left = list(sizes)
     digits = sorted((d for role in roles for d in role), key=lambda d: (d.axis, d.stride))
     strides: dict[int, int] = {}
     for digit in digits:
         if digit.stride != strides.get(digit.axis, 1):
             return False
         strides[digit.axis] = digit.stride * digit.size
-    return all(strides.get(axis, 1) == size for axis, size in enumerate(left))
+    return all(strides.get(axis, 1) == size for axis, size in enumerate(sizes))
 
 
 def _name(members: list[Member]) -> None:

@@ -10,7 +10,7 @@ from jax import Array
 from optax_kron.capture.analysis import Analysis, Mark, Member
 from optax_kron.capture.canonical import Canonical
 from optax_kron.capture.columns import data_axis
-from optax_kron.capture.moments import InsideMoments, moments_of
+from optax_kron.capture.moments import InsideMoments, moments_of, with_bias
 from optax_kron.capture.pullback import Linearized
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
@@ -50,7 +50,7 @@ def member_taps(
             else:
                 x = form.inputs(linearized.inputs[i], g.dtype)
                 if member.layer.bias is not None:
-                    x = _with_bias(x, use in member.biased)
+                    x = with_bias(x, use in member.biased)
             if linearized.taken[i] is not None and not member.layer.is_embedding:
                 x = x * form.taken(linearized.taken[i]).astype(x.dtype)
             inputs.append(x)
@@ -69,11 +69,6 @@ def member_taps(
     return tuple(taps)
 
 
-def _with_bias(x: Array, biased: bool) -> Array:
-    column = jnp.full((*x.shape[:-1], 1), 1 if biased else 0, x.dtype)
-    return jnp.concatenate([x, column], axis=-1)
-
-
 def member_moments(
     analysis: Analysis,
     member: Member,
@@ -83,16 +78,10 @@ def member_moments(
     weights: Sequence[Array],
     inside: Mapping[Use, InsideMoments],
 ) -> tuple[Moments, ...]:
-    """The second moments of one layer, one for each group of uses; arguments as `member_taps`.
+    """The second moments of one layer, one for each group of uses.
 
-    Args:
-      analysis: of the loss.
-      member: the layer.
-      numbers: of the uses.
-      linearized: the loss at a point.
-      gradients: cotangents of the uses' outputs, or of their dummies [V, ...].
-      weights: derivative of the loss with respect to each mark's per-example losses.
-      inside: the uses whose moments were formed inside.
+    The arguments are those of `member_taps`, and `inside`: the uses whose moments were formed
+    inside, for which `gradients` are the cotangents of their dummies.
     """
     if member.groups[0][0] not in inside:
         taps = member_taps(analysis, member, numbers, linearized, gradients, weights)

@@ -60,7 +60,7 @@ def _deviations(
 ) -> tuple[dict[str, tuple[Array, Array]], list[Array]]:
     """How far each layer is off: from the gradient, and by mixing data; and the least weights."""
     analysis = traced.analysis
-    uses = [use for member in analysis.members for group in member.groups for use in group]
+    uses = analysis.uses
     numbers = {use: i for i, use in enumerate(uses)}
     linearized = linearize(analysis, uses, arrays)
     keys = jax.random.split(jax.random.key(0), max(len(analysis.marks), 1))
@@ -69,10 +69,10 @@ def _deviations(
         for key, logits in zip(keys, linearized.no_logits(), strict=False)
     ]
     one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
-    loss = linearized.outputs[0]
-    _, _, weights = linearized.pull(jnp.ones_like(loss), linearized.no_logits())
-    params, gradients, _ = linearized.pull(jnp.zeros_like(loss), everything)
-    _, alone, _ = linearized.pull(jnp.zeros_like(loss), one)
+    _, _, weights = linearized.pull_loss()
+    none = jnp.zeros_like(linearized.outputs[0])
+    params, gradients, _ = linearized.pull(none, everything)
+    _, alone, _ = linearized.pull(none, one)
     leaves = dict(zip(analysis.leaves, params, strict=True))
 
     def taps_of(member, gradients):
@@ -82,7 +82,7 @@ def _deviations(
     found = {}
     for member in analysis.members:
         layer = member.layer
-        expected = _wide(layer.take(leaves))
+        expected = contract.widen(layer.take(leaves))
         taps = taps_of(member, gradients)
         contracted = sum(_contract(layer, tap) for tap in taps)
         gradient = _relative(contracted - expected, expected)
@@ -110,18 +110,14 @@ def _others(gradients):
 
 
 def _contract(layer, tap):
-    grads = _wide(tap.output_grads)
+    grads = contract.widen(tap.output_grads)
     if layer.is_embedding:
         zeros = jnp.zeros((layer.blocks, layer.d_in, layer.d_out), grads.dtype)
         flat = tap.inputs[..., 0].reshape(layer.blocks, -1)
         rows = grads[0].reshape(layer.blocks, -1, layer.d_out)
         return jax.vmap(lambda z, i, g: z.at[i].add(g))(zeros, flat, rows)
-    inputs = _wide(tap.inputs)
+    inputs = contract.widen(tap.inputs)
     return jnp.einsum("bnsi,vbnso->bio", inputs, grads)
-
-
-def _wide(x):
-    return x.astype(contract.wide_dtype(x.dtype))
 
 
 def _relative(difference, whole):

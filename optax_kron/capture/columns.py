@@ -69,15 +69,8 @@ def columns(
 
 def _gradients(mark, operands):
     """Derivative of each per-example loss with respect to its logits."""
-
-    def losses(logits, *others):
-        return jnp.sum(mark.node.bind(logits, *others)[0])
-
-    gradient = jax.grad(losses)
-    for _ in mark.scans:
-        gradient = jax.vmap(gradient)
-    logits = operands[0]
-    return gradient(*operands).astype(contract.wide_dtype(logits.dtype))
+    gradient = jax.grad(lambda *operands: jnp.sum(mark.evaluate(*operands)))(*operands)
+    return gradient.astype(contract.wide_dtype(gradient.dtype))
 
 
 def _apart(made, shape, data, where):

@@ -76,7 +76,7 @@ class _Run:
         self.held: dict[Node, set[Key]] = {}  # what the bodies of an equation hold
 
     def graph(self, graph, arguments, perturbations):
-        env: dict[Value, Any] = {value: value.constant for value in graph.constants}
+        env: dict[Value, Any] = {}
         records: dict[Key, Any] = {}
 
         def store(value, array):

@@ -62,20 +62,12 @@ def ggn_vector_product(
         return [operands[0] for operands in linearize(analysis, (), [*leaves, *others]).operands]
 
     linearized = linearize(analysis, (), traced.arrays)
-    one = jnp.ones_like(linearized.outputs[0])
-    _, _, weights = linearized.pull(one, linearized.no_logits())
+    _, _, weights = linearized.pull_loss()
 
     def objective(m, mark):
         """The weighted sum of a mark's losses, of its logits alone."""
         _, *rest = linearized.operands[m]
-
-        def total(f):
-            evaluate = lambda f, *rest: mark.node.bind(f, *rest)[0]  # noqa: E731
-            for _ in mark.scans:
-                evaluate = jax.vmap(evaluate)
-            return jnp.sum(weights[m] * evaluate(f, *rest))
-
-        return total
+        return lambda f: jnp.sum(weights[m] * mark.evaluate(f, *rest))
 
     def product(v: PyTree) -> PyTree:
         given, treedef = jax.tree_util.tree_flatten_with_path(v)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.views import Digit, Digits
+from optax_kron.capture.views import Digit, Digits, spans
 
 PyTree = Any
 
@@ -43,7 +43,7 @@ class Arrangement:
     @property
     def is_whole(self) -> bool:
         """Whether all of the parameter is meant."""
-        return all(span == (0, d) for span, d in zip(self.part, self.shape, strict=True))
+        return self.part == spans(self.shape)
 
     def _plan(self) -> tuple[list[int], list[int]]:
         """Sizes of all digits as they are stored, and the transpose into the order of the roles."""
@@ -71,7 +71,7 @@ class Arrangement:
 def arrange(shape: Sequence[int], *roles: Sequence[int]) -> Arrangement:
     """All of a parameter, its axes distributed over roles."""
     digits = [tuple(Digit(a, 1, shape[a]) for a in axes if shape[a] != 1) for axes in roles]
-    return Arrangement(tuple(shape), tuple((0, d) for d in shape), tuple(digits))
+    return Arrangement(tuple(shape), spans(shape), tuple(digits))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,12 @@ def moments_of(
     return Moments(inputs, outputs, cases)
 
 
+def with_bias(x: Array, biased: bool) -> Array:
+    """Inputs with a column more, the input of the bias: one, or zero for a use without it."""
+    column = jnp.full((*x.shape[:-1], 1), 1 if biased else 0, x.dtype)
+    return jnp.concatenate([x, column], axis=-1)
+
+
 def can_be_inside(layer: Layer, use: Use, label: Data) -> bool:
     """Whether the moments of a use can be formed where it is.
 
@@ -105,8 +111,7 @@ class InsideMoments:
         x = self.form.inputs(record, record.dtype)
         x = x.astype(contract.wide_dtype(x.dtype))
         if self.layer.bias is not None:
-            column = jnp.full((*x.shape[:-1], 1), 1 if self.biased else 0, x.dtype)
-            x = jnp.concatenate([x, column], axis=-1)
+            x = with_bias(x, self.biased)
         return kfac.input_moment(x, self.weights) * total
 
     def watch(self, value: Array, dummy: Array) -> Array:

@@ -38,6 +38,10 @@ class Linearized:
         """A zero cotangent for the logits of every mark."""
         return [jnp.zeros_like(operands[0]) for operands in self.operands]
 
+    def pull_loss(self) -> tuple[list[Array], list[Array], list[Array]]:
+        """`pull` of the loss itself: the gradient first, the weight of each datum last."""
+        return self.pull(jnp.ones_like(self.outputs[0]), self.no_logits())
+
 
 def linearize(
     analysis: Analysis,

@@ -88,11 +88,10 @@ def value_and_grad_with_taps(
         if key is None and fisher in ("mc", "sketch"):
             raise ValueError(f"{owner}: fisher={fisher!r} draws random numbers; pass key=.")
         _select(traced, layers)
-        uses = [use for member in analysis.members for group in member.groups for use in group]
+        uses = analysis.uses
         inside = _inside(traced) if reduce else {}
         linearized = linearize(analysis, uses, traced.arrays, inside)
-        one = jnp.ones_like(linearized.outputs[0])
-        grads, _, weights = linearized.pull(one, linearized.no_logits())
+        grads, _, weights = linearized.pull_loss()
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
         numbers = {use: i for i, use in enumerate(uses)}
         seen = (analysis, numbers, linearized, gradients, weights)
@@ -113,8 +112,7 @@ def _inside(traced: Traced) -> dict[Use, InsideMoments]:
     analysis = traced.analysis
     # What each datum weighs has to be known in the forward pass; most losses are linear in their
     # per-example losses, and then none of this is evaluated.
-    first = linearize(analysis, (), traced.arrays)
-    _, _, weights = first.pull(jnp.ones_like(first.outputs[0]), first.no_logits())
+    _, _, weights = linearize(analysis, (), traced.arrays).pull_loss()
     found = {}
     for member in analysis.members:
         uses = [use for group in member.groups for use in group]

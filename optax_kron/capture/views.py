@@ -56,11 +56,16 @@ class View:
         )
 
 
+def spans(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The ranges of indices of a whole array."""
+    return tuple((0, d) for d in shape)
+
+
 def whole(origin: Any) -> View:
     """A value as an image of itself."""
     shape = origin.shape
     axes = tuple((Digit(i, 1, d),) if d != 1 else () for i, d in enumerate(shape))
-    return View(origin, tuple((0, d) for d in shape), axes)
+    return View(origin, spans(shape), axes)
 
 
 def merge(digits: Iterable[Digit]) -> Digits:
@@ -113,9 +118,9 @@ def follow(node: Node, view: View) -> list[View] | None:
 def _split(node, view):
     axis, start, images = node.params["axis"], 0, []
     for size in node.params.get("sizes", (1,) * view.shape[axis]):
-        spans = [(0, d) for d in view.shape]
-        spans[axis] = (start, start + size)
-        image = _ranges(view, spans)
+        ranges = list(spans(view.shape))
+        ranges[axis] = (start, start + size)
+        image = _ranges(view, ranges)
         if image is None:
             return None
         if node.name == "unstack":
@@ -163,14 +168,14 @@ def _slice(node, view):
     strides = node.params["strides"]
     if strides is not None and any(stride != 1 for stride in strides):
         return None
-    spans = zip(node.params["start_indices"], node.params["limit_indices"], strict=True)
-    return _ranges(view, list(spans))
+    ranges = zip(node.params["start_indices"], node.params["limit_indices"], strict=True)
+    return _ranges(view, list(ranges))
 
 
-def _ranges(view: View, spans: Sequence[tuple[int, int]]) -> View | None:
+def _ranges(view: View, ranges: Sequence[tuple[int, int]]) -> View | None:
     """Ranges of the axes, if they are ranges of the origin's axes too."""
     part, axes = list(view.part), list(view.axes)
-    for a, (start, limit) in enumerate(spans):
+    for a, (start, limit) in enumerate(ranges):
         if (start, limit) == (0, view.shape[a]):
             continue
         if not axes[a] or axes[a][0].axis == NEW:

@@ -119,6 +119,12 @@ def unfold(tensor: Array, axis: int) -> Array:
     return jnp.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
 
 
+def fold(matrix: Array, axis: int, shape: Sequence[int]) -> Array:
+    """The tensor of a given shape whose `unfold_i` is the matrix; the inverse of `unfold`."""
+    others = [size for i, size in enumerate(shape) if i != axis]
+    return jnp.moveaxis(matrix.reshape(shape[axis], *others), 0, axis)
+
+
 def squared_magnitude(x: Array) -> Array:
     """`|x|²`, elementwise and real."""
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
@@ -127,6 +133,11 @@ def squared_magnitude(x: Array) -> Array:
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype of the arithmetic on a floating-point dtype: float32, or float64 for that."""
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
+def widen(x: Array) -> Array:
+    """The array in the dtype of the arithmetic, at least float32; complex stays complex."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:

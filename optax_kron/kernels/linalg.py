@@ -170,9 +170,7 @@ def solve_upper_adjoint(
         size, whole = upper.shape[0], padded[axis].shape[0]
         right = jnp.pad(contract.unfold(tensor, axis), ((0, whole - size), (0, 0)))
         solved = _substitute_panels(padded[axis], groups[axis].conj().mT, right, precision)
-        moved = list(tensor.shape)
-        moved.insert(0, moved.pop(axis))
-        tensor = jnp.moveaxis(solved[:size].reshape(moved), 0, axis)
+        tensor = contract.fold(solved[:size], axis, tensor.shape)
     return tensor
 
 

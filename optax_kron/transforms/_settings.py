@@ -1,5 +1,6 @@
 """Checks of settings, and the chain that turns a preconditioner into an optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,6 +63,28 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
     """Raise unless a setting is one of the given strings."""
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:
+    """Raise unless the gradients give the stacks of blocks that are in the state.
+
+    Args:
+      owner: name of the function.
+      plan: of the gradients; its `stacks` by label, and the `count` of blocks in one.
+      stacks: of the state by label; anything else if there are none.
+      source: what, beside the gradients, decides on the blocks.
+
+    Raises:
+      ValueError: with the stacks that came, and those that `init` made.
+    """
+    got = {label: plan.count(label) for label in plan.stacks}
+    known = stacks if isinstance(stacks, Mapping) else {}
+    expected = {label: stack.started.shape[0] for label, stack in known.items()}
+    if got != expected:
+        raise ValueError(
+            f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
+            f"init made {expected}. Pass gradients of the parameters, and the {source}, of init."
+        )
 
 
 def _known_dtype(dtype: Any) -> jnp.dtype | None:

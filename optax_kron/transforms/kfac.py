@@ -197,7 +197,7 @@ def scale_by_kfac(
         if params is not None:
             _settings.check_like(owner, updates, params)
         plan = kfac_layers.plan_layers(owner, layers, updates)
-        plan.check_state(state.stacks)
+        _settings.check_stacks(owner, plan, state.stacks, "layers")
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         seen = plan.read_taps(taps)

@@ -86,22 +86,6 @@ class LayerPlan:
                 m.layer.put(leaves, stacks[label][start : start + m.layer.blocks])
                 start += m.layer.blocks
 
-    def check_state(self, stacks: Mapping[str, Any] | Array) -> None:
-        """Raise unless the layers of the gradients are those of the state.
-
-        Raises:
-          ValueError: with the stacks that came, and those that `init` made.
-        """
-        got = {label: self.count(label) for label in self.stacks}
-        known = stacks if isinstance(stacks, Mapping) else {}
-        expected = {label: stack.started.shape[0] for label, stack in known.items()}
-        if got != expected:
-            raise ValueError(
-                f"{self.owner}: the gradients do not match the state: with the layers they give "
-                f"stacks of blocks {got}, init made {expected}. Pass gradients of the parameters, "
-                "and the layers, of init."
-            )
-
     def read_taps(self, taps: Mapping[str, Tap | Iterable[Tap]] | None) -> Taps:
         """Taps of all layers, in canonical form.
 

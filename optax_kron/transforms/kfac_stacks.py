@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.capture.moments import moments_of
 from optax_kron.capture.tap import Moments, Tap
-from optax_kron.kernels import kfac, linalg
+from optax_kron.kernels import contract, kfac, linalg
 from optax_kron.transforms.kfac_layers import LayerPlan, Member
 
 Stacks = Mapping[str, "KfacStack"]
@@ -173,7 +173,7 @@ class Curvature:
         for label, stack in stacks.items():
 
             def invert(A, G, started, old):
-                new = self._invert(_wide(A), _wide(G), damping)
+                new = self._invert(contract.widen(A), contract.widen(G), damping)
                 new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
                 finite = guards.all_finite(new)
                 return guards.select(started & finite, new, old), started & ~finite
@@ -204,7 +204,7 @@ class Curvature:
         """The inverse curvature applied to blocks [N, d_in, d_out] of every signature."""
 
         def apply(inverse, x):
-            inverse = jax.tree.map(_wide, inverse)
+            inverse = jax.tree.map(contract.widen, inverse)
             if isinstance(inverse, Eigenbases):
                 return kfac.apply_eigen(*inverse, x, damping, precision=self.precision)
             return kfac.apply_inverses(inverse.input, inverse.output, x, precision=self.precision)
@@ -239,8 +239,3 @@ def _mapping(stack: KfacStack) -> Any:
     if max(x.shape[-1] for x in dense) <= 2:
         return lambda fn, *stacks: jax.vmap(fn)(*stacks)
     return linalg.map_blocks
-
-
-def _wide(factor: Array) -> Array:
-    """The factor in the dtype of the arithmetic, at least float32."""
-    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))

@@ -240,7 +240,7 @@ def scale_by_kron_psgd(
         if params is not None:
             _settings.check_like(owner, updates, params)
         plan = plan_blocks(updates, blocking)
-        kron_stacks.check_match(owner, plan, state.stacks)
+        _settings.check_stacks(owner, plan, state.stacks, "blocking")
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
 

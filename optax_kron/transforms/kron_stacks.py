@@ -124,22 +124,6 @@ def hessian_probe(
     return plan.split(product, dtype), plan.split(probe, dtype)
 
 
-def check_match(owner: str, plan: BlockPlan, stacks: Stacks | Array) -> None:
-    """Raise unless the blocks of the gradients are those of the state.
-
-    Raises:
-      ValueError: with the stacks that came, and those that `init` made.
-    """
-    got = {label: plan.count(label) for label in plan.stacks}
-    known = stacks if isinstance(stacks, Mapping) else {}
-    expected = {label: stack.started.shape[0] for label, stack in known.items()}
-    if got != expected:
-        raise ValueError(
-            f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
-            f"init made {expected}. Pass gradients of the parameters, and the blocking, of init."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """How the factors follow the criterion; the settings of `scale_by_kron_psgd`."""
@@ -205,7 +189,7 @@ class Fit:
     def _move(self, old, gradient, probe, sizes, rows, balance_due):
         """Move the factors of one block; keep them if that fails, or if the gradient is zero."""
         old_factors, bounds, started = old
-        factors = tuple(map(_wide, old_factors))
+        factors = tuple(map(contract.widen, old_factors))
         largest = guards.largest_magnitude(gradient)
         real = contract.real_dtype(gradient.dtype)
         # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
@@ -236,13 +220,13 @@ class Fit:
         return guards.select(informed & finite, new, old), informed & ~finite
 
     def _apply(self, factors, x, kernel):
-        return kernel(tuple(map(_wide, factors)), x, precision=self.precision)
+        return kernel(tuple(map(contract.widen, factors)), x, precision=self.precision)
 
     def cache(self, stacks: Stacks) -> Stacks:
         """Form `P` of every factor, where there is room for it."""
 
         def square(q):
-            squared = contract.square(_wide(q), precision=self.precision)
+            squared = contract.square(contract.widen(q), precision=self.precision)
             return squared.astype(_preconditioner_dtype(q.dtype))
 
         def form(stack):
@@ -279,8 +263,3 @@ def _preconditioner_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 def _no_preconditioner(factor: Array) -> Array:
     return jnp.zeros(factor.shape, _preconditioner_dtype(factor.dtype))
-
-
-def _wide(factor: Array) -> Array:
-    """The factor in the dtype of the arithmetic, at least float32."""
-    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))

@@ -123,3 +123,11 @@ def test_reference_agrees_with_kron():
         ("precondition", reference.precondition),
     ):
         assert_close(function(factors, X), EXPECTED[name](factors, X), np.complex128)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4), (2, 1, 3, 2)])
+def test_folding_undoes_unfolding(shape):
+    X = jnp.arange(np.prod(shape, dtype=int)).reshape(shape)
+    for axis in range(len(shape)):
+        unfolded = contract.unfold(X, axis)
+        np.testing.assert_array_equal(contract.fold(unfolded, axis, shape), X)
