@@ -110,7 +110,8 @@ def curves_tables(results):
 
 def step_criteria(results):
     """(what, figure, bound) for model T."""
-    compile_ratio = max(ratio(pairs, "compile_s") for pairs in results.values())
+    # Both tasks compile the same program but for one number.
+    compile_ratio = ratio([pair for pairs in results.values() for pair in pairs], "compile_s")
     yield "model T: compile time, ratio", compile_ratio, 0.25
     every, between = (ratio(results[name], "median_s") for name in ("every step", "between"))
     yield "model T: factors updated every step, ratio", every, 0.6

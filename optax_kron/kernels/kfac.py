@@ -14,7 +14,6 @@ Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016),
 Eschenhagen et al. (2023), arXiv:2311.00636.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -22,13 +21,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.kernels import contract, linalg
+from optax_kron.kernels import contract, linalg, positive
 
 APPROXIMATIONS = ("expand", "reduce")
 DAMPING_RULES = ("pi", "trace", "eigen")
 TRACE_FLOOR = 1e-12  # least damping of the rule "trace": of factors that are zero
 
-_CLOSED_FORM = 2  # largest size that is inverted without LAPACK
+_CLOSED_FORM = 2  # largest size that is decomposed without LAPACK
 
 
 def input_moment(
@@ -130,39 +129,37 @@ def second_moments(
     )
 
 
-def pi_damping(
-    input_factor: Array, output_factor: Array, damping: ArrayLike
-) -> tuple[Array, Array]:
+def pi_damping(input_mean: Array, output_mean: Array, damping: ArrayLike) -> tuple[Array, Array]:
     """What the rule "pi" adds to the diagonals: `π√λ` to A and `√λ/π` to G.
 
     `π² = (tr A / d_in) / (tr G / d_out)`; 1 where a trace is not positive.
 
     Args:
-      input_factor: [d_in, d_in], or its diagonal [d_in].
-      output_factor: [d_out, d_out].
+      input_mean: `mean_eigenvalue` of the input factors, of any shape.
+      output_mean: that of the output factors.
       damping: λ ≥ 0.
 
     Returns:
-      Two scalars, whose product is λ.
+      Two arrays of that shape, whose product is λ.
     """
-    means = mean_eigenvalue(input_factor), mean_eigenvalue(output_factor)
-    positive = (means[0] > 0) & (means[1] > 0)
+    both = (input_mean > 0) & (output_mean > 0)
     # The quotient of roots, for that of the traces themselves may overflow.
-    over, under = (jnp.sqrt(jnp.where(positive, mean, 1)) for mean in means)
+    over, under = (jnp.sqrt(jnp.where(both, mean, 1)) for mean in (input_mean, output_mean))
     pi = over / under
     root = jnp.sqrt(jnp.asarray(damping, pi.dtype))
     return pi * root, root / pi
 
 
-def trace_damping(factor: Array, damping: ArrayLike) -> Array:
+def trace_damping(mean: Array, damping: ArrayLike) -> Array:
     """What the rule "trace" adds to the diagonal of a factor: `max(damping·tr(M)/d, 1e-12)`."""
-    mean = mean_eigenvalue(factor)
     return jnp.maximum(jnp.asarray(damping, mean.dtype) * mean, TRACE_FLOOR)
 
 
 def mean_eigenvalue(factor: Array) -> Array:
     """`tr(M)/d` of a factor [d, d] or [d]."""
-    return jnp.mean(factor if factor.ndim == 1 else jnp.diagonal(factor))
+    size = factor.shape[0]
+    # A slice with a stride is one kernel; `jnp.diagonal` gathers.
+    return jnp.mean(factor if factor.ndim == 1 else factor.reshape(-1)[:: size + 1])
 
 
 def damp(factor: Array, amount: Array) -> Array:
@@ -172,47 +169,27 @@ def damp(factor: Array, amount: Array) -> Array:
     return factor + amount * jnp.eye(factor.shape[0], dtype=factor.dtype)
 
 
-def inverse(factor: Array, *, precision: contract.Precision = None) -> Array:
-    """The inverse of a positive definite matrix; not finite if it is not positive definite.
-
-    By Cholesky decomposition; up to 2×2 in closed form, and elementwise if diagonal.
+def inverses(factors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """The inverse of every factor of several stacks; not finite if it is not positive definite.
 
     Args:
-      factor: [d, d], symmetric; or [d], the diagonal of a diagonal matrix.
-      precision: of the matrix product.
+      factors: [N, d, d], symmetric; or [N, d], the diagonals of diagonal matrices.
 
     Returns:
-      An array like `factor`. Cost: about 3·d³ operations.
+      Arrays like the factors, and for each whether its inverses are finite, bool [N]. Cost: 2·d³
+      operations for each dense matrix.
     """
-    if factor.ndim == 1:
-        positive = factor > 0
-        return jnp.where(positive, 1 / jnp.where(positive, factor, 1), jnp.nan)
-    if factor.shape[0] <= _CLOSED_FORM:
-        root = _small_inverse_root(factor)
-        return jnp.sum(root[:, :, None] * root[:, None, :], axis=0)
-    return linalg.lapack_safe(functools.partial(_cholesky_inverse, precision=precision))(factor)
-
-
-def _cholesky_inverse(factor: Array, *, precision) -> Array:
-    lower = jnp.linalg.cholesky(factor)
-    identity = jnp.eye(factor.shape[0], dtype=factor.dtype)
-    root = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
-    return jnp.matmul(root.T, root, precision=precision)
-
-
-def _small_inverse_root(factor: Array) -> Array:
-    """`L⁻¹` of `M = LLᵀ`, up to 2×2."""
-
-    def root(x):
-        return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), jnp.nan)
-
-    first = root(factor[0, 0])
-    if factor.shape[0] == 1:
-        return (1 / first).reshape(1, 1)
-    below = factor[1, 0] / first
-    second = root(factor[1, 1] - below * below)
-    zero = jnp.zeros_like(first)
-    return jnp.stack([1 / first, zero, -below / (first * second), 1 / second]).reshape(2, 2)
+    dense, finite = positive.inverses([x for x in factors if x.ndim == 3])
+    pairs = iter(zip(dense, finite, strict=True))
+    found = []
+    for factor in factors:
+        if factor.ndim == 3:
+            found.append(next(pairs))
+            continue
+        sound = factor > 0
+        inverse = jnp.where(sound, 1 / jnp.where(sound, factor, 1), jnp.nan)
+        found.append((inverse, jnp.all(jnp.isfinite(inverse), axis=1)))
+    return [inverse for inverse, _ in found], [sound for _, sound in found]
 
 
 def apply_inverses(

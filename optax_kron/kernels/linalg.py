@@ -227,7 +227,7 @@ def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Arra
     whole = blocks.shape[-1]
     size = min(whole, _SUBSTITUTION_SIZE)
     inverse = _block_diagonal(_substitute(_diagonal_blocks(blocks, size)))
-    index = jnp.arange(whole)
+    index = np.arange(whole)
     while size < whole:
         # [[X, Y], [0, Z]]⁻¹ = [[X⁻¹, −X⁻¹ Y Z⁻¹], [0, Z⁻¹]]: one product for all pairs at once.
         block, pair = index // size, index // (2 * size)
@@ -269,11 +269,12 @@ def _diagonal_blocks(matrices: Array, size: int) -> Array:
     """[..., d, d] to its diagonal blocks [..., d / size, size, size]."""
     *batch, whole, _ = matrices.shape
     tiles = matrices.reshape(*batch, whole // size, size, whole // size, size)
-    return jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)
+    same = np.arange(whole // size)
+    return jnp.moveaxis(tiles[..., same, :, same, :], 0, -3)
 
 
 def _block_diagonal(blocks: Array) -> Array:
     """Diagonal blocks [..., k, p, p] to matrices [..., k·p, k·p]; inverse of `_diagonal_blocks`."""
     *batch, count, size, _ = blocks.shape
-    tiles = blocks[..., None, :] * jnp.eye(count, dtype=blocks.dtype)[:, None, :, None]
+    tiles = blocks[..., None, :] * np.eye(count, dtype=blocks.dtype)[:, None, :, None]
     return tiles.reshape(*batch, count * size, count * size)

@@ -215,12 +215,16 @@ def scale_by_kfac(
         )
         sound, moved = finite & sound, moving & sound
         due = sound & _refresh_is_due(state, moved, rate, refresh_every)
-        stacks, failed_inverses = jax.lax.cond(
+        inverses, failed_inverses = jax.lax.cond(
             due,
             lambda stacks: curvature.refresh(stacks, strength),
-            lambda stacks: (stacks, jnp.zeros([], jnp.int32)),
+            lambda stacks: (
+                {label: stack.inverse for label, stack in stacks.items()},
+                jnp.zeros([], jnp.int32),
+            ),
             stacks,
         )
+        stacks = {label: stack._replace(inverse=inverses[label]) for label, stack in stacks.items()}
 
         gradients = {path: _widened(g, compute) for path, g in by_path(updates).items()}
         rest = {path: plan.without_owned(path, gradients[path]) for path in plan.uncovered}

@@ -6,11 +6,13 @@ for the contraction of each layer's taps, whose shapes are its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -163,40 +165,73 @@ class Curvature:
         inputs = inputs if layer.is_embedding else inputs[..., columns, columns]
         return Moments(inputs, tap.output_factor.astype(dtype), tap.cases)
 
-    def refresh(self, stacks: Stacks, damping: ArrayLike) -> tuple[Stacks, Array]:
+    def refresh(
+        self, stacks: Stacks, damping: ArrayLike
+    ) -> tuple[dict[str, Inverses | Eigenbases], Array]:
         """Invert, or eigendecompose, the factors of every block that has any.
 
         Returns:
-          The new stacks; and how many blocks failed, so that their last inverse was kept.
+          The new inverses; and how many blocks failed, so that their last inverse was kept.
         """
-        refreshed, failures = {}, jnp.zeros([], jnp.int32)
-        for label, stack in stacks.items():
-
-            def invert(A, G, started, old):
-                new = self._invert(contract.widen(A), contract.widen(G), damping)
-                new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
-                finite = guards.all_finite(new)
-                return guards.select(started & finite, new, old), started & ~finite
-
-            inverse, failed = _mapping(stack)(
-                invert, stack.input_factor, stack.output_factor, stack.started, stack.inverse
+        decompose = self._eigenbases if self.rule == "eigen" else self._inverses
+        inverses, failures = {}, jnp.zeros([], jnp.int32)
+        for label, (new, finite) in decompose(stacks, damping).items():
+            _, _, started, old = stacks[label]
+            inverses[label] = jax.tree.map(
+                functools.partial(_select_blocks, started & finite), new, old
             )
-            refreshed[label] = stack._replace(inverse=inverse)
-            failures = failures + jnp.sum(failed, dtype=jnp.int32)
-        return refreshed, failures
+            failures = failures + jnp.sum(started & ~finite, dtype=jnp.int32)
+        return inverses, failures
 
-    def _invert(self, A, G, damping):
-        if self.rule == "eigen":
-            (input_basis, input_values), (output_basis, output_values) = map(
-                kfac.eigenbasis, (A, G)
-            )
+    def _eigenbases(self, stacks, damping):
+        """Eigendecompositions, and whether they are finite, bool [N], of every stack."""
+        del damping  # comes in when they are applied
+
+        def decompose(A, G):
+            pairs = map(kfac.eigenbasis, (contract.widen(A), contract.widen(G)))
+            (input_basis, input_values), (output_basis, output_values) = pairs
             return Eigenbases(input_basis, input_values, output_basis, output_values)
+
+        found = {}
+        for label, stack in stacks.items():
+            new = _mapping(stack)(decompose, *stack[:2])
+            new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, stack.inverse)
+            found[label] = new, _finite_blocks(jax.tree.leaves(new))
+        return found
+
+    def _inverses(self, stacks, damping):
+        """Inverses of the damped factors, and whether they are finite, bool [N], of every stack."""
+        inputs, outputs = ([contract.widen(s[i]) for s in stacks.values()] for i in (0, 1))
+        amounts = self._amounts(inputs, outputs, damping) if stacks else []
+        damped = [
+            jax.vmap(kfac.damp)(m, amount)
+            for m, amount in zip([*inputs, *outputs], amounts, strict=True)
+        ]
+        inverses, finite = kfac.inverses(damped)
+        results = {}
+        for i, (label, stack) in enumerate(stacks.items()):
+            j = len(stacks) + i
+            dtype = stack.inverse.input.dtype
+            new = Inverses(inverses[i].astype(dtype), inverses[j].astype(dtype))
+            sound = finite[i] & finite[j]
+            if dtype != inverses[i].dtype:  # narrower: what was finite may overflow
+                sound = _finite_blocks(new)
+            results[label] = new, sound
+        return results
+
+    def _amounts(self, inputs, outputs, damping):
+        """What is added to the diagonals of all factors, [N] for each stack."""
+        # All blocks at once, as every kernel has to be compiled.
+        means = [
+            jnp.concatenate([jax.vmap(kfac.mean_eigenvalue)(m) for m in side])
+            for side in (inputs, outputs)
+        ]
         if self.rule == "pi":
-            amounts = kfac.pi_damping(A, G, damping)
+            amounts = kfac.pi_damping(means[0], means[1], damping)
         else:
-            amounts = kfac.trace_damping(A, damping), kfac.trace_damping(G, damping)
-        damped = (kfac.damp(m, amount) for m, amount in zip((A, G), amounts, strict=True))
-        return Inverses(*(kfac.inverse(m, precision=self.precision) for m in damped))
+            amounts = [kfac.trace_damping(mean, damping) for mean in means]
+        ends = np.cumsum([len(m) for m in inputs])[:-1]
+        return [part for amount in amounts for part in jnp.split(amount, ends)]
 
     def precondition(
         self, stacks: Stacks, blocks: Mapping[str, Array], damping: ArrayLike

@@ -1,0 +1,103 @@
+"""Inverses of positive definite matrices against LAPACK's in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_kron.kernels import positive
+
+
+def spectrum(size, condition, seed=0):
+    """A matrix with eigenvalues from 1 down to 1 / condition, and its inverse."""
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
+    values = np.geomspace(1, 1 / condition, size)
+    return basis * values @ basis.T, basis / values @ basis.T
+
+
+def relative(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+# Closed forms, one panel, several panels, one halving and two, with and without padding.
+SIZES = [1, 2, 3, 31, 64, 65, 250, 256, 257, 520]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inverse_in_double_precision(x64, size):
+    matrix, expected = spectrum(size, 1e3)
+    (found,), (finite,) = positive.inverses([jnp.asarray(matrix)[None]])
+    assert finite.all()
+    # A backward stable inverse is off by the condition number times rounding.
+    assert relative(found[0], expected) < 1e3 * 1e-15
+    np.testing.assert_allclose(found[0], found[0].T, rtol=0, atol=1e-12 * np.max(np.abs(found)))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_inverse_loses_no_more_than_the_condition_number(condition):
+    matrix, expected = spectrum(300, condition)
+    (found,), (finite,) = positive.inverses([jnp.asarray(matrix, jnp.float32)[None]])
+    assert finite.all()
+    # Half a unit of rounding, times the condition number: what rounding the matrix alone costs.
+    assert relative(found[0], expected) < condition * 6e-8
+
+
+def test_scale_is_immaterial():
+    matrix, expected = spectrum(100, 1e2)
+    for scale in (1e-30, 1e30):
+        (found,), _ = positive.inverses([jnp.asarray(scale * matrix, jnp.float32)[None]])
+        assert relative(scale * np.asarray(found[0], np.float64), expected) < 1e-4
+
+
+def test_stacks_of_many_sizes_keep_their_order():
+    sizes = [(5, 3), (1, 1), (2, 70), (3, 4), (1, 2), (2, 65), (11, 3)]
+    problems = [
+        [spectrum(size, 10, seed=10 * i + j) for j in range(count)]
+        for i, (count, size) in enumerate(sizes)
+    ]
+    stacks = [jnp.asarray(np.stack([m for m, _ in p]), jnp.float32) for p in problems]
+    found, finite = jax.jit(positive.inverses)(stacks)
+    for inverse, sound, problem in zip(found, finite, problems, strict=True):
+        assert sound.shape == (len(problem),)
+        assert sound.all()
+        for one, (_, expected) in zip(inverse, problem, strict=True):
+            assert relative(one, expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 65, 300])
+@pytest.mark.parametrize("kind", ["indefinite", "singular", "nan", "infinite"])
+def test_what_is_not_positive_definite_is_not_finite_and_leaves_its_neighbours(size, kind):
+    matrices = np.stack([spectrum(size, 10, seed)[0] for seed in range(3)])
+    bad = {"indefinite": -1.0, "singular": 0.0, "nan": np.nan, "infinite": np.inf}[kind]
+    matrices[1, -1, :] = matrices[1, :, -1] = 0
+    matrices[1, -1, -1] = bad
+    (found,), (finite,) = positive.inverses([jnp.asarray(matrices, jnp.float32)])
+    expected, _ = positive.inverses([jnp.asarray(matrices[::2], jnp.float32)])
+    np.testing.assert_allclose(found[::2], expected[0], rtol=1e-5)
+    assert finite[0]
+    assert finite[2]
+    if kind != "infinite":  # whose inverse is zero there
+        assert not finite[1]
+        assert not np.isfinite(found[1]).all()
+
+
+def test_more_matrices_than_go_side_by_side():
+    problems = [spectrum(5, 10, seed) for seed in range(19)]
+    stack = jnp.asarray(np.stack([m for m, _ in problems]), jnp.float32)
+    (found,), (finite,) = positive.inverses([stack])
+    assert finite.shape == (19,)
+    for one, (_, expected) in zip(found, problems, strict=True):
+        assert relative(one, expected) < 1e-5
+
+
+def test_vmap_is_a_loop():
+    stack = jnp.asarray(np.stack([spectrum(70, 10, seed)[0] for seed in range(6)]), jnp.float32)
+    stack = stack.reshape(3, 2, 70, 70)
+    together, _ = jax.jit(jax.vmap(lambda x: positive.inverses([x])))(stack)
+    for one, matrices in zip(together[0], stack, strict=True):
+        alone, _ = positive.inverses([matrices])
+        assert relative(one, np.asarray(alone[0], np.float64)) < 1e-6
+
+
+def test_without_stacks():
+    assert positive.inverses([]) == ([], [])
