@@ -1,5 +1,6 @@
 """K-FAC: natural gradient whose curvature is one Kronecker product for each layer."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -207,12 +208,16 @@ def scale_by_kfac(
 
         finite = guards.all_finite(updates)
         moving = finite & (state.count % _interval(factor_every) == 0)
-        stacks, failed_moves, sound = jax.lax.cond(
-            moving,
-            lambda stacks: curvature.move(plan, stacks, seen, weight),
-            lambda stacks: (stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)),
-            state.stacks,
-        )
+        move = functools.partial(curvature.move, plan, taps=seen, decay=weight, allowed=moving)
+        if isinstance(factor_every, int) and factor_every == 1:
+            stacks, failed_moves, sound = move(state.stacks)  # a branch would copy the state
+        else:
+            stacks, failed_moves, sound = jax.lax.cond(
+                moving,
+                move,
+                lambda stacks: (stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)),
+                state.stacks,
+            )
         sound, moved = finite & sound, moving & sound
         due = sound & _refresh_is_due(state, moved, rate, refresh_every)
         inverses, failed_inverses = jax.lax.cond(

@@ -91,7 +91,12 @@ class Curvature:
         return stacks
 
     def move(
-        self, plan: LayerPlan, stacks: Stacks, taps: Mapping[str, Sequence[Tap]], decay: Array
+        self,
+        plan: LayerPlan,
+        stacks: Stacks,
+        taps: Mapping[str, Sequence[Tap]],
+        decay: Array,
+        allowed: Array,
     ) -> tuple[Stacks, Array, Array]:
         """Average what the layers saw into the factors.
 
@@ -100,6 +105,7 @@ class Curvature:
           stacks: the factors.
           taps: groups by layer, in canonical form.
           decay: of the average, [] in the dtype of the arithmetic.
+          allowed: whether to move them at all, bool [].
 
         Returns:
           The new stacks; how many blocks failed, so that their old factors were kept; and whether
@@ -109,8 +115,9 @@ class Curvature:
         used = {
             m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
         }
-        sound = guards.all_finite(used)
-        moved, failures = {}, jnp.zeros([], jnp.int32)
+        if not plan.stacks:
+            return stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)
+        found = {}
         for label, members in plan.stacks.items():
             stack = stacks[label]
             pairs = [self._moments(m, used[m.layer.name], decay.dtype) for m in members]
@@ -119,15 +126,27 @@ class Curvature:
             new = [
                 _blend(old, moment, rate) for old, moment in zip(stack[:2], moments, strict=True)
             ]
-            finite = _finite_blocks(new)
-            taken = sound & finite & some  # a layer in a branch not taken has seen nothing
+            own = [tap for m in members for tap in used[m.layer.name]]
+            if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
+                finite = _finite_blocks([_diagonals(x) for x in moments])
+            else:
+                finite = _finite_blocks(new)
+            found[label] = new, finite, some
+        whole = jnp.all(jnp.concatenate([finite for _, finite, _ in found.values()]))
+        # Taps that are not finite show in their moments; where these are, they need not be read.
+        sound = jax.lax.cond(whole, lambda: True, lambda: guards.all_finite(used))
+        moved, failures = {}, jnp.zeros([], jnp.int32)
+        for label, (new, finite, some) in found.items():
+            stack = stacks[label]
+            # A layer in a branch not taken has seen nothing.
+            taken = allowed & sound & finite & some
             moved[label] = KfacStack(
                 _select_blocks(taken, new[0], stack.input_factor),
                 _select_blocks(taken, new[1], stack.output_factor),
                 stack.started | taken,
                 stack.inverse,
             )
-            failures = failures + jnp.sum(sound & ~finite, dtype=jnp.int32)
+            failures = failures + jnp.sum(allowed & sound & ~finite, dtype=jnp.int32)
         return moved, failures, sound
 
     def _moments(
@@ -142,7 +161,9 @@ class Curvature:
         cases = [m.cases.astype(dtype) for m in found]
         total = sum(cases[1:], cases[0])
         shares = [n / jnp.where(total > 0, total, 1) for n in cases]
-        inputs = [m.input_factor * share for m, share in zip(found, shares, strict=True)]
+        inputs = [m.input_factor for m in found]
+        if len(found) > 1:
+            inputs = [x * share for x, share in zip(inputs, shares, strict=True)]
         outputs = [m.output_factor for m in found]
         if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
             outputs = outputs[:1]  # no columns: the identity, not a sum of them
@@ -262,6 +283,14 @@ def _finite_blocks(factors: Iterable[Array]) -> Array:
         jnp.isfinite(guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))) for x in factors
     ]
     return jnp.all(jnp.stack(checks), axis=0)
+
+
+def _diagonals(factors: Array) -> Array:
+    """The diagonals [N, d] of second moments, no entry of which is larger than they are."""
+    if factors.ndim == 2:
+        return factors
+    count, size, _ = factors.shape
+    return factors.reshape(count, -1)[:, :: size + 1]
 
 
 def _select_blocks(condition: Array, new: Array, old: Array) -> Array:
