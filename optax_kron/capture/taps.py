@@ -1,6 +1,6 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from optax_kron.capture.assemble import data_weights, member_moments, member_tap
 from optax_kron.capture.check import failures
 from optax_kron.capture.columns import ESTIMATES, columns
 from optax_kron.capture.find import Layers
-from optax_kron.capture.layers import leaf_path
+from optax_kron.capture.layers import Layer, leaf_path
 from optax_kron.capture.moments import InsideMoments, can_be_inside
 from optax_kron.capture.pullback import Linearized, linearize
 from optax_kron.capture.tap import Taps
@@ -24,7 +24,7 @@ PyTree = Any
 
 def value_and_grad_with_taps(
     loss_fn: Callable[..., Any],
-    layers: Layers | None = None,
+    layers: Iterable[Layer] | None = None,
     *,
     has_aux: bool = False,
     reduce: bool = False,
@@ -35,7 +35,8 @@ def value_and_grad_with_taps(
 
     Args:
       loss_fn: as in `find_layers`.
-      layers: what `find_layers` returned; only their taps are made. `None`: those of all layers.
+      layers: what `find_layers` returned, or some of it; only their taps are made. `None`: those of
+        all layers.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       reduce: return second moments, ready for `ok.kfac`, instead of what each datum gave. They are
         formed inside the traced function, also inside scans and checkpoints, so that a layer takes
@@ -75,6 +76,8 @@ def value_and_grad_with_taps(
         raise ValueError(f"{owner}: fisher must be one of {', '.join(ESTIMATES)}; got {fisher!r}.")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"{owner}: samples must be an integer ≥ 1; got {samples!r}.")
+    if layers is not None and not isinstance(layers, Layers):
+        layers = Layers(tuple(layers), (), checked=False)
 
     def value_and_grad(params: PyTree, *args: Any, key: Any = None):
         traced = trace_loss(loss_fn, params, args, has_aux)

@@ -146,6 +146,11 @@ def test_taps_of_no_layer_or_of_too_few(optimizer):
         optimizer({**taps, "other": taps["dense"]})
 
 
+def test_some_of_the_layers_may_be_asked_for():
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    assert set(taps_of(layers=[layers["dense"]])) == {"dense"}
+
+
 @pytest.mark.parametrize(
     ("inputs", "grads", "message"),
     [
