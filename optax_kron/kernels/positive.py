@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 _CLOSED_FORM = 2  # largest size that is inverted in closed form
-_BASE = 256  # largest size that is not halved
+_BASE = 512  # largest size that is not halved
 _PANEL = 64
 _ROUND = 4  # panels are multiples of it, so that more matrices share a program
 _TOGETHER = 8  # matrices that go through the products side by side
@@ -132,47 +132,45 @@ def _lapack_root(matrices: Array) -> Array:
 
 
 def _eliminate(matrices: Array) -> Array:
-    """`L⁻¹`: what the elimination of `[M, I]`, panel by panel of rows, makes of the identity."""
+    """`L⁻¹`: what the elimination of `[M, I]`, panel by panel of rows, makes of the identity.
+
+    Columns that are done with on the left make room for those that begin on the right.
+    """
     size = matrices.shape[-1]
     panel = size // _panels(size)
     if size == panel:
         return _eliminate_panel(matrices)
-    rows = np.arange(size)[:, None]
+    rows, columns = np.arange(size)[:, None], np.arange(size)
 
-    def eliminate(i, wide):
+    def eliminate(i, rest):
         start = i * panel
-        block = jax.lax.dynamic_slice_in_dim(wide, start, panel, axis=1)
-        columns = jax.lax.dynamic_slice_in_dim(wide, start, panel, axis=2)
-        pivot = jax.lax.dynamic_slice_in_dim(block, start, panel, axis=2)
-        root = _eliminate_panel(pivot)
-        block = _multiply(root, block)
-        lower = jnp.where(rows >= start + panel, _multiply(columns, root.mT), 0)
-        rest = wide - _multiply(lower, block)
+        left = jax.lax.dynamic_slice_in_dim(rest, start, panel, axis=2)
+        root = _eliminate_panel(jax.lax.dynamic_slice_in_dim(left, start, panel, axis=1))
+        done = (columns >= start) & (columns < start + panel)
+        rest = jnp.where(done, (rows == columns).astype(rest.dtype), rest)
+        block = _multiply(root, jax.lax.dynamic_slice_in_dim(rest, start, panel, axis=1))
+        lower = jnp.where(rows >= start + panel, _multiply(left, root.mT), 0)
+        rest = rest - _multiply(lower, block)
         return jax.lax.dynamic_update_slice_in_dim(rest, block, start, axis=1)
 
-    return jax.lax.fori_loop(0, size // panel, eliminate, _beside_identity(matrices))[..., size:]
+    return jnp.tril(jax.lax.fori_loop(0, size // panel, eliminate, matrices))
 
 
 def _eliminate_panel(matrices: Array) -> Array:
     """`L⁻¹` of one panel, row by row."""
     size = matrices.shape[-1]
-    rows = np.arange(size)[:, None]
+    rows, columns = np.arange(size)[:, None], np.arange(size)
 
-    def eliminate(i, wide):
-        row = jax.lax.dynamic_slice_in_dim(wide, i, 1, axis=1)
-        column = jax.lax.dynamic_slice_in_dim(wide, i, 1, axis=2)
+    def eliminate(i, rest):
+        left = jax.lax.dynamic_slice_in_dim(rest, i, 1, axis=2)
+        row = jax.lax.dynamic_slice_in_dim(rest, i, 1, axis=1)
         pivot = jax.lax.dynamic_slice_in_dim(row, i, 1, axis=2)
         scale = jax.lax.rsqrt(jnp.where(pivot > 0, pivot, jnp.nan))
-        row = row * scale
-        return jnp.where(rows > i, wide - column * scale * row, jnp.where(rows == i, row, wide))
+        row = jnp.where(columns == i, 1, row) * scale
+        below = jnp.where(columns == i, 0, rest) - left * scale * row
+        return jnp.where(rows > i, below, jnp.where(rows == i, row, rest))
 
-    return jax.lax.fori_loop(0, size, eliminate, _beside_identity(matrices))[..., size:]
-
-
-def _beside_identity(matrices: Array) -> Array:
-    """`[M, I]`."""
-    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    return jnp.concatenate([matrices, jnp.broadcast_to(identity, matrices.shape)], axis=-1)
+    return jnp.tril(jax.lax.fori_loop(0, size, eliminate, matrices))
 
 
 def _small_root(matrix: Array) -> Array:
