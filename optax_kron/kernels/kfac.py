@@ -176,8 +176,8 @@ def inverses(factors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
       factors: [N, d, d], symmetric; or [N, d], the diagonals of diagonal matrices.
 
     Returns:
-      Arrays like the factors, and for each whether its inverses are finite, bool [N]. Cost: 2·d³
-      operations for each dense matrix.
+      Arrays like the factors, and for each whether its inverses are finite, bool [N]. Cost: as
+      `positive.inverses`.
     """
     dense, finite = positive.inverses([x for x in factors if x.ndim == 3])
     pairs = iter(zip(dense, finite, strict=True))

@@ -4,7 +4,7 @@
 
     M = [[A, Bᵀ], [B, C]]:   R₁ = root(A),   K = B R₁ᵀ,   R₂ = root(C − K Kᵀ),   R₂₁ = −R₂ K R₁,
 
-and `M⁻¹ = RᵀR` of the same halves, which skips the products of zeros. Blocks at the bottom are
+and `M⁻¹ = RᵀR` of the same halves, which skips the products of zeros. Blocks up to 512 are
 eliminated panel by panel. So nearly all operations are large matrix products, many matrices go
 through them together, and on a CPU nothing calls LAPACK, whose threads are in the way of XLA's.
 """
@@ -35,7 +35,7 @@ def inverses(stacks: Sequence[Array]) -> tuple[list[Array], list[Array]]:
     Returns:
       Arrays like the stacks, and for each whether its matrices' inverses are finite, bool [N]: that
       of a matrix which is not positive definite is not. Cost: 2·d³ operations for each matrix, up
-      to 2×2 in closed form.
+      to twice that where d ≤ 512; up to 2×2 in closed form.
     """
     pools = collections.defaultdict(list)
     for i, stack in enumerate(stacks):
