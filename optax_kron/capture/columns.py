@@ -69,8 +69,8 @@ def columns(
 
 def _gradients(mark, operands):
     """Derivative of each per-example loss with respect to its logits."""
-    gradient = jax.grad(lambda *operands: jnp.sum(mark.evaluate(*operands)))(*operands)
-    return gradient.astype(contract.wide_dtype(gradient.dtype))
+    gradient = jax.grad(lambda *operands: jnp.sum(mark.evaluate(*operands)))
+    return contract.widen(gradient(*operands))
 
 
 def _apart(made, shape, data, where):

@@ -109,7 +109,7 @@ class InsideMoments:
             )
             return found[..., None] * total
         x = self.form.inputs(record, record.dtype)
-        x = x.astype(contract.wide_dtype(x.dtype))
+        x = contract.widen(x)
         if self.layer.bias is not None:
             x = with_bias(x, self.biased)
         return kfac.input_moment(x, self.weights) * total
@@ -126,7 +126,7 @@ class InsideMoments:
 
         def backward(_, cotangent):
             g = self.form.output_grads(cotangent)
-            g = g.astype(contract.wide_dtype(g.dtype))
+            g = contract.widen(g)
             moment = kfac.output_moment(g[None]) * g.shape[1]
             return cotangent, moment.astype(dummy.dtype)
 

@@ -157,9 +157,12 @@ def trace_damping(mean: Array, damping: ArrayLike) -> Array:
 
 def mean_eigenvalue(factor: Array) -> Array:
     """`tr(M)/d` of a factor [d, d] or [d]."""
-    size = factor.shape[0]
-    # A slice with a stride is one kernel; `jnp.diagonal` gathers.
-    return jnp.mean(factor if factor.ndim == 1 else factor.reshape(-1)[:: size + 1])
+    return jnp.mean(diagonal(factor))
+
+
+def diagonal(factor: Array) -> Array:
+    """The diagonal [d] of a factor [d, d] or [d]: a slice with a stride, where NumPy's gathers."""
+    return factor if factor.ndim == 1 else factor.reshape(-1)[:: factor.shape[0] + 1]
 
 
 def damp(factor: Array, amount: Array) -> Array:

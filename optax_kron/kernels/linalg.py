@@ -177,11 +177,17 @@ def solve_upper_adjoint(
 def _pad_to_panels(upper: Array) -> Array:
     """Continue a triangular matrix by the identity, up to a whole number of panels."""
     size = upper.shape[0]
-    padding = -size % _panel_size(size)
-    if not padding:
-        return upper
-    rest = jnp.pad(jnp.ones(padding, upper.dtype), (size, 0))
-    return jnp.pad(upper, (0, padding)) + jnp.diag(rest)
+    return continue_by_identity(upper, size + -size % _panel_size(size))
+
+
+def continue_by_identity(matrices: Array, size: int) -> Array:
+    """Matrices [..., d, d] as the upper left blocks of [..., size, size], the identity beside."""
+    length = matrices.shape[-1]
+    if length == size:
+        return matrices
+    rest = np.diag((np.arange(size) >= length).astype(matrices.dtype))
+    widths = [(0, 0)] * (matrices.ndim - 2) + [(0, size - length)] * 2
+    return jnp.pad(matrices, widths) + rest
 
 
 def _inverse_panels(uppers: Mapping[int, Array], precision) -> dict[int, Array]:

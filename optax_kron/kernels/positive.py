@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optax_kron.kernels import linalg
+
 _CLOSED_FORM = 2  # largest size that is inverted in closed form
 _BASE = 512  # largest size that is not halved
 _PANEL = 64
@@ -43,7 +45,9 @@ def inverses(stacks: Sequence[Array]) -> tuple[list[Array], list[Array]]:
     found: dict[int, Array] = {}
     finite: dict[int, Array] = {}
     for (size, _), members in pools.items():
-        pool = _invert(jnp.concatenate([_pad(stacks[i], size) for i in members]))
+        pool = _invert(
+            jnp.concatenate([linalg.continue_by_identity(stacks[i], size) for i in members])
+        )
         largest = jnp.max(jnp.abs(pool), axis=(1, 2))
         start = 0
         for i in members:
@@ -68,16 +72,6 @@ def _padded(size: int) -> int:
 def _panels(size: int) -> int:
     """Number of panels of a block that is not halved."""
     return -(-size // _PANEL)
-
-
-def _pad(matrices: Array, size: int) -> Array:
-    """Continue matrices [N, d, d] by the identity."""
-    length = matrices.shape[-1]
-    if length == size:
-        return matrices
-    rest = np.diag((np.arange(size) >= length).astype(matrices.dtype))
-    widths = (0, size - length)
-    return jnp.pad(matrices, ((0, 0), widths, widths)) + rest
 
 
 def _invert(pool: Array) -> Array:

@@ -111,12 +111,12 @@ class Curvature:
           The new stacks; how many blocks failed, so that their old factors were kept; and whether
           all taps were finite: if not, the stacks are the old ones.
         """
+        if not plan.stacks:
+            return stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)
         # Of the layers that are here, others may be hidden.
         used = {
             m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
         }
-        if not plan.stacks:
-            return stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)
         found = {}
         for label, members in plan.stacks.items():
             stack = stacks[label]
@@ -128,7 +128,8 @@ class Curvature:
             ]
             own = [tap for m in members for tap in used[m.layer.name]]
             if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
-                finite = _finite_blocks([_diagonals(x) for x in moments])
+                # No entry of a second moment is larger than those on its diagonal.
+                finite = _finite_blocks([jax.vmap(kfac.diagonal)(x) for x in moments])
             else:
                 finite = _finite_blocks(new)
             found[label] = new, finite, some
@@ -160,9 +161,9 @@ class Curvature:
         found = [self._group(member, tap, dtype) for tap in taps]
         cases = [m.cases.astype(dtype) for m in found]
         total = sum(cases[1:], cases[0])
-        shares = [n / jnp.where(total > 0, total, 1) for n in cases]
         inputs = [m.input_factor for m in found]
         if len(found) > 1:
+            shares = [n / jnp.where(total > 0, total, 1) for n in cases]
             inputs = [x * share for x, share in zip(inputs, shares, strict=True)]
         outputs = [m.output_factor for m in found]
         if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
@@ -283,14 +284,6 @@ def _finite_blocks(factors: Iterable[Array]) -> Array:
         jnp.isfinite(guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))) for x in factors
     ]
     return jnp.all(jnp.stack(checks), axis=0)
-
-
-def _diagonals(factors: Array) -> Array:
-    """The diagonals [N, d] of second moments, no entry of which is larger than they are."""
-    if factors.ndim == 2:
-        return factors
-    count, size, _ = factors.shape
-    return factors.reshape(count, -1)[:, :: size + 1]
 
 
 def _select_blocks(condition: Array, new: Array, old: Array) -> Array:
