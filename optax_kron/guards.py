@@ -1,5 +1,6 @@
 """What keeps a state whole: a value that is not finite never replaces one that is."""
 
+import collections
 from typing import Any
 
 import jax
@@ -12,8 +13,15 @@ PyTree = Any
 
 def all_finite(tree: PyTree) -> Array:
     """Whether every element of every leaf is finite; true for a tree without leaves."""
-    checks = [jnp.isfinite(largest_magnitude(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+    checks, vectors = [], collections.defaultdict(list)
+    for leaf in {id(leaf): jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)}.values():
+        if leaf.ndim < 2:
+            vectors[leaf.dtype].append(leaf.ravel())
+        else:
+            checks.append(largest_magnitude(leaf))
+    # Vectors together, as one kernel is quicker to compile than many, and to run.
+    checks += [largest_magnitude(jnp.concatenate(group)) for group in vectors.values()]
+    return jnp.all(jnp.stack([jnp.isfinite(x) for x in checks])) if checks else jnp.asarray(True)
 
 
 def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:

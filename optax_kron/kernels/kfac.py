@@ -50,8 +50,11 @@ def input_moment(
     """
     if approx == "reduce":
         inputs = jnp.mean(inputs, axis=2, keepdims=True)
+    if weights is None:
+        _, data, positions, _ = inputs.shape
+        return _gram(inputs[None], precision) / (data * positions)
     share = _shares(inputs.shape, weights, inputs.dtype)
-    return jnp.einsum("bnsi,n,bnsj->bij", inputs, share, inputs, precision=precision)
+    return _gram(inputs[None], precision, share[:, None, None])
 
 
 def index_frequencies(
@@ -106,8 +109,16 @@ def output_moment(
     if output_grads.shape[0] == 0:
         _, blocks, _, _, size = output_grads.shape
         return jnp.tile(jnp.eye(size, dtype=output_grads.dtype), (blocks, 1, 1))
-    product = jnp.einsum("vbnsi,vbnsj->bij", output_grads, output_grads, precision=precision)
-    return product / output_grads.shape[2]
+    return _gram(output_grads, precision) / output_grads.shape[2]
+
+
+def _gram(x: Array, precision: contract.Precision, scale: ArrayLike = 1) -> Array:
+    """`Σ_v Σ_n Σ_s scale·x xᵀ` of [V, B, N, S, d], [B, d, d]."""
+    if x.shape[1] == 1:
+        # As a product of matrices, not a stack of one: the CPU would transpose that beforehand.
+        rows = x.reshape(-1, x.shape[-1])
+        return jnp.matmul((x * scale).reshape(rows.shape).T, rows, precision=precision)[None]
+    return jnp.einsum("vbnsi,vbnsj->bij", x * scale, x, precision=precision)
 
 
 def second_moments(
@@ -157,40 +168,37 @@ def trace_damping(mean: Array, damping: ArrayLike) -> Array:
 
 def mean_eigenvalue(factor: Array) -> Array:
     """`tr(M)/d` of a factor [d, d] or [d]."""
-    return jnp.mean(diagonal(factor))
+    return jnp.mean(factor if factor.ndim == 1 else diagonals(factor[None])[0])
 
 
-def diagonal(factor: Array) -> Array:
-    """The diagonal [d] of a factor [d, d] or [d]: a slice with a stride, where NumPy's gathers."""
-    return factor if factor.ndim == 1 else factor.reshape(-1)[:: factor.shape[0] + 1]
+def diagonals(matrices: Array) -> Array:
+    """Those of [N, d, d], [N, d]: a slice with a stride, where NumPy's would be a gather."""
+    count, size, _ = matrices.shape
+    return matrices.reshape(count, -1)[:, :: size + 1]
 
 
-def damp(factor: Array, amount: Array) -> Array:
-    """`M + amount·I`, of a factor [d, d] or [d]."""
-    if factor.ndim == 1:
-        return factor + amount
-    return factor + amount * jnp.eye(factor.shape[0], dtype=factor.dtype)
-
-
-def inverses(factors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    """The inverse of every factor of several stacks; not finite if it is not positive definite.
+def inverses(factors: Sequence[Array], amounts: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """The inverse of every damped factor of several stacks; not finite if it is not definite.
 
     Args:
       factors: [N, d, d], symmetric; or [N, d], the diagonals of diagonal matrices.
+      amounts: what is added to the diagonals, [N] for each stack.
 
     Returns:
       Arrays like the factors, and for each whether its inverses are finite, bool [N]. Cost: as
       `positive.inverses`.
     """
-    dense, finite = positive.inverses([x for x in factors if x.ndim == 3])
-    pairs = iter(zip(dense, finite, strict=True))
+    dense = [i for i, factor in enumerate(factors) if factor.ndim == 3]
+    found = positive.inverses([factors[i] for i in dense], [amounts[i] for i in dense])
+    pairs = iter(zip(*found, strict=True))
     found = []
-    for factor in factors:
+    for factor, amount in zip(factors, amounts, strict=True):
         if factor.ndim == 3:
             found.append(next(pairs))
             continue
-        sound = factor > 0
-        inverse = jnp.where(sound, 1 / jnp.where(sound, factor, 1), jnp.nan)
+        damped = factor + amount[:, None]
+        sound = damped > 0
+        inverse = jnp.where(sound, 1 / jnp.where(sound, damped, 1), jnp.nan)
         found.append((inverse, jnp.all(jnp.isfinite(inverse), axis=1)))
     return [inverse for inverse, _ in found], [sound for _, sound in found]
 

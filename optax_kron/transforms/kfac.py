@@ -119,7 +119,7 @@ def scale_by_kfac(
     positions and V columns. State: 2·(d_in² + d_out²) + d_in·d_out numbers; of an embedding 2·d_in
     instead of 2·d_in².
     A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "eigen". Taking in taps:
-    2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 512, with
+    2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 256, with
     "eigen" about 9·(d_in³ + d_out³).
 
     Examples:

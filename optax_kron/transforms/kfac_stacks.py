@@ -129,25 +129,36 @@ class Curvature:
             own = [tap for m in members for tap in used[m.layer.name]]
             if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
                 # No entry of a second moment is larger than those on its diagonal.
-                finite = _finite_blocks([jax.vmap(kfac.diagonal)(x) for x in moments])
+                suspects = [_diagonals(x) for x in moments]
             else:
-                finite = _finite_blocks(new)
-            found[label] = new, finite, some
-        whole = jnp.all(jnp.concatenate([finite for _, finite, _ in found.values()]))
+                suspects = [_largest(x) for x in new]
+            found[label] = new, suspects, some
+        checks = _finite_rows([row for _, suspects, _ in found.values() for row in suspects])
+        finite = list(map(jnp.logical_and, checks[::2], checks[1::2]))
+        # A layer in a branch not taken has seen nothing.
+        seen = [allowed & some for _, _, some in found.values()]
+
+        def refuse():
+            sound = guards.all_finite(used)
+            taken = [sound & f & s for f, s in zip(finite, seen, strict=True)]
+            failed = sum(jnp.sum(~f, dtype=jnp.int32) for f in finite)
+            return sound, taken, jnp.where(allowed & sound, failed, 0)
+
         # Taps that are not finite show in their moments; where these are, they need not be read.
-        sound = jax.lax.cond(whole, lambda: True, lambda: guards.all_finite(used))
-        moved, failures = {}, jnp.zeros([], jnp.int32)
-        for label, (new, finite, some) in found.items():
+        sound, taken, failures = jax.lax.cond(
+            jnp.all(jnp.concatenate(finite)),
+            lambda: (jnp.ones([], bool), seen, jnp.zeros([], jnp.int32)),
+            refuse,
+        )
+        moved = {}
+        for (label, (new, _, _)), moves in zip(found.items(), taken, strict=True):
             stack = stacks[label]
-            # A layer in a branch not taken has seen nothing.
-            taken = allowed & sound & finite & some
             moved[label] = KfacStack(
-                _select_blocks(taken, new[0], stack.input_factor),
-                _select_blocks(taken, new[1], stack.output_factor),
-                stack.started | taken,
+                _select_blocks(moves, new[0], stack.input_factor),
+                _select_blocks(moves, new[1], stack.output_factor),
+                stack.started | moves,
                 stack.inverse,
             )
-            failures = failures + jnp.sum(allowed & sound & ~finite, dtype=jnp.int32)
         return moved, failures, sound
 
     def _moments(
@@ -225,11 +236,7 @@ class Curvature:
         """Inverses of the damped factors, and whether they are finite, bool [N], of every stack."""
         inputs, outputs = ([contract.widen(s[i]) for s in stacks.values()] for i in (0, 1))
         amounts = self._amounts(inputs, outputs, damping) if stacks else []
-        damped = [
-            jax.vmap(kfac.damp)(m, amount)
-            for m, amount in zip([*inputs, *outputs], amounts, strict=True)
-        ]
-        inverses, finite = kfac.inverses(damped)
+        inverses, finite = kfac.inverses([*inputs, *outputs], amounts)
         results = {}
         for i, (label, stack) in enumerate(stacks.items()):
             j = len(stacks) + i
@@ -243,11 +250,7 @@ class Curvature:
 
     def _amounts(self, inputs, outputs, damping):
         """What is added to the diagonals of all factors, [N] for each stack."""
-        # All blocks at once, as every kernel has to be compiled.
-        means = [
-            jnp.concatenate([jax.vmap(kfac.mean_eigenvalue)(m) for m in side])
-            for side in (inputs, outputs)
-        ]
+        means = [_mean_eigenvalues(side) for side in (inputs, outputs)]
         if self.rule == "pi":
             amounts = kfac.pi_damping(means[0], means[1], damping)
         else:
@@ -280,10 +283,39 @@ def _blend(old: Array, new: Array, rate: Array) -> Array:
 
 def _finite_blocks(factors: Iterable[Array]) -> Array:
     """Whether all factors of a block are finite, bool [N]."""
-    checks = [
-        jnp.isfinite(guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))) for x in factors
-    ]
-    return jnp.all(jnp.stack(checks), axis=0)
+    return jnp.all(jnp.stack(_finite_rows([_largest(x) for x in factors])), axis=0)
+
+
+def _finite_rows(rows: Sequence[Array]) -> list[Array]:
+    """Whether every row [d] of arrays [N, d] is finite, bool [N] for each array."""
+    finite = jnp.isfinite(guards.largest_magnitude(_ragged(rows), axis=1))
+    return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
+
+
+def _ragged(rows: Sequence[Array]) -> Array:
+    """Rows of arrays [N, d] in one array [ΣN, longest], zeros behind the shorter ones.
+
+    So there is one kernel to compile for all, not one for each.
+    """
+    longest = max(x.shape[1] for x in rows)
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])
+
+
+def _diagonals(factor: Array) -> Array:
+    """The diagonals of factors [N, d, d]; of diagonal ones, which may be long, the sum [N, 1]."""
+    return jnp.sum(factor, axis=1, keepdims=True) if factor.ndim == 2 else kfac.diagonals(factor)
+
+
+def _mean_eigenvalues(factors: Sequence[Array]) -> Array:
+    """`tr(M)/d` of all factors of several stacks, [ΣN]."""
+    traces = jnp.sum(_ragged([_diagonals(x) for x in factors]), axis=1)
+    sizes = np.repeat([x.shape[-1] for x in factors], [len(x) for x in factors])
+    return traces / sizes.astype(traces.dtype)
+
+
+def _largest(x: Array) -> Array:
+    """The largest magnitude of every block [N, ...], [N, 1]."""
+    return guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))[:, None]
 
 
 def _select_blocks(condition: Array, new: Array, old: Array) -> Array:

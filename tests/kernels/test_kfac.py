@@ -17,8 +17,8 @@ def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def inverse(factor):
-    (found,), _ = kfac.inverses([factor[None]])
+def inverse(factor, amount=0.0):
+    (found,), _ = kfac.inverses([factor[None]], [jnp.full(1, amount, factor.dtype)])
     return found[0]
 
 
@@ -137,7 +137,7 @@ def test_damped_inverse_is_that_of_the_dense_kronecker_product(rule, sizes, diag
             amounts = pi_damping(a, g, 0.3)
         else:
             amounts = trace_damping(a, 0.3), trace_damping(g, 0.3)
-        inverses = [inverse(kfac.damp(m, d)) for m, d in zip((a, g), amounts, strict=True)]
+        inverses = [inverse(m, d) for m, d in zip((a, g), amounts, strict=True)]
         got = kfac.apply_inverses(*inverses, x)
     np.testing.assert_allclose(got, reference.solve(A, G, X, 0.3, rule), rtol=RTOL)
 
@@ -178,4 +178,4 @@ def test_no_implicit_promotion(strict_promotion):
     values = kfac.apply_eigen(
         *kfac.eigenbasis(A[0]), *kfac.eigenbasis(G[0]), jnp.ones((3, 2), jnp.float32), 1e-3
     )
-    assert values.dtype == inverse(kfac.damp(A[0], amounts[0])).dtype == jnp.float32
+    assert values.dtype == inverse(A[0], amounts[0]).dtype == jnp.float32

@@ -15,6 +15,10 @@ def spectrum(size, condition, seed=0):
     return basis * values @ basis.T, basis / values @ basis.T
 
 
+def unshifted(stacks):
+    return positive.inverses(stacks, [jnp.zeros(len(x), x.dtype) for x in stacks])
+
+
 def relative(actual, expected):
     return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
 
@@ -26,7 +30,7 @@ SIZES = [1, 2, 3, 31, 64, 65, 256, 257, 520, 1030]
 @pytest.mark.parametrize("size", SIZES)
 def test_inverse_in_double_precision(x64, size):
     matrix, expected = spectrum(size, 1e3)
-    (found,), (finite,) = positive.inverses([jnp.asarray(matrix)[None]])
+    (found,), (finite,) = unshifted([jnp.asarray(matrix)[None]])
     assert finite.all()
     # A backward stable inverse is off by the condition number times rounding.
     assert relative(found[0], expected) < 1e3 * 1e-15
@@ -36,7 +40,7 @@ def test_inverse_in_double_precision(x64, size):
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 def test_inverse_loses_no_more_than_the_condition_number(condition):
     matrix, expected = spectrum(300, condition)
-    (found,), (finite,) = positive.inverses([jnp.asarray(matrix, jnp.float32)[None]])
+    (found,), (finite,) = unshifted([jnp.asarray(matrix, jnp.float32)[None]])
     assert finite.all()
     # Half a unit of rounding, times the condition number: what rounding the matrix alone costs.
     assert relative(found[0], expected) < condition * 6e-8
@@ -45,7 +49,7 @@ def test_inverse_loses_no_more_than_the_condition_number(condition):
 def test_scale_is_immaterial():
     matrix, expected = spectrum(100, 1e2)
     for scale in (1e-30, 1e30):
-        (found,), _ = positive.inverses([jnp.asarray(scale * matrix, jnp.float32)[None]])
+        (found,), _ = unshifted([jnp.asarray(scale * matrix, jnp.float32)[None]])
         assert relative(scale * np.asarray(found[0], np.float64), expected) < 1e-4
 
 
@@ -56,7 +60,7 @@ def test_stacks_of_many_sizes_keep_their_order():
         for i, (count, size) in enumerate(sizes)
     ]
     stacks = [jnp.asarray(np.stack([m for m, _ in p]), jnp.float32) for p in problems]
-    found, finite = jax.jit(positive.inverses)(stacks)
+    found, finite = jax.jit(unshifted)(stacks)
     for inverse, sound, problem in zip(found, finite, problems, strict=True):
         assert sound.shape == (len(problem),)
         assert sound.all()
@@ -71,8 +75,8 @@ def test_what_is_not_positive_definite_is_not_finite_and_leaves_its_neighbours(s
     bad = {"indefinite": -1.0, "singular": 0.0, "nan": np.nan, "infinite": np.inf}[kind]
     matrices[1, -1, :] = matrices[1, :, -1] = 0
     matrices[1, -1, -1] = bad
-    (found,), (finite,) = positive.inverses([jnp.asarray(matrices, jnp.float32)])
-    expected, _ = positive.inverses([jnp.asarray(matrices[::2], jnp.float32)])
+    (found,), (finite,) = unshifted([jnp.asarray(matrices, jnp.float32)])
+    expected, _ = unshifted([jnp.asarray(matrices[::2], jnp.float32)])
     np.testing.assert_allclose(found[::2], expected[0], rtol=1e-5)
     assert finite[0]
     assert finite[2]
@@ -84,7 +88,7 @@ def test_what_is_not_positive_definite_is_not_finite_and_leaves_its_neighbours(s
 def test_more_matrices_than_go_side_by_side():
     problems = [spectrum(5, 10, seed) for seed in range(19)]
     stack = jnp.asarray(np.stack([m for m, _ in problems]), jnp.float32)
-    (found,), (finite,) = positive.inverses([stack])
+    (found,), (finite,) = unshifted([stack])
     assert finite.shape == (19,)
     for one, (_, expected) in zip(found, problems, strict=True):
         assert relative(one, expected) < 1e-5
@@ -93,11 +97,33 @@ def test_more_matrices_than_go_side_by_side():
 def test_vmap_is_a_loop():
     stack = jnp.asarray(np.stack([spectrum(70, 10, seed)[0] for seed in range(6)]), jnp.float32)
     stack = stack.reshape(3, 2, 70, 70)
-    together, _ = jax.jit(jax.vmap(lambda x: positive.inverses([x])))(stack)
+    together, _ = jax.jit(jax.vmap(lambda x: unshifted([x])))(stack)
     for one, matrices in zip(together[0], stack, strict=True):
-        alone, _ = positive.inverses([matrices])
+        alone, _ = unshifted([matrices])
         assert relative(one, np.asarray(alone[0], np.float64)) < 1e-6
 
 
 def test_without_stacks():
-    assert positive.inverses([]) == ([], [])
+    assert positive.inverses([], []) == ([], [])
+
+
+def test_shifts_are_added_to_the_diagonals():
+    sizes = (1, 2, 5, 70, 300, 700)
+    pairs = [spectrum(size, 1e2, seed=size)[0] for size in sizes]
+    stacks = [jnp.asarray(np.stack([m, m]), jnp.float32) for m in pairs]
+    shifts = [jnp.asarray([0.5, 2.0], jnp.float32)] * len(sizes)
+    found, _ = jax.jit(positive.inverses)(stacks, shifts)
+    for inverses, matrix in zip(found, pairs, strict=True):
+        for inverse, shift in zip(inverses, (0.5, 2.0), strict=True):
+            expected = np.linalg.inv(matrix + shift * np.eye(len(matrix)))
+            assert relative(inverse, expected) < 1e-5
+
+
+def test_sizes_that_are_near_share_a_program_and_those_that_are_not_do_not():
+    def programs(*shapes):
+        return positive._programs([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+
+    assert programs((1, 1001, 1001), (1, 501, 501), (1, 251, 251)) == [(256, [[2], [1], [0]])]
+    assert programs((1, 251, 251), (1, 65, 65)) == [(256, [[0]]), (72, [[1]])]
+    assert programs((9, 65, 65), (1, 31, 31)) == [(72, [[0, 1]])]
+    assert programs((1, 2, 2), (1, 1, 1), (1, 3, 3)) == [(4, [[2]]), (2, [[0]]), (1, [[1]])]
