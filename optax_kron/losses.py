@@ -245,13 +245,26 @@ def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) ->
 
 
 def _mark(distribution: str, loss: Callable[..., Any], *extras: str) -> Callable[..., Array]:
-    """A loss of logits, targets and perhaps `extras`, jitted under the name of its mark."""
+    """A loss of logits, targets and perhaps `extras`, jitted under the name of its mark.
 
-    def mark(*operands):
+    What differentiates it sees the same mark of the same operands beside a derivative that bears no
+    mark: transformed calls keep their names, but are no losses.
+    """
+
+    def plain(*operands):
         return loss(*operands[:2], **dict(zip(extras, operands[2:], strict=False)))
 
-    mark.__name__ = MARK_PREFIX + distribution
-    return jax.jit(mark)
+    def named(*operands):
+        return plain(*operands)
+
+    named.__name__ = MARK_PREFIX + distribution
+    mark = jax.custom_jvp(jax.jit(named))
+
+    @mark.defjvp
+    def differentiate(primals, tangents):
+        return mark(*primals), jax.jvp(jax.jit(plain), primals, tangents)[1]
+
+    return mark
 
 
 def _gaussian_loss(predictions: Array, targets: Array, variance: Array) -> Array:

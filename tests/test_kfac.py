@@ -951,3 +951,15 @@ def test_layers_of_a_hidden_subtree_are_left_out_however_their_paths_are_written
         params = {"a": hidden, "ab": {"kernel": jnp.ones((2, 3))}}
         stacks = tx.init(params).stacks
         assert {label: len(stack.started) for label, stack in stacks.items()} == {"2x3": 1}
+
+
+@pytest.mark.parametrize(("hidden", "seen"), [("value", "query"), ("w", "w.b")])
+def test_hidden_parameters_hide_no_others_of_a_similar_path(hidden, seen):
+    params = {"attn": {name: jnp.ones((3, 3)) for name in (hidden, seen)}}
+    layers = [Layer(name, kernel=f"attn/{name}") for name in (hidden, seen)]
+    tx = optax.masked(
+        scale_by_kfac(layers=layers, momentum=None), {"attn": {hidden: False, seen: True}}
+    )
+    taps = Taps({name: Tap(jnp.eye(3) * 9, jnp.eye(3)) for name in (hidden, seen)})
+    updates, _ = tx.update(params, tx.init(params), params, taps=taps)
+    assert float(jnp.max(jnp.abs(updates["attn"][seen]))) < 0.5  # and not the gradient, which is 1

@@ -3,54 +3,20 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 
-from optax_kron.capture import views
+from optax_kron.capture import marks, views
 from optax_kron.capture.canonical import fits
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.graph import Graph, Value
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.layers import Arrangement, Layer
-from optax_kron.capture.uses import Branch, Use, Uses
+from optax_kron.capture.marks import Mark
+from optax_kron.capture.uses import Use, Uses
 
-
-@dataclasses.dataclass(eq=False)
-class Mark:
-    """A marked loss.
-
-    Attributes:
-      node: its equation, whose operands are the logits, the targets and more.
-      scans: the scans around it, from the outside.
-      branch: the branches around it.
-      axis: of its per-example losses that counts the data; a scan whose steps do; or `None`.
-    """
-
-    node: Node
-    scans: tuple[Node, ...]
-    branch: Branch
-    axis: Any = None
-
-    @property
-    def name(self) -> str:
-        """Of the loss, which says its distribution."""
-        return self.node.params["name"]
-
-    @property
-    def candidates(self) -> list[Any]:
-        """What may count the data, the likeliest first."""
-        axes = [*range(self.node.outputs[0].ndim), *reversed(self.scans)]
-        return axes or [None]
-
-    def evaluate(self, *operands: Array) -> Array:
-        """The per-example losses of operands that have the steps of all scans as leading axes."""
-        evaluate = lambda *operands: self.node.bind(*operands)[0]  # noqa: E731
-        for _ in self.scans:
-            evaluate = jax.vmap(evaluate)
-        return evaluate(*operands)
+_FEW_MARKS = 8  # more are not tried out one by one
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,37 +57,42 @@ class Analysis:
 def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
     """Find the layers of a loss.
 
-    Which axis of a mark counts the data is tried out: the one that covers most parameters.
+    Where a mark holds the data is tried out: what covers most parameters is taken. Marks of one
+    shape are most likely alike, so they go together first.
 
     Args:
       graph: of the loss.
       leaves: the parameters' values by path.
     """
-    marks = list(_marks(graph, (), ()))
-    for mark in marks:
-        mark.axis = mark.candidates[0]
-    best = _analyse(graph, leaves, marks)
-    for mark in marks:
-        chosen = mark.axis
-        for candidate in mark.candidates[1:]:
-            mark.axis = candidate
-            tried = _analyse(graph, leaves, marks)
+    found = marks.find(graph)
+    flattened = marks.flattened(graph)
+    candidates = {mark: marks.candidates(mark, flattened) for mark in found}
+    alike: dict[Any, list[Mark]] = {}
+    for mark in found:
+        mark.place = candidates[mark][0]
+        alike.setdefault((mark.node.outputs[0].shape, mark.scans), []).append(mark)
+    groups = list(alike.values())
+    if len(groups) < len(found) <= _FEW_MARKS:
+        groups += [[mark] for mark in found]
+    best = _analyse(graph, leaves, found)
+    for group in groups:
+        kept = [mark.place for mark in group]
+        for candidate in candidates[group[0]]:
+            if _is_complete(best):
+                break
+            for mark in group:
+                mark.place = candidate
+            tried = _analyse(graph, leaves, found)
             if _coverage(tried) > _coverage(best):
-                best, chosen = tried, candidate
-        mark.axis = chosen
+                best, kept = tried, [candidate] * len(group)
+        for mark, place in zip(group, kept, strict=True):
+            mark.place = place
     return best
 
 
-def _marks(graph: Graph, scans, branch) -> Iterator[Mark]:
-    for node in graph.nodes:
-        if node.kind == "mark":
-            yield Mark(node, scans, branch)
-        elif node.kind == "cond":
-            for i, body in enumerate(node.bodies):
-                yield from _marks(body, scans, (*branch, (node, i)))
-        elif node.kind in ("scan", "remat"):
-            inside = (*scans, node) if node.kind == "scan" else scans
-            yield from _marks(node.bodies[0], inside, branch)
+def _is_complete(analysis: Analysis) -> bool:
+    """Whether every parameter that reaches a mark is in a layer."""
+    return all(analysis.labels[analysis.leaves[path]] is None for path in analysis.uncovered)
 
 
 def _coverage(analysis: Analysis) -> int:
@@ -130,8 +101,8 @@ def _coverage(analysis: Analysis) -> int:
 
 
 def _analyse(graph, leaves, marks) -> Analysis:
-    labels = Labels(graph, {mark.node: mark.axis for mark in marks})
-    uses = Uses(graph, list(leaves.values()), labels)
+    labels = Labels(graph, {mark.node: mark.place for mark in marks})
+    uses = Uses(graph, [leaf for leaf in leaves.values() if 0 not in leaf.shape], labels)
     return _Assembly(graph, leaves, marks, labels, uses).analysis()
 
 
@@ -149,16 +120,27 @@ class _Assembly:
             place = f" ({gap.node.place})" if gap.node is not None and gap.node.place else ""
             self.uncovered.setdefault(self.paths[gap.leaf], gap.reason + place)
         for use in uses.found:
-            if not fits(use, labels.data(use.output)):
-                place = f" ({use.node.place})"
-                self.uncovered.setdefault(self.paths[use.leaf], "is not shared by data" + place)
+            reason = self._misfit(use)
+            if reason is not None:
+                self.uncovered.setdefault(self.paths[use.leaf], f"{reason} ({use.node.place})")
         for path, value in leaves.items():
-            if labels[value] is None:
+            if 0 in value.shape:
+                self.uncovered[path] = "has no elements"
+            elif labels[value] is None:
                 self.uncovered[path] = "reaches no marked loss"
             elif jnp.issubdtype(value.dtype, jnp.complexfloating):
                 self.uncovered[path] = "is complex"
             elif not self.uses[value]:
                 self.uncovered.setdefault(path, "its output meets no data")
+
+    def _misfit(self, use):
+        """Why a use is no use of a layer."""
+        values = (use.output, use.reading.operand)
+        if any(v is not None and jnp.issubdtype(v.dtype, jnp.complexfloating) for v in values):
+            return "meets complex values"
+        if any(scan.params["length"] == 0 for scan in use.scans):
+            return "is used in a loop without steps"
+        return None if fits(use, self.labels.data(use.output)) else "is not shared by data"
 
     def analysis(self) -> Analysis:
         made = []

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.analysis import Analysis, Mark, Member
+from optax_kron.capture.analysis import Analysis, Member
 from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.columns import data_axis
+from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments, moments_of, with_bias
 from optax_kron.capture.pullback import Linearized
 from optax_kron.capture.tap import Moments, Tap
@@ -51,8 +51,8 @@ def member_taps(
                 x = form.inputs(linearized.inputs[i], g.dtype)
                 if member.layer.bias is not None:
                     x = with_bias(x, use in member.biased)
-            if linearized.taken[i] is not None and not member.layer.is_embedding:
-                x = x * form.taken(linearized.taken[i]).astype(x.dtype)
+            if linearized.taken[i] is not None:
+                x = form.only_taken(x, linearized.taken[i])
             inputs.append(x)
             grads.append(g)
             shared = label.marks if shared is None else shared | label.marks
@@ -119,8 +119,5 @@ def data_weights(marks: Sequence[Mark], numbers: Any, weights, taken) -> Array:
     dtype = max((contract.wide_dtype(weights[m].dtype) for m in numbers), key=lambda d: d.itemsize)
     total = jnp.zeros((), dtype)
     for m in sorted(numbers):
-        axis = data_axis(marks[m])
-        w = weights[m].astype(dtype)
-        w = w[None] if axis is None else jnp.moveaxis(w, axis, 0)
-        total = total + jnp.sum(w, axis=tuple(range(1, w.ndim)))
+        total = total + jnp.sum(marks[m].by_datum(weights[m].astype(dtype)), axis=1)
     return total if taken is None else total * jnp.max(taken).astype(dtype)

@@ -136,7 +136,7 @@ def _rev(params, i, operand, output, axis):
 
 
 def _top_k(params, i, operand, output, axis):
-    return axis if axis != output.ndim - 1 else None
+    return axis if axis != params.get("axis", -1) % output.ndim else None
 
 
 def _fft(params, i, operand, output, axis):

@@ -97,14 +97,39 @@ class Canonical:
             record, axes = jnp.ones((), dtype), []
         elif self.use.reading.kind == "conv":
             record, axes = self._patches(record), self._operand
+        elif self.use.reading.kind == "embedding":
+            record, axes = self._rows(record), self._operand
         else:
             axes = self._operand
         return self._arranged(record, axes, _INPUT_ROLES)
 
-    def taken(self, taken: Array) -> Array:
-        """[B, N, S, 1] of what was recorded once for each step: whether a branch was taken."""
-        taken = self._arranged(taken, self._steps, ("block", "data", "position"))
-        return taken[..., None]
+    @property
+    def _length(self) -> int:
+        """Number of rows of a table."""
+        return math.prod(slot.key.size for slot in self.use.reading.operand_slots[-1])
+
+    def _rows(self, indices):
+        """The rows that were read; one beyond the table where none was."""
+        indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+        node = self.use.node
+        if node.name == "gather":
+            column = self.use.reading.column
+            indices = indices[..., column : column + 1]
+        if node.name == "dynamic_slice" or node.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            return jnp.clip(indices, 0, self._length - 1)
+        return jnp.where(indices < 0, self._length, indices)
+
+    def only_taken(self, inputs: Array, taken: Array) -> Array:
+        """Inputs without those of branches that were not taken.
+
+        Args:
+          inputs: [B, N, S, d_in] or indices.
+          taken: what was recorded once for each step: whether the branch was taken.
+        """
+        taken = self._arranged(taken, self._steps, ("block", "data", "position"))[..., None]
+        if self.use.reading.kind == "embedding":
+            return jnp.where(taken > 0, inputs, self._length)
+        return inputs * taken.astype(inputs.dtype)
 
     def merged_blocks(self, stacked: Array) -> Array:
         """[B, ...] of what is [*steps of scans over blocks, blocks inside, ...]."""
@@ -139,7 +164,7 @@ class Canonical:
         params = self.use.node.params
         numbers = params["dimension_numbers"]
         kernel = self.use.node.operands[1].shape
-        steps = record.shape[: len(self.use.scans)]
+        steps = record.shape[: record.ndim - len(numbers.lhs_spec)]
         x = record.reshape(-1, *record.shape[len(steps) :])
         x = x.transpose(0, *(a + 1 for a in numbers.lhs_spec))
         x = x.reshape(-1, *x.shape[2:])

@@ -1,14 +1,14 @@
 """Which cotangents of the marked logits make up the curvature: the estimates of the Fisher."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from optax_kron.capture.analysis import Mark
+from optax_kron.capture.marks import Mark
 from optax_kron.distributions import DISTRIBUTIONS
 from optax_kron.kernels import contract
 
@@ -16,15 +16,6 @@ ESTIMATES = ("mc", "exact", "sketch", "empirical", "forward")
 
 # `exact` needs a column for every output of a datum: more than this is refused.
 MOST_COLUMNS = 4096
-
-
-def data_axis(mark: Mark) -> int | None:
-    """Which axis of a mark's recorded losses, the steps of its scans first, counts the data."""
-    if mark.axis is None:
-        return None
-    if isinstance(mark.axis, int):
-        return len(mark.scans) + mark.axis
-    return mark.scans.index(mark.axis)
 
 
 def has_classes(mark: Mark) -> bool:
@@ -58,12 +49,10 @@ def columns(
         made = distribution.exact(operands, where)
     else:
         made = _gradients(mark, operands)[None]
-    data = data_axis(mark)
-    count = 1 if data is None else weights.shape[data]
-    scale = jnp.sqrt(count * weights.astype(made.dtype))
+    scale = jnp.sqrt(len(mark.data) * weights.astype(made.dtype))
     made = made * (scale if where is None else jnp.expand_dims(scale, where))
     if fisher == "exact":
-        return _apart(made, weights.shape, data, where)
+        return _apart(made, mark, weights.shape, where)
     return made
 
 
@@ -73,10 +62,9 @@ def _gradients(mark, operands):
     return contract.widen(gradient(*operands))
 
 
-def _apart(made, shape, data, where):
+def _apart(made, mark, shape, where):
     """A column of its own for every element of a datum: their curvatures add, not their columns."""
-    others = [1 if axis == data else size for axis, size in enumerate(shape)]
-    elements = math.prod(others)
+    elements = mark.data.shape[1]
     if elements == 1:
         return made
     total = elements * made.shape[0]
@@ -86,7 +74,9 @@ def _apart(made, shape, data, where):
             f"{made.shape[0]} classes of a datum; at most {MOST_COLUMNS} are allowed. Use "
             "fisher='mc' or 'sketch'."
         )
-    apart = jnp.eye(elements, dtype=made.dtype).reshape(elements, *others)
+    numbers = np.empty(mark.data.size, int)
+    numbers[mark.data] = np.arange(elements)
+    apart = numbers.reshape(shape) == jnp.arange(elements).reshape(-1, *(1 for _ in shape))
     if where is not None:
         apart = jnp.expand_dims(apart, where + 1)
-    return (apart[:, None] * made[None]).reshape(total, *made.shape[1:])
+    return (apart[:, None].astype(made.dtype) * made[None]).reshape(total, *made.shape[1:])

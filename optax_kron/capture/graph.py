@@ -125,6 +125,10 @@ class Node:
         return jax.core.eval_jaxpr(jaxpr, (), *given.values())
 
 
+# The branches around something, from the outside: equations, and the number of the branch.
+Branch = tuple[tuple[Node, int], ...]
+
+
 class Broadcast(Node):
     """What an elementwise equation does silently to a scalar, or to axes of length one."""
 
@@ -238,15 +242,28 @@ def _kind(eqn) -> tuple[str, tuple[Any, ...]]:
     held = [_close(x) for x in held]
     if not held:
         return "plain", ()
-    if len(held) == 1 and len(held[0].jaxpr.invars) == len(eqn.invars):
+    if len(held) == 1 and _is_call(eqn, held[0].jaxpr):
         if any(word in key for key in params for word in ("jvp", "fwd", "bwd", "transpose")):
-            return "opaque", tuple(held)  # with a derivative of its own
+            # With a derivative of its own; that of a mark is known.
+            inner = held[0].jaxpr.eqns
+            return "call" if len(inner) == 1 and _is_mark(inner[0]) else "opaque", tuple(held)
         if "prevent_cse" in params:
             return "remat", tuple(held)
-        if str(params.get("name", "")).startswith(MARK_PREFIX):
-            return "mark", tuple(held)
-        return "call", tuple(held)
+        return "mark" if _is_mark(eqn) else "call", tuple(held)
     return "opaque", ()
+
+
+def _is_mark(eqn) -> bool:
+    return str(eqn.params.get("name", "")).startswith(MARK_PREFIX)
+
+
+def _is_call(eqn, body) -> bool:
+    """Whether an equation is its body on its operands: not a reduction by it, nor a part of it."""
+    outer, inner = ((*x.invars, *x.outvars) for x in (eqn, body))
+    if len(outer) != len(inner) or not {"dimensions", "mesh"}.isdisjoint(eqn.params):
+        return False
+    shapes = [[getattr(x.aval, "shape", None) for x in side] for side in (outer, inner)]
+    return shapes[0] == shapes[1]
 
 
 def _close(jaxpr):

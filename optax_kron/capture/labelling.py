@@ -1,30 +1,29 @@
 """The pass backwards that labels all values of a graph."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from optax_kron.capture.axes import back
 from optax_kron.capture.graph import Graph, Node, Value, is_literal
-from optax_kron.capture.labels import Coupled, Data, Label, meet
+from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
 
 
 class Labels:
     """The labels of all values of a graph."""
 
-    def __init__(self, graph: Graph, axes: dict[Node, int | None]):
+    def __init__(self, graph: Graph, places: Mapping[Node, Place]):
         """Label a graph.
 
         Args:
           graph: of the whole loss.
-          axes: for each mark, the axis of its per-example losses that counts the data; `None` if
-            all of them belong to one datum.
+          places: for each mark, where its per-example losses hold the data.
         """
         self._of: dict[Value, Label] = {}
-        self._marks = axes
-        self._numbers = {node: i for i, node in enumerate(axes)}
+        self._marks = places
+        self._numbers = {node: i for i, node in enumerate(places)}
         self._visit(graph)
 
     def __getitem__(self, value: Value) -> Label:
@@ -58,12 +57,16 @@ class Labels:
                 self._join(value, label, node)
 
     def _mark_labels(self, node: Node) -> list[Label]:
-        mark, axis = frozenset([self._numbers[node]]), self._marks[node]
-        if isinstance(axis, Node):
-            size = axis.params["length"]
+        mark, place = frozenset([self._numbers[node]]), self._marks[node]
+        if isinstance(place.axis, Node):
+            size = place.axis.params["length"]
+        elif place.axis is None:
+            size = 1
         else:
-            size = 1 if axis is None else node.outputs[0].shape[axis]
-        return [meet(self[v], Data(mark, size, axis), node) for v in node.outputs]
+            size = node.outputs[0].shape[place.axis] // (place.before * place.after)
+        # Where there is one datum, all belongs to it.
+        label = Data(mark, 1) if size == 1 else Data(mark, size, **vars(place))
+        return [meet(self[v], label, node) for v in node.outputs]
 
     def _back(self, node: Node, labels: list[Label]) -> list[Label]:
         """The labels of a node's operands from those of its outputs."""

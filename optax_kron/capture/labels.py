@@ -15,21 +15,17 @@ import dataclasses
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where a value holds its data.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a value holds data.
 
     Attributes:
-      marks: the losses that it reaches.
-      size: number of data.
       axis: of the value; or, if all of the value belongs to one datum, the scan whose steps count
         the data, or `None` where there is only one.
       before: how often the data are repeated along the axis by a slower digit.
       after: number of elements that each datum has along the axis, in a row.
     """
 
-    marks: frozenset[int]
-    size: int
     axis: Any = None
     before: int = 1
     after: int = 1
@@ -38,6 +34,19 @@ class Data:
     def on_axis(self) -> bool:
         """Whether the data lie along an axis of the value."""
         return isinstance(self.axis, int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Place):
+    """A value whose elements belong to one datum each.
+
+    Attributes:
+      marks: the losses that it reaches.
+      size: number of data.
+    """
+
+    marks: frozenset[int]
+    size: int
 
     def moved(self, axis: int) -> "Data":
         """The same along another axis."""

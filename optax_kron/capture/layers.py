@@ -226,19 +226,31 @@ class Layer:
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path, with slashes: "params/Dense_0/kernel"."""
-    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves of a tree by path, with slashes: "params/Dense_0/kernel".
+
+    Raises:
+      ValueError: if two leaves have one path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {leaf_path(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        paths = [leaf_path(path) for path, _ in leaves]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(
+            f"two parameters have one path: written with slashes, {', '.join(twice)} may mean "
+            "either. Rename one of them."
+        )
+    return found
 
 
 def leaf_path(keys: Sequence[Any]) -> str:
     """A key path with slashes; the variables of Flax NNX and what they hold have the same."""
-    return _without_value(jax.tree_util.keystr(tuple(keys), simple=True, separator="/"))
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 def slashed(path: str) -> str:
     """A path as `jax.tree_util.keystr` prints it, with slashes: `"['a'][0].b"` becomes "a/0/b"."""
-    return _without_value("/".join(re.findall(r"[^\[\]'\".]+", path)))
-
-
-def _without_value(path: str) -> str:
-    return path.removesuffix("/value")
+    keys = re.findall(r"[^\[\]'\".]+", path.removesuffix(".value"))
+    return "/".join(keys)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.analysis import Analysis, Mark
+from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.evaluate import Probes, evaluate
 from optax_kron.capture.graph import Value
+from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments
 from optax_kron.capture.uses import Use
 

@@ -9,10 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from optax_kron.capture import views
 from optax_kron.capture.axes import dot_free_axes
 from optax_kron.capture.graph import Node, Value
-from optax_kron.capture.views import NEW, Digits, View
+from optax_kron.capture.views import NEW, Digit, Digits, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Reading:
       operand: the value to record; `None` for a bias, whose input is one.
       operand_slots: for each axis of the operand (for a convolution: of its patches).
       output_slots: for each axis of the output.
+      column: of an embedding's indices, the one that says the row.
     """
 
     kind: str
     operand: Value | None
     operand_slots: tuple[Slots, ...]
     output_slots: tuple[Slots, ...]
+    column: int = 0
 
 
 def read(node: Node, i: int, view: View) -> Reading | None:
@@ -131,27 +135,60 @@ def _gather(node: Node, i: int, view: View) -> Reading | None:
         return None
     numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
     batching = tuple(numbers.operand_batching_dims)
-    if len(numbers.start_index_map) != 1:
+    indexed = _indexed(view, sizes, numbers.start_index_map)
+    clips = node.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    if indexed is None or not (clips or len(numbers.start_index_map) == 1):
         return None
-    (indexed,) = numbers.start_index_map
-    whole = all(
-        sizes[a] == d for a, d in enumerate(view.shape) if a != indexed and a not in batching
-    )
-    if not whole or tuple(numbers.collapsed_slice_dims) != (indexed,):
-        return None
-    digits = view.axes[indexed]
-    if any(d.axis == NEW for d in digits) or len(digits) != 1 or digits[0].stride != 1:
+    collapsed = tuple(numbers.collapsed_slice_dims)
+    digit = _row_digit(view, indexed, sizes, batching)
+    if digit is None or any(a != indexed for a in collapsed):
         return None
     indices, out = node.operands[1], node.outputs[0]
-    kept = [a for a in range(len(view.axes)) if a != indexed and a not in batching]
+    kept = [a for a in range(len(view.axes)) if a not in (*collapsed, *batching)]
     output: list[Slots] = [_free(a, size) for a, size in enumerate(out.shape)]
     for axis, kernel_axis in zip(numbers.offset_dims, kept, strict=True):
-        output[axis] = _slots("output", view.axes[kernel_axis], axis)
+        if kernel_axis != indexed:
+            output[axis] = _slots("output", view.axes[kernel_axis], axis)
     positions = [a for a in range(out.ndim) if a not in numbers.offset_dims]
     for kernel_axis, axis in zip(batching, numbers.start_indices_batching_dims, strict=True):
         output[positions[axis]] = _slots("block", view.axes[kernel_axis], positions[axis])
-    indices_slots = (*(output[a] for a in positions), (Slot("input", digits[0], 1),))
-    return Reading("embedding", indices, indices_slots, tuple(output))
+    indices_slots = (*(output[a] for a in positions), (Slot("input", digit, 1),))
+    column = numbers.start_index_map.index(indexed)
+    return Reading("embedding", indices, indices_slots, tuple(output), column)
+
+
+def _dynamic_slice(node: Node, i: int, view: View) -> Reading | None:
+    """One row of a table, at an index that is a scalar."""
+    starts, sizes = node.operands[1:], node.params["slice_sizes"]
+    indexed = _indexed(view, sizes, range(len(view.axes)))
+    if i != 0 or indexed is None or not isinstance(starts[indexed], Value):
+        return None
+    digit = _row_digit(view, indexed, sizes, ())
+    if digit is None:
+        return None
+    output = [_slots("output", digits, a) for a, digits in enumerate(view.axes)]
+    output[indexed] = _free(indexed, 1)
+    index = ((Slot("input", digit, 1),),)
+    return Reading("embedding", starts[indexed], index, tuple(output))
+
+
+def _indexed(view: View, sizes, axes) -> int | None:
+    """Which of some axes an index moves along: where a slice is whole, it is clipped to zero."""
+    moving = [a for a in axes if sizes[a] != view.shape[a]] or list(axes)
+    return moving[0] if len(moving) == 1 else None
+
+
+def _row_digit(view: View, indexed: int, sizes, batching) -> Digit | None:
+    """The kernel's digit that a lookup of whole rows along an axis enumerates, if there is one."""
+    rows = [a for a in range(len(view.shape)) if a != indexed and a not in batching]
+    if sizes[indexed] != 1 or any(sizes[a] != view.shape[a] for a in rows):
+        return None
+    if sum(view.shape[a] > 1 for a in rows) > 1:
+        return None  # a matrix for each index: as one row it would have an enormous factor
+    digits = view.axes[indexed]
+    if any(d.axis == NEW for d in digits) or len(digits) != 1 or digits[0].stride != 1:
+        return None
+    return digits[0]
 
 
 def _mul(node: Node, i: int, view: View) -> Reading | None:
@@ -181,5 +218,6 @@ _READERS: dict[str, Callable[[Node, int, View], Reading | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
     "mul": _mul,
 }

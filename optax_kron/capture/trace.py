@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_kron.capture import graph as graphs
 from optax_kron.capture.analysis import Analysis, analyse
-from optax_kron.capture.layers import leaf_path
+from optax_kron.capture.layers import by_path
 
 PyTree = Any
 
@@ -52,10 +52,10 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
     """Trace and analyse a loss function.
 
     Raises:
-      ValueError: if the loss is not a real scalar, or no parameter can be differentiated.
+      ValueError: if the loss is not a real scalar, or two parameters have one path.
     """
     leaves, treedef = jax.tree.flatten((params, args))
-    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = list(by_path(params))
     wanted = [i for i in range(len(paths)) if _is_inexact(leaves[i])]
     others = [i for i, x in enumerate(leaves) if i not in set(wanted) and hasattr(x, "dtype")]
     inputs = [*wanted, *others]

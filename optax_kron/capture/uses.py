@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from optax_kron.capture import readers, views
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.graph import Branch, Graph, Node, Value
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.labels import Coupled, Data
 from optax_kron.capture.readers import Reading, Slot, Slots
 from optax_kron.capture.views import NEW, Digit, Digits, View
-
-Branch = tuple[tuple[Node, int], ...]
 
 
 @dataclasses.dataclass(eq=False)

@@ -207,11 +207,6 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
         match the parameters, and for a parameter that belongs to two layers.
     """
     leaves = by_path(tree)
-    if len(leaves) != len(jax.tree.leaves(tree)):
-        raise ValueError(
-            f"{owner}: two parameters have one path; the paths, written with slashes, are "
-            f"{', '.join(leaves)}. Rename one of them."
-        )
     for path, leaf in leaves.items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
@@ -267,8 +262,10 @@ def _hidden_paths(tree: PyTree) -> list[str]:
     return [leaf_path(path) for path, x in leaves if is_hidden(x)]
 
 
-def _is_hidden(path: str, hidden: Sequence[str]) -> bool:
+def _is_hidden(path: str, leaves: Mapping[str, Any], hidden: Sequence[str]) -> bool:
     """Whether a parameter, or a subtree that holds it, is hidden."""
+    if path in leaves or slashed(path) in leaves:
+        return False
     return any(
         form == other or form.startswith(other + "/")
         for form in (path, slashed(path))
@@ -278,8 +275,8 @@ def _is_hidden(path: str, hidden: Sequence[str]) -> bool:
 
 def _visible(layer: Layer, leaves: Mapping[str, Any], hidden: Sequence[str]) -> Member | None:
     """The layer's part that can be seen; `None` if there is none, or nothing in it."""
-    sees_kernel = layer.kernel is not None and not _is_hidden(layer.kernel, hidden)
-    sees_bias = layer.bias is not None and not _is_hidden(layer.bias, hidden)
+    sees_kernel = layer.kernel is not None and not _is_hidden(layer.kernel, leaves, hidden)
+    sees_bias = layer.bias is not None and not _is_hidden(layer.bias, leaves, hidden)
     if not (sees_kernel or sees_bias):
         return None
     seen = dataclasses.replace(

@@ -793,3 +793,160 @@ def complex_kernel(p, x, y):
 @pattern(RNN, draw(1, 6, 4), labels()[:1], layers=4, scale=1)
 def batch_of_one(p, x, y):
     return recurrent(p, x, y)
+
+
+# ------------------------------------------------------------ losses that are differentiated inside
+
+
+def net(p, x):
+    return jax.nn.softplus(jnp.tanh(x @ p["w"]) @ p["v"])
+
+
+NET = {"w": draw(4, 6), "v": draw(6, 3, seed=1)}
+
+
+def gradient_at(p, x, y):
+    loss = lambda x: jnp.sum(losses.squared_error(net(p, x), y))  # noqa: E731
+    return jax.value_and_grad(loss)(x)
+
+
+def likelihood_of_net(p, x, y):
+    return regress(net(p, x), y)
+
+
+@pattern(NET, draw(N, 4), draw(N, 3), layers=2, data_loss=likelihood_of_net, scale=1.0)
+def penalised_gradient_of_the_loss(p, x, y):
+    values, slopes = jax.vmap(lambda x, y: gradient_at(p, x, y))(x, y)
+    return jnp.mean(values) + 0.1 * jnp.mean(jnp.sum(slopes**2, -1))
+
+
+@pattern(NET, draw(N, 4), draw(N, 3), layers=2, scale=1.0)
+def adversarial_input(p, x, y):
+    _, slope = gradient_at(p, x, y)
+    return regress(net(p, x + 0.1 * jax.lax.stop_gradient(jnp.sign(slope))), y)
+
+
+@pattern(NET, draw(N, 4), draw(N, 3), layers=2, scale=1.0)
+def twice_differentiated_loss(p, x, y):
+    curvature = jax.hessian(lambda x: gradient_at(p, x, y)[0])(x)
+    step = jax.lax.stop_gradient(jnp.einsum("nini->ni", curvature))
+    return regress(net(p, x - 0.1 * step), y)
+
+
+@pattern(NET, draw(N, 4), labels(), layers=2)
+def reduction_of_its_own(p, x, y):
+    largest = jax.lax.reduce(x, 0.0, lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), (1,))
+    return classify(net(p, x / (1 + largest[:, None])), y)
+
+
+# ------------------------------------------------------------------------- data and their positions
+
+
+@pattern(NET, draw(N, 2, 4), labels(3, 2), layers=2)
+def flattened_tokens(p, x, y):
+    return classify(net(p, x).reshape(-1, 3), y.reshape(-1))
+
+
+@pattern(NET, draw(N, 2, 4), draw(N, 2, 3), layers=2, scale=1.0)
+def everything_flattened(p, x, y):
+    return 6 * jnp.mean(losses.squared_error(net(p, x).ravel(), y.ravel()))
+
+
+@pattern(NET, draw(2, N, 4), labels(3, 2).T, layers=2, axis=1)
+def flattened_tokens_time_major(p, x, y):
+    hidden = jnp.tanh(x @ p["w"])
+    hidden = hidden + jnp.cumsum(hidden, axis=0)  # the steps are not apart
+    return classify((hidden @ p["v"]).reshape(-1, 3), y.reshape(-1))
+
+
+@pattern(
+    {"w": draw(4, 6), "u": draw(6, 6), "v": draw(6, 3), "q": draw(6, 1)},
+    draw(3, N, 4),
+    labels(3, 3).T,
+    draw(3, N),
+    layers=4,
+    axis=1,
+    has_examples=False,
+)
+def two_heads_time_major(p, x, y, z):
+    def step(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"])
+        return h, (h @ p["v"], (h @ p["q"])[..., 0])
+
+    _, (logits, values) = jax.lax.scan(step, jnp.zeros((N, 6)), x)
+    return classify(logits, y) + jnp.mean(losses.squared_error(values, z))
+
+
+# ------------------------------------------------------------------------ lookups by a single index
+
+TABLE = {"e": draw(7, 4), "v": draw(4, 3)}
+
+
+@pattern(TABLE, labels(7), labels(), layers=2)
+def lookup_by_a_scalar_under_vmap(p, t, y):
+    return classify(jnp.tanh(jax.vmap(lambda i: p["e"][i])(t)) @ p["v"], y)
+
+
+@pattern(TABLE, labels(7, 2), labels(3, 2), layers=2)
+def lookup_by_a_scalar_under_two_vmaps(p, t, y):
+    return classify(jnp.tanh(jax.vmap(jax.vmap(lambda i: p["e"][i]))(t)) @ p["v"], y)
+
+
+@pattern(TABLE, labels(7), labels(), layers=2)
+def lookup_by_a_scalar_in_a_map(p, t, y):
+    return classify(jax.lax.map(lambda i: jnp.tanh(p["e"][i]) @ p["v"], t), y)
+
+
+@pattern(TABLE, labels(9) - 1, labels(), layers=2)
+def lookup_that_clips(p, t, y):
+    return classify(jnp.tanh(jnp.take(p["e"], t, axis=0, mode="clip")) @ p["v"], y)
+
+
+@pattern({"e": draw(7, 4), "u": draw(4, 4), "v": draw(4, 3)}, labels(7, 3), labels(), layers=3)
+def lookup_in_a_branch_of_a_scan(p, t, y):
+    def step(h, tf):
+        t, read = tf
+        h = jax.lax.cond(read, lambda: h + p["e"][t], lambda: 0.9 * h)
+        return jnp.tanh(h @ p["u"]), None
+
+    h, _ = jax.lax.scan(step, jnp.zeros((N, 4)), (t.T, jnp.array([True, False, True])))
+    return classify(h @ p["v"], y)
+
+
+# --------------------------------------------------------------------------------- nothing to learn
+
+
+@pattern({"z": jnp.zeros((0, 4, 4)), "v": draw(4, 3)}, draw(N, 4), labels(), uncovered=("z",))
+def scan_over_no_layers(p, x, y):
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["z"])
+    return classify(h @ p["v"], y)
+
+
+@pattern({"z": jnp.zeros((4, 0)), "v": draw(4, 3)}, draw(N, 4), labels(), uncovered=("z",))
+def reshape_of_nothing(p, x, y):
+    empty = x @ p["z"].reshape(2, 2, 0).reshape(4, 0)
+    return classify(x @ p["v"] + jnp.sum(empty, -1, keepdims=True), y)
+
+
+@pattern({"w": draw(4, 6), "v": draw(6, 3)}, draw(N, 4), labels(), uncovered=("w",))
+def complex_activations(p, x, y):
+    hidden = jnp.fft.fft(x) @ p["w"]
+    return classify(jnp.abs(hidden) @ p["v"], y)
+
+
+@pattern(
+    {"k": draw(2, 3, 3, 4, 4), "c": draw(2, 4), "v": draw(4, 3)},
+    draw(N, 5, 5, 4),
+    labels(),
+    layers=2,
+)
+def scanned_convolutions(p, x, y):
+    def layer(h, kb):
+        k, b = kb
+        h = jax.lax.conv_general_dilated(
+            h, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(h + b), None
+
+    h, _ = jax.lax.scan(layer, x, (p["k"], p["c"]))
+    return classify(h.mean((1, 2)) @ p["v"], y)

@@ -199,3 +199,57 @@ def test_table_says_what_is_not_checked():
     assert note.startswith("not checked on numbers yet")
     taps_of(layers=layers)
     assert _readable(layers) == TABLE
+
+
+def mixing(h):
+    @jax.custom_vjp
+    def mixed(h):
+        return h
+
+    def backward(_, cotangent):
+        return (jnp.broadcast_to(cotangent.mean(0), cotangent.shape),)
+
+    mixed.defvjp(lambda h: (h, None), backward)
+    return mixed(h)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "couple", [mixing, lambda h: jax.lax.top_k(h, len(h), axis=0)[0]], ids=["rule", "top_k"]
+)
+def test_mixed_data_are_refused_at_every_precision(couple, dtype):
+    def loss_fn(params, x, y):
+        hidden = couple(jnp.tanh(x @ params["w"]))
+        return ok.losses.softmax_cross_entropy_with_integer_labels(hidden @ params["v"], y).mean()
+
+    draw = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape, dtype)  # noqa: E731
+    params = {"w": draw(4, 6), "v": draw(6, 3)}
+    layers = ok.find_layers(loss_fn, params, draw(5, 4), jnp.arange(5) % 3)
+    assert [layer.name for layer in layers] == ["v"], layers
+
+
+def test_one_datum_has_the_layers_of_many():
+    def loss_fn(params, x, y):
+        n, t, _ = x.shape
+        apart = lambda a: a.reshape(n, t, 2, 3).transpose(0, 2, 1, 3)  # noqa: E731
+        q, k, v = (apart(x @ params[name]) for name in "qkv")
+        mixed = jax.nn.softmax(q @ k.mT) @ v
+        out = mixed.transpose(0, 2, 1, 3).reshape(n, t, 6) @ params["o"]
+        return ok.losses.squared_error(out, y).mean()
+
+    params = {name: jax.random.normal(jax.random.key(i), (6, 6)) for i, name in enumerate("qkvo")}
+    x, y = jax.random.normal(jax.random.key(9), (2, 5, 3, 6))
+    layers = ok.find_layers(loss_fn, params, x, y)
+    assert len(layers) == 4, layers
+    fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+    _, _, taps = fn(params, x[:1], y[:1])
+    assert taps["v"][0].inputs.shape[1:3] == (1, 3)
+
+
+def test_two_parameters_of_one_path():
+    def loss_fn(params, x):
+        return ok.losses.squared_error(x @ params["a"]["b"] @ params["a/b"], x).mean()
+
+    params = {"a": {"b": jnp.eye(3)}, "a/b": jnp.eye(3)}
+    with pytest.raises(ValueError, match="two parameters have one path"):
+        ok.find_layers(loss_fn, params, jnp.ones((2, 3)))

@@ -11,6 +11,9 @@ from optax_kron.capture.find import find_layers
 from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.layers import by_path
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.kernels import kfac
+
+from . import patterns
 
 N = 4
 
@@ -217,3 +220,38 @@ def test_forward_has_no_columns():
 
     _, _, taps = value_and_grad_with_taps(loss_fn, fisher="forward")(LINEAR, draw(7, 3), draw(7, 2))
     assert taps["a"][0].output_grads.shape == (0, 1, 7, 1, 4)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "sketch", "empirical"])
+@pytest.mark.parametrize("name", ["penalised_gradient_of_the_loss", "twice_differentiated_loss"])
+def test_derivatives_of_a_loss_inside_the_loss_add_no_curvature(fisher, name):
+    (pattern,) = (p for p in patterns.PATTERNS if p.name == name)
+    params, args = pattern.params, pattern.args
+    if name.startswith("penalised"):
+        plain = pattern.data_loss
+    else:  # whose input is moved by what bears no gradient
+        moved = jax.hessian(lambda x: patterns.gradient_at(params, x, args[1])[0])(args[0])
+        args = (args[0] - 0.1 * jnp.einsum("nini->ni", moved), args[1])
+        plain = patterns.likelihood_of_net
+    seen = []
+    for loss_fn, given in ((pattern.loss_fn, pattern.args), (plain, args)):
+        fn = value_and_grad_with_taps(loss_fn, fisher=fisher)
+        _, _, taps = fn(params, *given, key=jax.random.key(1))
+        seen.append({name: moments_of_tap(tap) for name, (tap,) in taps.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *seen)
+
+
+def moments_of_tap(tap):
+    return kfac.second_moments(tap.inputs, tap.output_grads, tap.weights)
+
+
+def test_rows_that_a_branch_does_not_read_have_no_frequency():
+    (pattern,) = (p for p in patterns.PATTERNS if p.name == "lookup_in_a_branch_of_a_scan")
+    tokens, y = pattern.args
+    tokens = jnp.maximum(tokens, 1)  # none reads the first row
+    fn = value_and_grad_with_taps(pattern.loss_fn, fisher="exact")
+    _, _, taps = fn(pattern.params, tokens, y)
+    (tap,) = taps["e"]
+    found = kfac.index_frequencies(tap.inputs, 7, tap.weights, dtype=jnp.float32)[0]
+    read = np.bincount(np.asarray(tokens[:, [0, 2]]).ravel(), minlength=7)
+    np.testing.assert_allclose(found / found.sum(), read / read.sum(), rtol=1e-5)

@@ -27,6 +27,10 @@ CHOSEN = (
     "scanned_rematerialized_layers",
     "branches",
     "laplacian_by_forward_mode",
+    "scanned_convolutions",
+    "lookup_in_a_branch_of_a_scan",
+    "lookup_that_clips",
+    "flattened_tokens",
 )
 chosen = pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if p.name in CHOSEN], ids=lambda p: p.name

@@ -1,0 +1,125 @@
+"""Marked losses of a program, and where each of them may hold its data."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from optax_kron.capture.graph import Branch, Graph, Node, Value
+from optax_kron.capture.labels import Place
+
+
+@dataclasses.dataclass(eq=False)
+class Mark:
+    """A marked loss.
+
+    Attributes:
+      node: its equation, whose operands are the logits, the targets and more.
+      scans: the scans around it, from the outside.
+      branch: the branches around it.
+      place: where its per-example losses hold the data.
+    """
+
+    node: Node
+    scans: tuple[Node, ...]
+    branch: Branch
+    place: Place = dataclasses.field(default_factory=Place)
+
+    @property
+    def name(self) -> str:
+        """Of the loss, which says its distribution."""
+        return self.node.params["name"]
+
+    def by_datum(self, x: Any) -> Any:
+        """What is recorded of every per-example loss, [*steps of scans, *losses], as [N, ...]."""
+        place = self.place
+        if place.axis is None:
+            return x.reshape(1, -1)
+        steps = len(self.scans)
+        axis = steps + place.axis if place.on_axis else self.scans.index(place.axis)
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        size = x.shape[axis] // (place.before * place.after)
+        x = x.reshape(*before, place.before, size, place.after, *after)
+        count = len(before) + 1
+        order = [count, *(a for a in range(x.ndim) if a != count)]
+        return x.transpose(order).reshape(size, -1)
+
+    @property
+    def data(self) -> np.ndarray:
+        """For each datum, the numbers [N, E] of its E per-example losses."""
+        steps = tuple(scan.params["length"] for scan in self.scans)
+        shape = (*steps, *self.node.outputs[0].shape)
+        return self.by_datum(np.arange(math.prod(shape)).reshape(shape))
+
+    def evaluate(self, *operands: Array) -> Array:
+        """The per-example losses of operands that have the steps of all scans as leading axes."""
+        evaluate = lambda *operands: self.node.bind(*operands)[0]  # noqa: E731
+        for _ in self.scans:
+            evaluate = jax.vmap(evaluate)
+        return evaluate(*operands)
+
+
+def find(graph: Graph) -> list[Mark]:
+    """All marks that reach the loss, the graph's first output, in order."""
+    return list(_find(graph, graph.outputs[:1], (), ()))
+
+
+def _find(graph, outputs, scans, branch) -> Iterator[Mark]:
+    """Marks that reach some outputs; `scans` and `branch` are around the graph."""
+    reaching, alive = [], set(outputs)
+    for node in reversed(graph.nodes):
+        if node.name != "stop_gradient" and not alive.isdisjoint(node.outputs):
+            reaching.append(node)
+            alive.update(node.values)
+    for node in reversed(reaching):
+        if node.kind == "mark":
+            yield Mark(node, scans, branch)
+        elif node.kind == "cond":
+            for i, body in enumerate(node.bodies):
+                yield from _find(body, body.outputs, scans, (*branch, (node, i)))
+        elif node.kind in ("scan", "remat"):
+            (body,) = node.bodies
+            inside = (*scans, node) if node.kind == "scan" else scans
+            yield from _find(body, body.outputs, inside, branch)
+
+
+def flattened(graph: Graph) -> set[tuple[int, ...]]:
+    """The lengths of axes that reshapes make one."""
+    return set(_flattened(graph))
+
+
+def _flattened(graph: Graph) -> Iterator[tuple[int, ...]]:
+    """The lengths of axes that reshapes make one."""
+    for node in graph.walk():
+        if node.name != "reshape" or 0 in node.outputs[0].shape:
+            continue
+        shape = node.operands[0].shape if isinstance(node.operands[0], Value) else ()
+        for length in node.outputs[0].shape:
+            for start, stop in itertools.combinations(range(len(shape) + 1), 2):
+                sizes = tuple(s for s in shape[start:stop] if s > 1)
+                if len(sizes) > 1 and math.prod(sizes) == length:
+                    yield sizes
+
+
+def candidates(mark: Mark, flattened: Iterable[tuple[int, ...]]) -> list[Place]:
+    """Where a mark may hold the data, the likeliest first.
+
+    Args:
+      mark: a marked loss.
+      flattened: the lengths of axes that the program makes one.
+    """
+    shape = mark.node.outputs[0].shape
+    found = [Place(axis=axis) for axis in (*range(len(shape)), *reversed(mark.scans))]
+    for axis, length in enumerate(shape):
+        for sizes in sorted(flattened):
+            if math.prod(sizes) == length:
+                found.extend(
+                    Place(axis=axis, before=math.prod(sizes[:i]), after=math.prod(sizes[i + 1 :]))
+                    for i in range(len(sizes))
+                )
+    return list(dict.fromkeys(found)) or [Place()]
