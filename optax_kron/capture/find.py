@@ -11,6 +11,13 @@ from optax_kron.capture.trace import Traced, trace_loss
 PyTree = Any
 
 
+NO_MARK = (
+    "the loss marks no likelihood, so that it is unknown where the data are, and of which "
+    "distribution. Take the loss from ok.losses, which has Optax's names and values; or give taps "
+    "by hand, as ok.Taps."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Uncovered:
     """A parameter without a Kronecker block."""
@@ -27,12 +34,20 @@ class Layers:
       layers: the layers.
       uncovered: the parameters that are in none, each with the reason.
       checked: whether the layers have been checked on numbers.
+      marked: whether there is a marked loss at all.
     """
 
-    def __init__(self, layers: tuple[Layer, ...], uncovered: tuple[Uncovered, ...], checked: bool):
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        uncovered: tuple[Uncovered, ...],
+        checked: bool,
+        marked: bool = True,
+    ):
         self.layers = layers
         self.uncovered = uncovered
         self.checked = checked
+        self.marked = marked
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -58,7 +73,9 @@ class Layers:
         if self.uncovered:
             lines += ["", "without a Kronecker block:"]
             lines += _align([(u.path, str(u.shape), u.reason) for u in self.uncovered])
-        if not self.checked:
+        if not self.marked:
+            lines += ["", NO_MARK]
+        elif not self.checked:
             lines += ["", "not checked on numbers yet: found with abstract arrays"]
         return "\n".join(lines)
 
@@ -88,7 +105,8 @@ def find_layers(
       loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
         Its likelihood has to come from `ok.losses`, which marks where the data are.
       params: any pytree; leaves that are not floating-point arrays are left alone.
-      *args: arrays or `jax.ShapeDtypeStruct`s.
+      *args: by position; pytrees of arrays or `jax.ShapeDtypeStruct`s, and whatever else the
+        function takes.
       has_aux: whether `loss_fn` returns auxiliary data.
       check: compare the layers with the gradient, on the given numbers, and leave out those that
         differ. Abstract arguments have no numbers: the check is then made by the first
@@ -129,4 +147,4 @@ def describe(traced: Traced, refused: dict[str, str], checked: bool) -> Layers:
         for path in analysis.leaves
         if path in reasons
     )
-    return Layers(kept, uncovered, checked)
+    return Layers(kept, uncovered, checked, bool(analysis.marks))

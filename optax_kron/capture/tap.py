@@ -12,7 +12,8 @@ class Tap(NamedTuple):
     """What one layer saw of one batch.
 
     By hand, `Tap(inputs, output_grads)` with [N, d_in] and [N, d_out] will do; `Taps` brings them
-    to canonical form.
+    to canonical form. A datum that shall not count has a weight of zero and output-gradients of
+    zero.
     """
 
     inputs: Array  # [B, N, S, d_in], ones last where there is a bias; indices [B, N, S, 1]
@@ -65,6 +66,11 @@ def canonical(name: str, tap: Tap | Moments) -> Tap | Moments:
     """Bring a tap to canonical form, and check its shapes."""
     if isinstance(tap, Moments):
         return tap
+    if not isinstance(tap, Tap):
+        raise ValueError(
+            f"Taps: layer {name!r} was given a {type(tap).__name__}; expected "
+            "ok.Tap(inputs, output_grads), or a sequence of those."
+        )
     inputs, grads = jnp.asarray(tap.inputs), jnp.asarray(tap.output_grads)
     if inputs.ndim == 2:
         inputs = inputs[None, :, None, :]

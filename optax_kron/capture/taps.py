@@ -11,7 +11,7 @@ from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.assemble import data_weights, member_moments, member_taps
 from optax_kron.capture.check import failures
 from optax_kron.capture.columns import ESTIMATES, columns
-from optax_kron.capture.find import Layers
+from optax_kron.capture.find import NO_MARK, Layers
 from optax_kron.capture.layers import Layer, leaf_path
 from optax_kron.capture.moments import InsideMoments, can_be_inside
 from optax_kron.capture.pullback import Linearized, linearize
@@ -47,14 +47,14 @@ def value_and_grad_with_taps(
         those; "empirical" the gradient itself; "forward" none: the output factor is the identity.
 
     Returns:
-      A function of `(params, *args, key=None)` that returns `(value, grads, taps)`, with `(loss,
+      A function of `(params, *args, key=None)`, all but the key by position, that returns `(value, grads, taps)`, with `(loss,
       aux)` for the value if `has_aux`. The key is needed by "mc" and "sketch". Leaves of `params`
       that are not floating-point arrays have the gradient `None`. Cost: that of the gradient, one
       more backward pass for every column, and the memory of every layer's inputs and
       output-gradients.
 
     Raises:
-      ValueError: if the loss is not marked, or the key is missing.
+      ValueError: if the loss is not marked, or the key is missing or none.
 
     Examples:
       >>> import jax
@@ -83,13 +83,13 @@ def value_and_grad_with_taps(
         traced = trace_loss(loss_fn, params, args, has_aux)
         analysis = traced.analysis
         if not analysis.marks:
-            raise ValueError(
-                f"{owner}: the loss marks no likelihood, so that it is unknown where the data are, "
-                "and of which distribution. Take the loss from ok.losses, which has Optax's names "
-                "and values; or give taps by hand, as ok.Taps."
-            )
+            raise ValueError(f"{owner}: {NO_MARK}")
         if key is None and fisher in ("mc", "sketch"):
             raise ValueError(f"{owner}: fisher={fisher!r} draws random numbers; pass key=.")
+        if key is not None and not hasattr(key, "dtype"):
+            raise ValueError(
+                f"{owner}: key must be a key of jax.random, such as jax.random.key(0); got {key!r}."
+            )
         _select(traced, layers)
         uses = analysis.uses
         inside = _inside(traced) if reduce else {}

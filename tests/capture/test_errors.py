@@ -253,3 +253,20 @@ def test_two_parameters_of_one_path():
     params = {"a": {"b": jnp.eye(3)}, "a/b": jnp.eye(3)}
     with pytest.raises(ValueError, match="two parameters have one path"):
         ok.find_layers(loss_fn, params, jnp.ones((2, 3)))
+
+
+def test_an_unmarked_loss_is_explained_in_the_table():
+    layers = ok.find_layers(lambda p, x: jnp.mean(optax.l2_loss(x @ p)), jnp.ones((3, 2)), X)
+    assert len(layers) == 0
+    assert "Take the loss from ok.losses" in str(layers)
+
+
+def test_what_is_no_key_is_named():
+    fn = ok.value_and_grad_with_taps(lambda p, x: jnp.mean(ok.losses.l2_loss(x @ p)))
+    with pytest.raises(ValueError, match=r"jax.random.key\(0\); got 7"):
+        fn(jnp.ones((3, 2)), X, key=7)
+
+
+def test_what_is_no_tap_is_named():
+    with pytest.raises(ValueError, match=r"layer 'a' was given a .*; expected ok.Tap"):
+        ok.Taps({"a": (X, X)})
