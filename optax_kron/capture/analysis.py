@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class Analysis:
     def uses(self) -> list[Use]:
         """All uses of the layers, in order."""
         return [use for member in self.members for group in member.groups for use in group]
+
+    def marks_of(self, uses: Iterable[Use]) -> frozenset[int]:
+        """The marks that some uses reach."""
+        return frozenset().union(*(self.labels.data(use.output).marks for use in uses))
 
 
 def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:

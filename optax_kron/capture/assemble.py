@@ -9,12 +9,11 @@ from jax import Array
 
 from optax_kron.capture.analysis import Analysis, Member
 from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments, moments_of, with_bias
 from optax_kron.capture.pullback import Linearized
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
-from optax_kron.kernels import contract
+from optax_kron.capture.weighing import Weighing
 
 
 def member_taps(
@@ -35,13 +34,14 @@ def member_taps(
       gradients: cotangents of the uses' outputs [V, ...].
       weights: derivative of the loss with respect to each mark's per-example losses.
     """
+    weighing = Weighing(analysis, weights)
     taps = []
     for group in member.groups:
-        inputs, grads, shared = [], [], None
+        inputs, grads, weighed = [], [], []
+        marks = analysis.marks_of(group)
         for use in group:
             i = numbers[use]
-            label = analysis.labels.data(use.output)
-            form = Canonical(use, label)
+            form = Canonical(use, analysis.labels.data(use.output))
             g = jax.vmap(form.output_grads)(gradients[i])
             if member.layer.kernel is None:
                 # A bias alone has the same input, one, everywhere: its gradient is a plain sum.
@@ -51,22 +51,35 @@ def member_taps(
                 x = form.inputs(linearized.inputs[i], g.dtype)
                 if member.layer.bias is not None:
                     x = with_bias(x, use in member.biased)
+            w = weighing.of(use, form, marks)
             if linearized.taken[i] is not None:
-                x = form.only_taken(x, linearized.taken[i])
+                x, w = form.only_taken(x, w, linearized.taken[i])
             inputs.append(x)
             grads.append(g)
-            shared = label.marks if shared is None else shared | label.marks
+            weighed.append(w)
         dtype = jnp.result_type(*inputs)
         if member.layer.kernel is None:
             # Every use sees the same input: their gradients add up before they are squared.
             inputs, grads = inputs[:1], [sum(grads[1:], grads[0])]
+            weighed = [w if w.ndim == 1 else jnp.mean(w, axis=1) for w in weighed[:1]]
         tap = Tap(
             jnp.concatenate([x.astype(dtype) for x in inputs], axis=2),
             jnp.concatenate(grads, axis=3),
-            data_weights(analysis.marks, shared, weights, linearized.taken[numbers[group[0]]]),
+            _side_by_side(weighed, inputs),
         )
         taps.append(tap)
     return tuple(taps)
+
+
+def _side_by_side(weights: Sequence[Array], inputs: Sequence[Array]) -> Array:
+    """Weights [N] or [N, S] of several uses as those of their positions one after the other."""
+    if all(w.ndim == 1 for w in weights):
+        return weights[0]
+    wide = [
+        jnp.broadcast_to(w.reshape(len(w), -1), x.shape[1:3])
+        for w, x in zip(weights, inputs, strict=True)
+    ]
+    return jnp.concatenate(wide, axis=1)
 
 
 def member_moments(
@@ -86,14 +99,15 @@ def member_moments(
     if member.groups[0][0] not in inside:
         taps = member_taps(analysis, member, numbers, linearized, gradients, weights)
         return tuple(moments_of(member.layer, tap) for tap in taps)
+    weighing = Weighing(analysis, weights)
     found = []
     for group in member.groups:
         inputs: Any = 0
         outputs: Any = 0
-        positions, marks = 0, frozenset()
+        total: Any = 0
+        positions, marks = 0, analysis.marks_of(group)
         for use in group:
-            label = analysis.labels.data(use.output)
-            form = Canonical(use, label)
+            form = Canonical(use, analysis.labels.data(use.output))
             i = numbers[use]
             record = linearized.inputs[i]
             if member.layer.is_embedding:
@@ -103,21 +117,13 @@ def member_moments(
                 inputs = inputs + form.merged_blocks(record)
             outputs = outputs + form.merged_blocks(jnp.sum(gradients[i], axis=0))
             positions += form.positions
-            marks |= label.marks
+            w = weighing.of(use, form, marks)
+            if linearized.taken[i] is not None:
+                w = form.taken_weights(w, linearized.taken[i])
+            total = total + jnp.sum(w) * (form.positions if w.ndim == 1 else 1)
         data = analysis.labels.data(group[0].output).size
-        taken = linearized.taken[numbers[group[0]]]
-        total = jnp.sum(data_weights(analysis.marks, marks, weights, taken)) * positions
         cases = jnp.where(total > 0, data * positions, 0).astype(jnp.float32)
         if gradients[numbers[group[0]]].shape[0] == 0:
             outputs = data * jnp.tile(jnp.eye(member.layer.d_out), (member.layer.blocks, 1, 1))
         found.append(Moments(inputs / jnp.where(total > 0, total, 1), outputs / data, cases))
     return tuple(found)
-
-
-def data_weights(marks: Sequence[Mark], numbers: Any, weights, taken) -> Array:
-    """How much each datum weighs in the loss, summed over its per-example losses, [N]."""
-    dtype = max((contract.wide_dtype(weights[m].dtype) for m in numbers), key=lambda d: d.itemsize)
-    total = jnp.zeros((), dtype)
-    for m in sorted(numbers):
-        total = total + jnp.sum(marks[m].by_datum(weights[m].astype(dtype)), axis=1)
-    return total if taken is None else total * jnp.max(taken).astype(dtype)

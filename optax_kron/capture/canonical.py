@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from optax_kron.capture.uses import Use
 # Axes of the canonical form, and the roles of slots that they enumerate.
 _INPUT_ROLES = ("block", "data", "position", "input")
 _OUTPUT_ROLES = ("block", "data", "position", "output")
+
+
+STEP = 0  # what the order of positions that are steps of a scan begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Canonical:
             return [_digit("block", d) for d in steps[scan]]
         if label.axis is scan:
             return [_Part("data", (), length)]
-        return [_Part("position", (0, depth), length)]
+        return [_Part("position", (STEP, depth), length)]
 
     def _data_slot(self, label):
         """The free slot that holds the data, if they lie along an axis of the output."""
@@ -103,6 +107,29 @@ class Canonical:
             axes = self._operand
         return self._arranged(record, axes, _INPUT_ROLES)
 
+    def position(self, label: Data) -> Any:
+        """Which position the elements along a label's axis are, if they are one; else `None`."""
+        if label.axis in self.use.scans:
+            parts = self._steps[self.use.scans.index(label.axis)]
+            return parts[0].order if [p.role for p in parts] == ["position"] else None
+        slots = self.use.reading.output_slots
+        if not label.on_axis or label.axis >= len(slots):
+            return None
+        inner = 1
+        for part in reversed(self._parts(slots[label.axis])):
+            if (inner, part.size) == (label.after, label.size):
+                return part.order if part.role == "position" else None
+            inner *= part.size
+        return None
+
+    def spread(self, x: Array, positions: Sequence[Any]) -> Array:
+        """[N, S] of [N, ...] with an axis for each of some positions, equal along the others."""
+        wanted = [p for p in self._all if p.role == "position"]
+        order = [1 + positions.index(p.order) for p in wanted if p.order in positions]
+        x = x.transpose(0, *order)
+        x = x.reshape(len(x), *(p.size if p.order in positions else 1 for p in wanted))
+        return jnp.broadcast_to(x, (len(x), *(p.size for p in wanted))).reshape(len(x), -1)
+
     @property
     def _length(self) -> int:
         """Number of rows of a table."""
@@ -119,17 +146,31 @@ class Canonical:
             return jnp.clip(indices, 0, self._length - 1)
         return jnp.where(indices < 0, self._length, indices)
 
-    def only_taken(self, inputs: Array, taken: Array) -> Array:
-        """Inputs without those of branches that were not taken.
+    def only_taken(self, inputs: Array, weights: Array, taken: Array) -> tuple[Array, Array]:
+        """Inputs, and what their data or positions weigh, without branches that were not taken.
 
         Args:
           inputs: [B, N, S, d_in] or indices.
+          weights: [N] or [N, S].
           taken: what was recorded once for each step: whether the branch was taken.
         """
-        taken = self._arranged(taken, self._steps, ("block", "data", "position"))[..., None]
+        there = self._taken(taken)[..., None]
         if self.use.reading.kind == "embedding":
-            return jnp.where(taken > 0, inputs, self._length)
-        return inputs * taken.astype(inputs.dtype)
+            inputs = jnp.where(there > 0, inputs, self._length)
+        else:
+            inputs = inputs * there.astype(inputs.dtype)
+        return inputs, self.taken_weights(weights, taken)
+
+    def taken_weights(self, weights: Array, taken: Array) -> Array:
+        """Weights [N] or [N, S] without branches that no block took; arguments as `only_taken`."""
+        there = jnp.max(self._taken(taken), axis=0).astype(weights.dtype)
+        if not any(p.role in ("data", "position") for axis in self._steps for p in axis):
+            return weights * jnp.max(there)
+        return weights.reshape(len(weights), -1) * there
+
+    def _taken(self, taken):
+        """[B, N, S]."""
+        return self._arranged(taken, self._steps, ("block", "data", "position"))
 
     def merged_blocks(self, stacked: Array) -> Array:
         """[B, ...] of what is [*steps of scans over blocks, blocks inside, ...]."""

@@ -35,19 +35,47 @@ class Mark:
         """Of the loss, which says its distribution."""
         return self.node.params["name"]
 
-    def by_datum(self, x: Any) -> Any:
-        """What is recorded of every per-example loss, [*steps of scans, *losses], as [N, ...]."""
-        place = self.place
+    @property
+    def alike(self) -> Any:
+        """What marks share that hold their data in the same way."""
+        return self.node.outputs[0].shape, self.scans, self.place
+
+    @property
+    def digits(self) -> list[Place]:
+        """What besides the data the recorded losses count, slow to fast: steps, axes, and parts."""
+        axes = [*self.scans, *range(self.node.outputs[0].ndim)]
+        found = [Place(axis=axis) for axis in axes]
+        if self.place.axis is None:
+            return found
+        before, after = self.place.before, self.place.after
+        parts = []
+        if isinstance(self.place.axis, int):
+            length = self.node.outputs[0].shape[self.place.axis]
+            parts += [Place(axis=self.place.axis, after=length // before)] if before > 1 else []
+            parts += [Place(axis=self.place.axis, before=length // after)] if after > 1 else []
+        i = axes.index(self.place.axis)
+        return [*found[:i], *parts, *found[i + 1 :]]
+
+    def by_digit(self, x: Any) -> Any:
+        """What is recorded of every per-example loss, [*steps of scans, *losses], by `digits`.
+
+        Returns:
+          [N, *digits].
+        """
+        place, steps = self.place, len(self.scans)
         if place.axis is None:
-            return x.reshape(1, -1)
-        steps = len(self.scans)
+            return x[None]
         axis = steps + place.axis if place.on_axis else self.scans.index(place.axis)
-        before, after = x.shape[:axis], x.shape[axis + 1 :]
         size = x.shape[axis] // (place.before * place.after)
-        x = x.reshape(*before, place.before, size, place.after, *after)
-        count = len(before) + 1
-        order = [count, *(a for a in range(x.ndim) if a != count)]
-        return x.transpose(order).reshape(size, -1)
+        slower, faster = ([n] if n > 1 else [] for n in (place.before, place.after))
+        parts, count = [*slower, size, *faster], axis + len(slower)
+        x = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :])
+        return x.transpose(count, *(a for a in range(x.ndim) if a != count))
+
+    def by_datum(self, x: Any) -> Any:
+        """The same as [N, E], with the E losses of a datum along one axis."""
+        x = self.by_digit(x)
+        return x.reshape(len(x), -1)
 
     @property
     def data(self) -> np.ndarray:

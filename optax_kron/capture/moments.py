@@ -78,7 +78,7 @@ class InsideMoments:
       layer: that the use belongs to.
       use: of its kernel.
       label: where the use's output holds the data.
-      weights: of the data in the loss [N].
+      weights: of the data in the loss [N], or of their positions inside the scans [N, S].
       biased: whether the layer's bias is added to this use.
     """
 
@@ -101,7 +101,8 @@ class InsideMoments:
     def of_inputs(self, record: Array) -> Array:
         """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal for an embedding."""
         positions = self.form.positions
-        total = jnp.sum(self.weights) * positions  # undo the kernel's mean
+        # Undo the kernel's mean.
+        total = jnp.sum(self.weights) * (positions if self.weights.ndim == 1 else 1)
         if self.layer.is_embedding:
             indices = self.form.inputs(record, record.dtype)
             found = kfac.index_frequencies(

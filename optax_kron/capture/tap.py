@@ -18,7 +18,8 @@ class Tap(NamedTuple):
 
     inputs: Array  # [B, N, S, d_in], ones last where there is a bias; indices [B, N, S, 1]
     output_grads: Array  # [V, B, N, S, d_out], per datum; V = 0: the output factor is the identity
-    weights: Array | None = None  # of the data in the input factor [N], ≥ 0; None: all equal
+    # In the input factor, of the data [N] or of their positions [N, S], ≥ 0; None: all equal.
+    weights: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -91,10 +92,11 @@ def canonical(name: str, tap: Tap | Moments) -> Tap | Moments:
     if 0 in inputs.shape[:3]:
         raise ValueError(f"Taps: layer {name!r} has no data: inputs have shape {inputs.shape}.")
     weights = tap.weights
-    if weights is not None and jnp.shape(weights) != (inputs.shape[1],):
+    sizes = inputs.shape[1:3]
+    if weights is not None and jnp.shape(weights) not in (sizes, sizes[:1]):
         raise ValueError(
             f"Taps: layer {name!r} has weights of shape {jnp.shape(weights)}; expected one for "
-            f"each of {inputs.shape[1]} data."
+            f"each of {sizes[0]} data, or for each of their {sizes[1]} positions too."
         )
     return Tap(inputs, grads, None if weights is None else jnp.asarray(weights))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.assemble import data_weights, member_moments, member_taps
+from optax_kron.capture.assemble import member_moments, member_taps
 from optax_kron.capture.check import failures
 from optax_kron.capture.columns import ESTIMATES, columns
 from optax_kron.capture.find import NO_MARK, Layers
@@ -18,6 +18,7 @@ from optax_kron.capture.pullback import Linearized, linearize
 from optax_kron.capture.tap import Taps
 from optax_kron.capture.trace import Traced, trace_loss
 from optax_kron.capture.uses import Use
+from optax_kron.capture.weighing import Weighing
 
 PyTree = Any
 
@@ -47,11 +48,11 @@ def value_and_grad_with_taps(
         those; "empirical" the gradient itself; "forward" none: the output factor is the identity.
 
     Returns:
-      A function of `(params, *args, key=None)`, all but the key by position, that returns `(value, grads, taps)`, with `(loss,
-      aux)` for the value if `has_aux`. The key is needed by "mc" and "sketch". Leaves of `params`
-      that are not floating-point arrays have the gradient `None`. Cost: that of the gradient, one
-      more backward pass for every column, and the memory of every layer's inputs and
-      output-gradients.
+      A function of `(params, *args, key=None)`, all but the key by position, that returns `(value,
+      grads, taps)`, with `(loss, aux)` for the value if `has_aux`. The key is needed by "mc" and
+      "sketch". Leaves of `params` that are not floating-point arrays have the gradient `None`.
+      Cost: that of the gradient, one more backward pass for every column, and the memory of every
+      layer's inputs and output-gradients.
 
     Raises:
       ValueError: if the loss is not marked, or the key is missing or none.
@@ -116,18 +117,23 @@ def _inside(traced: Traced) -> dict[Use, InsideMoments]:
     # What each datum weighs has to be known in the forward pass; most losses are linear in their
     # per-example losses, and then none of this is evaluated.
     _, _, weights = linearize(analysis, (), traced.arrays).pull_loss()
+    weighing = Weighing(analysis, weights)
     found = {}
     for member in analysis.members:
         uses = [use for group in member.groups for use in group]
         labels = {use: analysis.labels.data(use.output) for use in uses}
         if not all(can_be_inside(member.layer, use, labels[use]) for use in uses):
             continue
+        own: dict[Use, InsideMoments] = {}
         for group in member.groups:
-            marks = frozenset().union(*(labels[use].marks for use in group))
-            own = data_weights(analysis.marks, marks, weights, None)
+            marks = analysis.marks_of(group)
             for use in group:
-                biased = use in member.biased
-                found[use] = InsideMoments(member.layer, use, labels[use], own, biased)
+                weight = weighing.inside(use, labels[use], marks)
+                if weight is not None:
+                    biased = use in member.biased
+                    own[use] = InsideMoments(member.layer, use, labels[use], weight, biased)
+        if len(own) == len(uses):
+            found |= own
     return found
 
 

@@ -41,20 +41,26 @@ def input_moment(
 
     Args:
       inputs: [B, N, S, d_in].
-      weights: of the data [N], ≥ 0; `None`: all equal. All zero: the moment is zero.
+      weights: of the data [N], or of their positions [N, S], ≥ 0; `None`: all equal. All zero: the
+        moment is zero.
       approx: "expand"; or "reduce": `a` is its mean over the positions, and S = 1.
       precision: of the matrix product.
 
     Returns:
       [B, d_in, d_in]. Cost: 2·B·N·S·d_in² operations.
     """
-    if approx == "reduce":
+    if approx == "reduce" and weights is not None and weights.ndim == 2:
+        own = jnp.sum(weights, axis=1)
+        share = weights / jnp.where(own > 0, own, 1)[:, None]
+        inputs = jnp.sum(inputs * share[..., None].astype(inputs.dtype), axis=2, keepdims=True)
+        weights = own
+    elif approx == "reduce":
         inputs = jnp.mean(inputs, axis=2, keepdims=True)
     if weights is None:
         _, data, positions, _ = inputs.shape
         return _gram(inputs[None], precision) / (data * positions)
     share = _shares(inputs.shape, weights, inputs.dtype)
-    return _gram(inputs[None], precision, share[:, None, None])
+    return _gram(inputs[None], precision, share[..., None])
 
 
 def index_frequencies(
@@ -68,13 +74,13 @@ def index_frequencies(
     Args:
       indices: int [B, N, S, 1].
       length: number of rows of the table.
-      weights: of the data [N], ≥ 0; `None`: all equal.
+      weights: of the data [N], or of their positions [N, S], ≥ 0; `None`: all equal.
       dtype: of the result.
 
     Returns:
       Weighted frequency of each index, [B, length]. Cost: B·N·S additions.
     """
-    share = _shares(indices.shape, weights, dtype)[:, None]
+    share = _shares(indices.shape, weights, dtype)
 
     def count(rows):
         return jnp.zeros(length, dtype).at[rows].add(share, mode="drop")
@@ -83,11 +89,12 @@ def index_frequencies(
 
 
 def _shares(shape: Sequence[int], weights: Array | None, dtype: DTypeLike) -> Array:
-    """What each position of a datum counts in a mean over [B, N, S, ...], by datum [N]."""
+    """What each position of a datum counts in a mean over [B, N, S, ...]: [N, S] or [N, 1]."""
     _, data, positions, _ = shape
     if weights is None:
-        return jnp.full(data, 1 / (data * positions), dtype)
-    total = positions * jnp.sum(weights)
+        return jnp.full((data, 1), 1 / (data * positions), dtype)
+    weights = weights.reshape(data, -1)
+    total = jnp.sum(weights) * (positions // weights.shape[1])
     return (weights / jnp.where(total > 0, total, 1)).astype(dtype)
 
 

@@ -950,3 +950,28 @@ def scanned_convolutions(p, x, y):
 
     h, _ = jax.lax.scan(layer, x, (p["k"], p["c"]))
     return classify(h.mean((1, 2)) @ p["v"], y)
+
+
+SOME = jnp.arange(3) < jnp.array([3, 1, 2, 0, 1])[:, None]
+
+
+@pattern(NET, draw(N, 3, 4), labels(3, 3), layers=2, has_examples=False)
+def masked_losses(p, x, y):
+    return jnp.sum(SOME * losses.softmax_cross_entropy_with_integer_labels(net(p, x), y))
+
+
+@pattern(
+    {"w": draw(4, 6), "u": draw(6, 6), "v": draw(6, 3)},
+    draw(N, 3, 4),
+    labels(3, 3),
+    layers=3,
+    has_examples=False,
+)
+def masked_steps(p, x, y):
+    def step(h, xym):
+        x, y, m = xym
+        h = jnp.tanh(x @ p["w"] + h @ p["u"])
+        return h, m * losses.softmax_cross_entropy_with_integer_labels(h @ p["v"], y)
+
+    _, found = jax.lax.scan(step, jnp.zeros((N, 6)), (x.swapaxes(0, 1), y.T, SOME.T))
+    return jnp.sum(found)

@@ -45,11 +45,14 @@ def kfac_block(layer, taps, approx="expand"):
     factors_a, factors_g, total = 0, 0, 0
     for tap in taps:
         a, g = tap.inputs, tap.output_grads
+        weights = jnp.broadcast_to(tap.weights.reshape(a.shape[1], -1), a.shape[1:3])
         if approx == "reduce":
-            a, g = a.mean(axis=2, keepdims=True), g.sum(axis=3, keepdims=True)
-        weights = tap.weights / tap.weights.sum()
+            own = weights.sum(axis=1, keepdims=True)
+            a = jnp.einsum("ns,bnsi->bni", weights / own, a)[:, :, None]
+            g, weights = g.sum(axis=3, keepdims=True), own
         positions = a.shape[1] * a.shape[2]
-        factors_a += positions * jnp.einsum("n,bnsi,bnsj->bij", weights, a, a) / a.shape[2]
+        weights = weights / weights.sum()
+        factors_a += positions * jnp.einsum("ns,bnsi,bnsj->bij", weights, a, a)
         factors_g += jnp.einsum("vbnso,vbnsp->bop", g, g) / a.shape[1]
         total += positions
     factors_a = factors_a / total
@@ -171,6 +174,39 @@ def test_expand_and_reduce_are_each_exact_in_their_setting(pooled, approx):
         assert_exact(distances)
     else:
         assert min(distances.values()) > 0.5
+
+
+MASK = jnp.arange(6) < jnp.array([6, 2, 4, 0, 1])[:, None]
+
+
+@pytest.mark.parametrize("form", ["plain", "flattened", "time_major", "scanned"])
+def test_masked_positions_leave_no_trace(form):
+    def loss_fn(p, x, y):
+        if form == "flattened":
+            out, target, mask = positionwise(p, x).reshape(-1, 2), y.reshape(-1, 2), MASK.ravel()
+        elif form == "time_major":
+            out, target, mask = positionwise(p, x.swapaxes(0, 1)), y.swapaxes(0, 1), MASK.T
+        elif form == "scanned":
+            _, out = jax.lax.scan(lambda c, x: (c, positionwise(p, x)), 0, x.swapaxes(0, 1))
+            target, mask = y.swapaxes(0, 1), MASK.T
+        else:
+            out, target, mask = positionwise(p, x), y, MASK
+        return jnp.sum(mask * losses.squared_error(out, target).sum(-1)) / 3
+
+    x, y = draw(5, 6, 3), draw(5, 6, 2)
+    x = jnp.where(MASK[..., None], x, 1e6)  # what is masked may be anything
+    assert_exact(compare(loss_fn, POSITIONWISE, x, y))
+
+
+def test_positions_that_others_see_all_count():
+    def loss_fn(p, x, y):
+        hidden = jnp.cumsum(x @ p["w"], axis=1)
+        return jnp.sum(MASK * losses.squared_error(hidden @ p["v"], y).sum(-1))
+
+    fn = value_and_grad_with_taps(loss_fn, fisher="exact")
+    _, _, taps = fn({"w": draw(3, 4), "v": draw(4, 2)}, draw(5, 6, 3), draw(5, 6, 2))
+    assert taps["w"][0].weights.shape == (5,)
+    np.testing.assert_allclose(taps["v"][0].weights > 0, MASK)
 
 
 def test_a_weight_used_twice_is_exact_with_its_uses_as_positions():

@@ -31,6 +31,8 @@ CHOSEN = (
     "lookup_in_a_branch_of_a_scan",
     "lookup_that_clips",
     "flattened_tokens",
+    "masked_losses",
+    "masked_steps",
 )
 chosen = pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if p.name in CHOSEN], ids=lambda p: p.name
