@@ -1,0 +1,128 @@
+"""EKFAC: the second moments of gradients in the eigenbasis of K-FAC's factors.
+
+Conventions are those of `kernels.kfac`. In the basis of columns `Q_a` of A and `Q_g` of G, K-FAC
+takes the product of their eigenvalues for the diagonal of the curvature. EKFAC takes that diagonal
+itself, from the gradient of every datum, summed over its positions before it is squared:
+
+    λ = (1/N) Σ_v Σ_n (Q_aᵀ (Σ_s a gᵀ) Q_g)².
+
+No other diagonal in that basis is nearer to the curvature, in Frobenius norm, and its trace is that
+of the curvature. Both "expand" and "reduce" have the same λ, as nothing is approximated in it.
+
+Source: George et al. (2018), arXiv:1806.03884.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.kernels import contract
+
+
+def eigenvalues(
+    inputs: Array,
+    output_grads: Array,
+    input_basis: Array | None,
+    output_basis: Array | None,
+    *,
+    precision: contract.Precision = None,
+) -> Array:
+    """`λ` of every block.
+
+    Args:
+      inputs: [B, N, S, d_in].
+      output_grads: [V, B, N, S, d_out].
+      input_basis: Q_a [B, d_in, d_in]; `None`: the identity.
+      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
+      precision: of the matrix products.
+
+    Returns:
+      [B, d_in, d_out]. Cost: 2·B·N·S·(d_in² + V·d_out²) operations for the bases, and
+      2·B·N·d_in·d_out where S = 1, else 2·V·B·N·S·d_in·d_out, with the gradient of one datum and
+      column at a time in memory.
+    """
+    _, blocks, data, positions, d_out = output_grads.shape
+    a = _rotated(inputs, input_basis, precision)
+    g = _rotated(output_grads, output_basis, precision)
+    if positions == 1:
+        squares = jnp.sum(jnp.square(g[:, :, :, 0]), axis=0)
+        found = jnp.einsum("bni,bno->bio", jnp.square(a[:, :, 0]), squares, precision=precision)
+        return found / data
+
+    def add(total, seen):
+        x, y = seen  # [B, S, d_in], [V, B, S, d_out]
+
+        def of_column(total, y):
+            gradient = jnp.einsum("bsi,bso->bio", x, y, precision=precision)
+            return total + jnp.square(gradient), None
+
+        return jax.lax.scan(of_column, total, y)
+
+    zero = jnp.zeros((blocks, a.shape[-1], d_out), jnp.result_type(a, g))
+    total, _ = jax.lax.scan(add, zero, (jnp.moveaxis(a, 1, 0), jnp.moveaxis(g, 2, 0)))
+    return total / data
+
+
+def table_eigenvalues(
+    indices: Array,
+    output_grads: Array,
+    length: int,
+    output_basis: Array | None,
+    *,
+    precision: contract.Precision = None,
+) -> Array:
+    """`λ` of a table, whose input factor is diagonal: of one-hot inputs, from their indices.
+
+    Args:
+      indices: int [B, N, S, 1]; one beyond the table counts for nothing.
+      output_grads: [V, B, N, S, d_out].
+      length: number of rows of the table.
+      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
+      precision: of the matrix products.
+
+    Returns:
+      [B, length, d_out]. Cost: 2·V·B·N·S·d_out² operations for the basis, and 2·V·B·N·S²·d_out.
+    """
+    data = indices.shape[1]
+    rows = indices[..., 0]
+    g = _rotated(output_grads, output_basis, precision)
+    # A row that a datum reads twice has the sum of both gradients, which then is squared: each of
+    # them times the sum over all positions that read the same row.
+    same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
+    beside = jnp.einsum("bnst,vbnto->vbnso", same, g, precision=precision)
+    squares = jnp.sum(g * beside, axis=0)
+
+    def collect(rows, squares):
+        zero = jnp.zeros((length, squares.shape[-1]), squares.dtype)
+        return zero.at[rows].add(squares, mode="drop")
+
+    return jax.vmap(collect)(rows, squares) / data
+
+
+def carried_over(
+    values: Array,
+    input_overlap: Array | None,
+    output_overlap: Array | None,
+    *,
+    precision: contract.Precision = None,
+) -> Array:
+    """What is known of `λ` after a change of basis: the diagonal of `Q_newᵀ Q diag(λ) Qᵀ Q_new`.
+
+    Args:
+      values: λ [d_in, d_out] in the old basis.
+      input_overlap: `Q_newᵀ Q` of the input factor [d_in, d_in]; `None`: no change.
+      output_overlap: that of the output factor [d_out, d_out]; `None`: no change.
+      precision: of the matrix products.
+
+    Returns:
+      [d_in, d_out], of the same sum. Cost: 2·d_in·d_out·(d_in + d_out) operations.
+    """
+    for axis, overlap in enumerate((input_overlap, output_overlap)):
+        if overlap is not None:
+            values = contract.apply_factor(jnp.square(overlap), values, axis, precision=precision)
+    return values
+
+
+def _rotated(x: Array, basis: Array | None, precision: contract.Precision) -> Array:
+    """`Qᵀx` of vectors [..., B, N, S, d]."""
+    return x if basis is None else jnp.einsum("...bnsi,bij->...bnsj", x, basis, precision=precision)
