@@ -1,6 +1,8 @@
 """What keeps a state whole: a value that is not finite never replaces one that is."""
 
 import collections
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +35,29 @@ def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Ar
     if jnp.iscomplexobj(x):
         magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
     return jnp.max(magnitude, axis=axis, initial=0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def replaced_if(function: Callable[..., PyTree], condition: Array, old: PyTree, *operands: Any):
+    """`function(old, *operands)` where a scalar condition holds, else `old`, which is not copied.
+
+    As a loop of one step or none, whose state stays where it is; the results of a conditional are
+    other arrays than its operands. A loop has no derivative backwards: that of the conditional is
+    taken.
+    """
+
+    def step(carry):
+        return jnp.zeros_like(condition), function(carry[1], *operands)
+
+    return jax.lax.while_loop(lambda carry: carry[0], step, (condition, old))[1]
+
+
+@replaced_if.defjvp
+def _replaced_if_jvp(function, primals, tangents):
+    def choose(condition, old, *operands):
+        return jax.lax.cond(condition, function, lambda old, *_: old, old, *operands)
+
+    return jax.jvp(choose, primals, tangents)
 
 
 def select(condition: ArrayLike, new: PyTree, old: PyTree) -> PyTree:

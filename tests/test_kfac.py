@@ -963,3 +963,24 @@ def test_hidden_parameters_hide_no_others_of_a_similar_path(hidden, seen):
     taps = Taps({name: Tap(jnp.eye(3) * 9, jnp.eye(3)) for name in (hidden, seen)})
     updates, _ = tx.update(params, tx.init(params), params, taps=taps)
     assert float(jnp.max(jnp.abs(updates["attn"][seen]))) < 0.5  # and not the gradient, which is 1
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["refreshed", "between"])
+def test_an_update_has_derivatives_in_both_directions(x64, count):
+    layer = Layer("dense", kernel="")
+    tx = scale_by_kfac(layers=[layer], refresh_every=2, decay=0.5, factor_dtype=jnp.float64)
+    draw = np.random.default_rng(0).normal
+    params, inputs, grads = jnp.zeros((3, 2)), draw(size=(5, 3)), draw(size=(5, 2))
+    state = tx.init(params)
+    for _ in range(2 + count):  # past the refreshes of young factors
+        _, state = tx.update(params, state, taps=Taps({"dense": Tap(inputs, grads)}))
+
+    def moved(scale):
+        taps = Taps({"dense": Tap(scale * inputs, scale * grads)})
+        updates, new = tx.update(jnp.ones((3, 2)), state, taps=taps)
+        return jnp.sum(jnp.sin(updates)) + jnp.sum(new.stacks["3x2"].inverse.input)
+
+    backwards, forwards = jax.grad(moved)(1.0), jax.jvp(moved, (1.0,), (1.0,))[1]
+    np.testing.assert_allclose(backwards, forwards, rtol=1e-10)
+    expected = (moved(1 + 1e-6) - moved(1 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(backwards, expected, rtol=1e-5, atol=1e-8)

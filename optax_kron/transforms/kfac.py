@@ -221,14 +221,12 @@ def scale_by_kfac(
             )
         sound, moved = finite & sound, moving & sound
         due = sound & _refresh_is_due(state, moved, rate, refresh_every)
-        inverses, failed_inverses = jax.lax.cond(
+        inverses, failed_inverses = guards.replaced_if(
+            curvature.refresh,
             due,
-            lambda stacks: curvature.refresh(stacks, strength),
-            lambda stacks: (
-                {label: stack.inverse for label, stack in stacks.items()},
-                jnp.zeros([], jnp.int32),
-            ),
-            stacks,
+            ({label: stack.inverse for label, stack in stacks.items()}, jnp.zeros([], jnp.int32)),
+            {label: stack[:3] for label, stack in stacks.items()},
+            strength,
         )
         stacks = {label: stack._replace(inverse=inverses[label]) for label, stack in stacks.items()}
 

@@ -199,13 +199,22 @@ class Curvature:
         return Moments(inputs, tap.output_factor.astype(dtype), tap.cases)
 
     def refresh(
-        self, stacks: Stacks, damping: ArrayLike
+        self,
+        last: tuple[Mapping[str, Inverses | Eigenbases], Any],
+        factors: Mapping[str, tuple[Array, Array, Array]],
+        damping: ArrayLike,
     ) -> tuple[dict[str, Inverses | Eigenbases], Array]:
         """Invert, or eigendecompose, the factors of every block that has any.
+
+        Args:
+          last: the inverses, and what is returned beside them.
+          factors: the stacks, all but their inverses.
+          damping: of the factors.
 
         Returns:
           The new inverses; and how many blocks failed, so that their last inverse was kept.
         """
+        stacks = {label: KfacStack(*rest, last[0][label]) for label, rest in factors.items()}
         decompose = self._eigenbases if self.rule == "eigen" else self._inverses
         inverses, failures = {}, jnp.zeros([], jnp.int32)
         for label, (new, finite) in decompose(stacks, damping).items():
