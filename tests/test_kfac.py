@@ -128,6 +128,19 @@ def test_groups_are_averaged_by_cases_and_summed(x64):
     np.testing.assert_allclose(stack.output_factor[0], pairs[0][1] + pairs[1][1], rtol=RTOL)
 
 
+def test_groups_are_averaged_by_what_their_data_weigh(x64):
+    grads, _ = problem()
+    many = Tap(draw(1, 4, 2, 4, seed=1), draw(1, 1, 4, 2, 2), 0.1 * jnp.arange(4.0))
+    few = Tap(draw(1, 3, 1, 4), draw(2, 1, 3, 1, 2), jnp.array([[2.0], [0.0], [1.0]]))
+    _, state = first(scale_by_kfac(**settings()), grads, Taps({"dense": [many, few]}))
+    A = [
+        reference.factors(t.inputs[0], t.output_grads[:, 0], t.weights.ravel())[0]
+        for t in (many, few)
+    ]
+    expected = (0.6 * A[0] + 3 * A[1]) / 3.6
+    np.testing.assert_allclose(state.stacks["4x2"].input_factor[0], expected, rtol=RTOL)
+
+
 def test_without_columns_the_output_factor_is_the_identity():
     grads, taps = problem()
     taps = Taps({"dense": Tap(taps["dense"][0].inputs, jnp.zeros((0, 1, 6, 1, 2)))})

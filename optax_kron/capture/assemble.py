@@ -122,8 +122,8 @@ def member_moments(
                 w = form.taken_weights(w, linearized.taken[i])
             total = total + jnp.sum(w) * (form.positions if w.ndim == 1 else 1)
         data = analysis.labels.data(group[0].output).size
-        cases = jnp.where(total > 0, data * positions, 0).astype(jnp.float32)
+        weight = total / positions
         if gradients[numbers[group[0]]].shape[0] == 0:
             outputs = data * jnp.tile(jnp.eye(member.layer.d_out), (member.layer.blocks, 1, 1))
-        found.append(Moments(inputs / jnp.where(total > 0, total, 1), outputs / data, cases))
+        found.append(Moments(inputs / jnp.where(total > 0, total, 1), outputs / data, weight))
     return tuple(found)

@@ -50,10 +50,11 @@ def moments_of(
     grads = tap.output_grads.astype(dtype)
     outputs = kfac.output_moment(grads, approx=approx, precision=precision)
     _, data, positions, _ = tap.inputs.shape
-    cases = jnp.asarray(data * (1 if approx == "reduce" else positions), jnp.float32)
-    if weights is not None:
-        cases = jnp.where(jnp.sum(weights) > 0, cases, 0)
-    return Moments(inputs, outputs, cases)
+    if weights is None:
+        weight = jnp.asarray(data * (1 if approx == "reduce" else positions), dtype)
+    else:
+        weight = jnp.sum(weights) * (data / weights.size)
+    return Moments(inputs, outputs, weight)
 
 
 def with_bias(x: Array, biased: bool) -> Array:

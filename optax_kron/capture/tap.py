@@ -30,7 +30,9 @@ class Moments(NamedTuple):
 
     input_factor: Array  # A [B, d_in, d_in]; of an embedding its diagonal [B, d_in]
     output_factor: Array  # G [B, d_out, d_out]
-    cases: Array  # N·S, which weighs A against other groups; 0 if none was seen; float32 []
+    # Of all data in the loss, Σ_n w_n, which weighs A against other groups; 0 if none was seen, N·S
+    # if the tap has no weights; [].
+    weight: Array
 
 
 class Taps(dict):

@@ -166,15 +166,15 @@ class Curvature:
     ) -> tuple[Array, Array, Array]:
         """Factors [B, ...] of one layer from all groups of its taps, and if there is any [B].
 
-        The input factor is the mean of those of the groups, by their numbers of cases N·S; the
-        output factor is the sum, as curvatures of terms of a loss add up.
+        The input factor is the mean of those of the groups, by what their data weigh in the loss;
+        the output factor is the sum, as curvatures of terms of a loss add up.
         """
         found = [self._group(member, tap, dtype) for tap in taps]
-        cases = [m.cases.astype(dtype) for m in found]
-        total = sum(cases[1:], cases[0])
+        weights = [m.weight.astype(dtype) for m in found]
+        total = sum(weights[1:], weights[0])
         inputs = [m.input_factor for m in found]
         if len(found) > 1:
-            shares = [n / jnp.where(total > 0, total, 1) for n in cases]
+            shares = [w / jnp.where(total > 0, total, 1) for w in weights]
             inputs = [x * share for x, share in zip(inputs, shares, strict=True)]
         outputs = [m.output_factor for m in found]
         if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
@@ -196,7 +196,7 @@ class Curvature:
             )
         inputs = tap.input_factor.astype(dtype)
         inputs = inputs if layer.is_embedding else inputs[..., columns, columns]
-        return Moments(inputs, tap.output_factor.astype(dtype), tap.cases)
+        return Moments(inputs, tap.output_factor.astype(dtype), tap.weight)
 
     def refresh(
         self,

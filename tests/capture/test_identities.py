@@ -50,11 +50,10 @@ def kfac_block(layer, taps, approx="expand"):
             own = weights.sum(axis=1, keepdims=True)
             a = jnp.einsum("ns,bnsi->bni", weights / own, a)[:, :, None]
             g, weights = g.sum(axis=3, keepdims=True), own
-        positions = a.shape[1] * a.shape[2]
-        weights = weights / weights.sum()
-        factors_a += positions * jnp.einsum("ns,bnsi,bnsj->bij", weights, a, a)
+        weights = weights / a.shape[2]
+        factors_a += jnp.einsum("ns,bnsi,bnsj->bij", weights, a, a)
         factors_g += jnp.einsum("vbnso,vbnsp->bop", g, g) / a.shape[1]
-        total += positions
+        total += weights.sum()
     factors_a = factors_a / total
     blocks = [jnp.kron(a, g) for a, g in zip(factors_a, factors_g, strict=True)]
     return jax.scipy.linalg.block_diag(*blocks)
@@ -196,6 +195,15 @@ def test_masked_positions_leave_no_trace(form):
     x, y = draw(5, 6, 3), draw(5, 6, 2)
     x = jnp.where(MASK[..., None], x, 1e6)  # what is masked may be anything
     assert_exact(compare(loss_fn, POSITIONWISE, x, y))
+
+
+def test_batches_of_other_sizes_and_weights():
+    def loss_fn(p, x, y, u, v):
+        near = jnp.mean(losses.squared_error(positionwise(p, x), y))
+        return near + 0.01 * jnp.mean(losses.squared_error(positionwise(p, u), v))
+
+    args = draw(5, 6, 3), draw(5, 6, 2), 3 * draw(20, 4, 3, seed=1), draw(20, 4, 2, seed=1)
+    assert_exact(compare(loss_fn, POSITIONWISE, *args))
 
 
 def test_positions_that_others_see_all_count():
