@@ -22,7 +22,7 @@ def member_taps(
     numbers: dict[Use, int],
     linearized: Linearized,
     gradients: Sequence[Array],
-    weights: Sequence[Array],
+    weighing: Weighing,
 ) -> tuple[Tap, ...]:
     """The taps of one layer, one for each group of uses.
 
@@ -32,9 +32,8 @@ def member_taps(
       numbers: of the uses.
       linearized: the loss at a point.
       gradients: cotangents of the uses' outputs [V, ...].
-      weights: derivative of the loss with respect to each mark's per-example losses.
+      weighing: of the data in the loss.
     """
-    weighing = Weighing(analysis, weights)
     taps = []
     for group in member.groups:
         inputs, grads, weighed = [], [], []
@@ -88,7 +87,7 @@ def member_moments(
     numbers: dict[Use, int],
     linearized: Linearized,
     gradients: Sequence[Array],
-    weights: Sequence[Array],
+    weighing: Weighing,
     inside: Mapping[Use, InsideMoments],
 ) -> tuple[Moments, ...]:
     """The second moments of one layer, one for each group of uses.
@@ -97,9 +96,8 @@ def member_moments(
     inside, for which `gradients` are the cotangents of their dummies.
     """
     if member.groups[0][0] not in inside:
-        taps = member_taps(analysis, member, numbers, linearized, gradients, weights)
+        taps = member_taps(analysis, member, numbers, linearized, gradients, weighing)
         return tuple(moments_of(member.layer, tap) for tap in taps)
-    weighing = Weighing(analysis, weights)
     found = []
     for group in member.groups:
         inputs: Any = 0

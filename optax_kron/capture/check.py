@@ -15,6 +15,7 @@ from jax import Array
 from optax_kron.capture.assemble import member_taps
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import Traced
+from optax_kron.capture.weighing import Weighing
 from optax_kron.kernels import contract
 
 
@@ -71,6 +72,7 @@ def _deviations(
     ]
     one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
     _, _, weights = linearized.pull_loss()
+    weighing = Weighing(analysis, weights)
     none = jnp.zeros_like(linearized.outputs[0])
     params, gradients, _ = linearized.pull(none, everything)
     _, alone, _ = linearized.pull(none, one)
@@ -78,7 +80,7 @@ def _deviations(
 
     def taps_of(member, gradients):
         gradients = [g[None] for g in gradients]
-        return member_taps(analysis, member, numbers, linearized, gradients, weights)
+        return member_taps(analysis, member, numbers, linearized, gradients, weighing)
 
     found = {}
     for member in analysis.members:
@@ -97,9 +99,9 @@ def _deviations(
 
 def _of_one(mark, cotangent):
     """The cotangent of the first datum alone."""
-    flat = cotangent.reshape(mark.data.size, -1)
-    first = mark.data[0]
-    return jnp.zeros_like(flat).at[first].set(flat[first]).reshape(cotangent.shape)
+    data = mark.data
+    flat = cotangent.reshape(data.size, -1)
+    return jnp.zeros_like(flat).at[data[0]].set(flat[data[0]]).reshape(cotangent.shape)
 
 
 def _others(gradients):

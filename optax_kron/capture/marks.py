@@ -118,11 +118,7 @@ def _find(graph, outputs, scans, branch) -> Iterator[Mark]:
 
 def flattened(graph: Graph) -> set[tuple[int, ...]]:
     """The lengths of axes that reshapes make one."""
-    return set(_flattened(graph))
-
-
-def _flattened(graph: Graph) -> Iterator[tuple[int, ...]]:
-    """The lengths of axes that reshapes make one."""
+    found = set()
     for node in graph.walk():
         if node.name != "reshape" or 0 in node.outputs[0].shape:
             continue
@@ -131,7 +127,8 @@ def _flattened(graph: Graph) -> Iterator[tuple[int, ...]]:
             for start, stop in itertools.combinations(range(len(shape) + 1), 2):
                 sizes = tuple(s for s in shape[start:stop] if s > 1)
                 if len(sizes) > 1 and math.prod(sizes) == length:
-                    yield sizes
+                    found.add(sizes)
+    return found
 
 
 def candidates(mark: Mark, flattened: Iterable[tuple[int, ...]]) -> list[Place]:

@@ -98,7 +98,7 @@ def value_and_grad_with_taps(
         grads, _, weights = linearized.pull_loss()
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
         numbers = {use: i for i, use in enumerate(uses)}
-        seen = (analysis, numbers, linearized, gradients, weights)
+        seen = (analysis, numbers, linearized, gradients, Weighing(analysis, weights))
         taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
         value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
         return value, _unflatten_grads(traced, params, grads), Taps(taps)
@@ -106,8 +106,8 @@ def value_and_grad_with_taps(
     return value_and_grad
 
 
-def _taps_of(member, analysis, numbers, linearized, gradients, weights, inside, reduce):
-    arguments = analysis, member, numbers, linearized, gradients, weights
+def _taps_of(member, analysis, numbers, linearized, gradients, weighing, inside, reduce):
+    arguments = analysis, member, numbers, linearized, gradients, weighing
     return member_moments(*arguments, inside) if reduce else member_taps(*arguments)
 
 
