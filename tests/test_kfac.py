@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from optax_kron import find_layers, losses, value_and_grad_with_taps
 from optax_kron.capture.layers import Arrangement, Layer, arrange
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.capture.views import Digit
@@ -648,6 +649,43 @@ def test_injected_schedule_equals_a_plain_one():
     for (grads, taps), u in zip(stream, plain, strict=True):
         updates, state = tx.update(grads, state, grads, taps=taps)
         chex.assert_trees_all_close(updates, u, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("read", ["dense", "lookup"])
+def test_blocks_in_branches_not_taken_keep_their_factors(x64, read, reduce):
+    def loss_fn(p, x, t, y, taken):
+        def layer(h, wk):
+            w, taken = wk
+            used = (lambda h: h + w[t]) if read == "lookup" else (lambda h: jnp.tanh(h @ w))
+            return jax.lax.cond(taken, used, lambda h: 0.9 * h, h), None
+
+        h, _ = jax.lax.scan(layer, x, (p["blocks"], taken))
+        return jnp.mean(losses.squared_error(h @ p["out"], y))
+
+    params = {"blocks": draw(3, 4, 4), "out": draw(4, 2)}
+    x, t, y = draw(5, 4), jnp.array([0, 3, 1, 1, 2]), draw(5, 2)
+    every = jnp.ones(3, bool)
+    layers = find_layers(loss_fn, params, x, t, y, every)
+    fn = value_and_grad_with_taps(loss_fn, layers, fisher="exact", reduce=reduce)
+    tx = scale_by_kfac(layers=layers, factor_dtype="float64")
+
+    def after(*branches):
+        state = tx.init(params)
+        for taken in branches:
+            _, grads, taps = fn(params, x, t, y, jnp.array(taken, bool))
+            state = tx.update(grads, state, taps=taps)[1]
+        return next(s for s in state.stacks.values() if s.started.shape == every.shape)
+
+    first, both = after([1, 1, 0]), after([1, 1, 0], [1, 0, 0])
+    np.testing.assert_array_equal(both.started, [True, True, False])
+    # What lies behind the first block changed.
+    assert np.abs(both.output_factor[0] - first.output_factor[0]).max() > 1e-3
+    for old, new in zip(first[:2], both[:2], strict=True):
+        np.testing.assert_array_equal(new[1:], old[1:])
+    # A block's own factor does not depend on whether others saw anything.
+    alone, beside = after([1, 0, 0]), after([1, 1, 1])
+    np.testing.assert_allclose(alone.input_factor[0], beside.input_factor[0], rtol=1e-12)
 
 
 def test_masked_layers_are_left_out(x64):

@@ -14,6 +14,7 @@ from optax_kron.capture.pullback import Linearized
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
 from optax_kron.capture.weighing import Weighing
+from optax_kron.kernels import kfac
 
 
 def member_taps(
@@ -60,7 +61,9 @@ def member_taps(
         if member.layer.kernel is None:
             # Every use sees the same input: their gradients add up before they are squared.
             inputs, grads = inputs[:1], [sum(grads[1:], grads[0])]
-            weighed = [w if w.ndim == 1 else jnp.mean(w, axis=1) for w in weighed[:1]]
+            weighed = [
+                w if w.ndim == 1 else jnp.mean(w, axis=-1, keepdims=True) for w in weighed[:1]
+            ]
         tap = Tap(
             jnp.concatenate([x.astype(dtype) for x in inputs], axis=2),
             jnp.concatenate(grads, axis=3),
@@ -71,14 +74,15 @@ def member_taps(
 
 
 def _side_by_side(weights: Sequence[Array], inputs: Sequence[Array]) -> Array:
-    """Weights [N] or [N, S] of several uses as those of their positions one after the other."""
+    """Weights of several uses as those of their positions one after the other."""
     if all(w.ndim == 1 for w in weights):
         return weights[0]
+    by_block = any(w.ndim == 3 for w in weights)
     wide = [
-        jnp.broadcast_to(w.reshape(len(w), -1), x.shape[1:3])
+        jnp.broadcast_to(w[:, None] if w.ndim == 1 else w, x.shape[0 if by_block else 1 : 3])
         for w, x in zip(weights, inputs, strict=True)
     ]
-    return jnp.concatenate(wide, axis=1)
+    return jnp.concatenate(wide, axis=-1)
 
 
 def member_moments(
@@ -118,10 +122,11 @@ def member_moments(
             w = weighing.of(use, form, marks)
             if linearized.taken[i] is not None:
                 w = form.taken_weights(w, linearized.taken[i])
-            total = total + jnp.sum(w) * (form.positions if w.ndim == 1 else 1)
+            total = total + kfac.total_weight(w, form.positions)
         data = analysis.labels.data(group[0].output).size
-        weight = total / positions
         if gradients[numbers[group[0]]].shape[0] == 0:
             outputs = data * jnp.tile(jnp.eye(member.layer.d_out), (member.layer.blocks, 1, 1))
-        found.append(Moments(inputs / jnp.where(total > 0, total, 1), outputs / data, weight))
+        inputs = inputs / jnp.where(total > 0, total, 1)[(..., *[None] * (inputs.ndim - 1))]
+        weight = jnp.broadcast_to(total / positions, member.layer.blocks)
+        found.append(Moments(inputs, outputs / data, weight))
     return tuple(found)

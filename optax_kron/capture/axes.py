@@ -20,6 +20,7 @@ _ALONG_ONE_AXIS = {
     "split": "axis",
     "concatenate": "dimension",
 }
+_SELECTIONS = frozenset(["slice", "rev"])
 _MATRIX_FUNCTIONS = frozenset(
     """
     cholesky eig eigh householder_product lu lu_pivots_to_permutation qr schur svd triangular_solve
@@ -28,8 +29,14 @@ _MATRIX_FUNCTIONS = frozenset(
 )
 
 
-def back(node: Node, labels: list[Label]) -> list[Label]:
-    """The labels of a plain equation's operands from those of its outputs."""
+def back(node: Node, labels: list[Label], *, selections: bool = False) -> list[Label]:
+    """The labels of a plain equation's operands from those of its outputs.
+
+    Args:
+      node: the equation.
+      labels: of its outputs.
+      selections: follow the data where an operand has elements along their axis that are nobody's.
+    """
     if node.name == "stop_gradient":
         return [None] * len(node.operands)
     if node.name == "optimization_barrier":
@@ -39,8 +46,29 @@ def back(node: Node, labels: list[Label]) -> list[Label]:
         if label is None:
             continue
         for i, operand in enumerate(node.operands):
-            result[i] = meet(result[i], _back_one(node, output, label, i, operand), node)
+            if selections and isinstance(label, Data) and node.name in _SELECTIONS:
+                found = _selected(node, output, label, operand)
+            else:
+                found = _back_one(node, output, label, i, operand)
+            result[i] = meet(result[i], found, node)
     return result
+
+
+def _selected(node, output, label, operand):
+    """The label of what a slice or a reversal selects from."""
+    axis, params = label.axis, node.params
+    if node.name == "slice":
+        strides = params["strides"] or (1,) * operand.ndim
+        bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+        ranges = [range(*bound) for bound in bounds]
+    else:
+        ranges = [range(length) for length in operand.shape]
+        ranges = [r[::-1] if a in params["dimensions"] else r for a, r in enumerate(ranges)]
+    if not label.on_axis or ranges[axis] == range(operand.shape[axis]):
+        return label
+    if label.size != output.shape[axis]:
+        return Coupled(label.marks, node)
+    return label.among(ranges[axis], operand.shape[axis])
 
 
 def _back_one(node, output, label, i, operand):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optax_kron.capture.labels import Data
@@ -18,7 +19,7 @@ _INPUT_ROLES = ("block", "data", "position", "input")
 _OUTPUT_ROLES = ("block", "data", "position", "output")
 
 
-STEP = 0  # what the order of positions that are steps of a scan begins with
+_STEP = 0  # what the order of positions that are steps of a scan begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,35 @@ class _Part:
     role: str
     order: Any
     size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A digit of the positions of a use.
+
+    Attributes:
+      order: of the part that it is a digit of.
+      after: number of positions in a row that share it, in that part.
+      size: number of its values.
+      source: which of the losses' elements each is, -1 for none; `None`: they are those in order.
+    """
+
+    order: Any
+    after: int
+    size: int
+    source: tuple[int, ...] | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it counts the steps of a scan."""
+        return self.order[0] == _STEP
+
+    def taken(self, x: Array, axis: int) -> Array:
+        """Its values, from those of the losses along an axis; zero where there is no loss."""
+        if self.source is None:
+            return x
+        x = jnp.pad(x, [(0, int(a == axis)) for a in range(x.ndim)])
+        return jnp.take(x, np.array(self.source) % x.shape[axis], axis=axis)
 
 
 class Canonical:
@@ -64,7 +94,7 @@ class Canonical:
             return [_digit("block", d) for d in steps[scan]]
         if label.axis is scan:
             return [_Part("data", (), length)]
-        return [_Part("position", (STEP, depth), length)]
+        return [_Part("position", (_STEP, depth), length)]
 
     def _data_slot(self, label):
         """The free slot that holds the data, if they lie along an axis of the output."""
@@ -107,28 +137,42 @@ class Canonical:
             axes = self._operand
         return self._arranged(record, axes, _INPUT_ROLES)
 
-    def position(self, label: Data) -> Any:
-        """Which position the elements along a label's axis are, if they are one; else `None`."""
+    def position(self, label: Data) -> Position | None:
+        """Which positions the elements along a label's axis are, if they are any."""
         if label.axis in self.use.scans:
             parts = self._steps[self.use.scans.index(label.axis)]
-            return parts[0].order if [p.role for p in parts] == ["position"] else None
+            stepwise = [p.role for p in parts] == ["position"]
+            return Position(parts[0].order, 1, label.size, label.source) if stepwise else None
         slots = self.use.reading.output_slots
         if not label.on_axis or label.axis >= len(slots):
             return None
         inner = 1
         for part in reversed(self._parts(slots[label.axis])):
-            if (inner, part.size) == (label.after, label.size):
-                return part.order if part.role == "position" else None
+            after, left = divmod(label.after, inner)
+            fits = left == 0 and after > 0 and part.size % (after * label.size) == 0
+            if fits and part.role == "position":
+                return Position(part.order, after, label.size, label.source)
             inner *= part.size
         return None
 
-    def spread(self, x: Array, positions: Sequence[Any]) -> Array:
+    def spread(self, x: Array, positions: Sequence[Position]) -> Array:
         """[N, S] of [N, ...] with an axis for each of some positions, equal along the others."""
-        wanted = [p for p in self._all if p.role == "position"]
-        order = [1 + positions.index(p.order) for p in wanted if p.order in positions]
-        x = x.transpose(0, *order)
-        x = x.reshape(len(x), *(p.size if p.order in positions else 1 for p in wanted))
-        return jnp.broadcast_to(x, (len(x), *(p.size for p in wanted))).reshape(len(x), -1)
+        order, shape, whole = [0], [len(x)], [len(x)]
+        for axis, position in enumerate(positions, 1):
+            x = position.taken(x, axis)
+        for part in [p for p in self._all if p.role == "position"]:
+            mine = [(p.after, i) for i, p in enumerate(positions) if p.order == part.order]
+            left = part.size
+            for after, i in sorted(mine, reverse=True):
+                size = positions[i].size
+                between = left // (size * after)
+                order.append(1 + i)
+                shape += [1, size]
+                whole += [between, size]
+                left = after
+            shape.append(1)
+            whole.append(left)
+        return jnp.broadcast_to(x.transpose(order).reshape(shape), whole).reshape(len(x), -1)
 
     @property
     def _length(self) -> int:
@@ -153,6 +197,9 @@ class Canonical:
           inputs: [B, N, S, d_in] or indices.
           weights: [N] or [N, S].
           taken: what was recorded once for each step: whether the branch was taken.
+
+        Returns:
+          The inputs, and weights [N], [N, S] or [B, N, S].
         """
         there = self._taken(taken)[..., None]
         if self.use.reading.kind == "embedding":
@@ -162,11 +209,13 @@ class Canonical:
         return inputs, self.taken_weights(weights, taken)
 
     def taken_weights(self, weights: Array, taken: Array) -> Array:
-        """Weights [N] or [N, S] without branches that no block took; arguments as `only_taken`."""
-        there = jnp.max(self._taken(taken), axis=0).astype(weights.dtype)
-        if not any(p.role in ("data", "position") for axis in self._steps for p in axis):
-            return weights * jnp.max(there)
-        return weights.reshape(len(weights), -1) * there
+        """Weights without branches that were not taken; arguments and result as `only_taken`."""
+        there = self._taken(taken).astype(weights.dtype)
+        if not self._steps:
+            return weights * there[0, 0, 0]
+        weights = weights.reshape(len(weights), -1) * there
+        blocks = any(p.role == "block" for axis in self._steps for p in axis)
+        return weights if blocks else weights[0]
 
     def _taken(self, taken):
         """[B, N, S]."""

@@ -14,13 +14,15 @@ from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
 class Labels:
     """The labels of all values of a graph."""
 
-    def __init__(self, graph: Graph, places: Mapping[Node, Place]):
+    def __init__(self, graph: Graph, places: Mapping[Node, Place], *, selections: bool = False):
         """Label a graph.
 
         Args:
           graph: of the whole loss.
-          places: for each mark, where its per-example losses hold the data.
+          places: for each mark that counts, where its per-example losses hold the data.
+          selections: as in `back`.
         """
+        self._selections = selections
         self._of: dict[Value, Label] = {}
         self._marks = places
         self._numbers = {node: i for i, node in enumerate(places)}
@@ -86,7 +88,7 @@ class Labels:
             return [_of_mark(node, logits, labels[0]), *(None for _ in others)]
         if len(node.bodies) == 1:
             return self._through(node.bodies[0], labels)
-        return back(node, labels)
+        return back(node, labels, selections=self._selections)
 
     def _through(self, body: Graph, labels: Sequence[Label]) -> list[Label]:
         for value, label in zip(body.outputs, labels, strict=True):

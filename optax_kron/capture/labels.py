@@ -12,6 +12,7 @@ An unknown equation couples its inputs: that is always sound.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -42,15 +43,24 @@ class Data(Place):
 
     Attributes:
       marks: the losses that it reaches.
-      size: number of data.
+      size: number of elements that the data's digit of the axis has.
+      source: which datum each of these is, -1 for none; `None`: they are the data in order.
     """
 
     marks: frozenset[int]
     size: int
+    source: tuple[int, ...] | None = None
 
     def moved(self, axis: int) -> "Data":
         """The same along another axis."""
         return dataclasses.replace(self, axis=axis)
+
+    def among(self, elements: Iterable[int], size: int) -> "Data":
+        """The same before these of `size` elements were selected, along all of an axis."""
+        source = [-1] * size
+        for element, datum in zip(elements, self.source or range(self.size), strict=True):
+            source[element] = datum
+        return dataclasses.replace(self, size=size, source=tuple(source))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,12 @@ class Mark:
         i = axes.index(self.place.axis)
         return [*found[:i], *parts, *found[i + 1 :]]
 
+    def length(self, place: Place) -> int:
+        """The number of elements along a place of the recorded losses."""
+        if not place.on_axis:
+            return place.axis.params["length"]
+        return self.node.outputs[0].shape[place.axis] // (place.before * place.after)
+
     def by_digit(self, x: Any) -> Any:
         """What is recorded of every per-example loss, [*steps of scans, *losses], by `digits`.
 
@@ -129,6 +135,34 @@ def flattened(graph: Graph) -> set[tuple[int, ...]]:
                 if len(sizes) > 1 and math.prod(sizes) == length:
                     found.add(sizes)
     return found
+
+
+def splits(place: Place, length: int, flattened: Iterable[tuple[int, ...]]) -> list[list[Place]]:
+    """What a place of some losses may have been before axes were made one, slow to fast.
+
+    Args:
+      place: of losses.
+      length: number of elements along it.
+      flattened: the lengths of axes that the program makes one.
+    """
+    if not place.on_axis:
+        return []
+    found = set()
+    for sizes in flattened:
+        for start, stop in itertools.combinations(range(len(sizes) + 1), 2):
+            if stop - start > 1 and math.prod(sizes[start:stop]) == length:
+                found.add(sizes[start:stop])
+    return [
+        [
+            dataclasses.replace(
+                place,
+                before=place.before * math.prod(sizes[:i]),
+                after=place.after * math.prod(sizes[i + 1 :]),
+            )
+            for i in range(len(sizes))
+        ]
+        for sizes in sorted(found)
+    ]
 
 
 def candidates(mark: Mark, flattened: Iterable[tuple[int, ...]]) -> list[Place]:

@@ -49,12 +49,12 @@ def moments_of(
         inputs = kfac.input_moment(x, weights, approx=approx, precision=precision)
     grads = tap.output_grads.astype(dtype)
     outputs = kfac.output_moment(grads, approx=approx, precision=precision)
-    _, data, positions, _ = tap.inputs.shape
+    blocks, data, positions, _ = tap.inputs.shape
     if weights is None:
         weight = jnp.asarray(data * (1 if approx == "reduce" else positions), dtype)
     else:
-        weight = jnp.sum(weights) * (data / weights.size)
-    return Moments(inputs, outputs, weight)
+        weight = kfac.total_weight(weights, positions) / positions
+    return Moments(inputs, outputs, jnp.broadcast_to(weight, blocks))
 
 
 def with_bias(x: Array, biased: bool) -> Array:
@@ -101,9 +101,8 @@ class InsideMoments:
 
     def of_inputs(self, record: Array) -> Array:
         """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal for an embedding."""
-        positions = self.form.positions
         # Undo the kernel's mean.
-        total = jnp.sum(self.weights) * (positions if self.weights.ndim == 1 else 1)
+        total = kfac.total_weight(self.weights, self.form.positions)[:, None, None]
         if self.layer.is_embedding:
             indices = self.form.inputs(record, record.dtype)
             found = kfac.index_frequencies(

@@ -18,7 +18,8 @@ class Tap(NamedTuple):
 
     inputs: Array  # [B, N, S, d_in], ones last where there is a bias; indices [B, N, S, 1]
     output_grads: Array  # [V, B, N, S, d_out], per datum; V = 0: the output factor is the identity
-    # In the input factor, of the data [N] or of their positions [N, S], ≥ 0; None: all equal.
+    # In the input factor, ≥ 0: of the data [N], of their positions [N, S], or of those of each
+    # block [B, N, S]; None: all equal.
     weights: Array | None = None
 
 
@@ -31,7 +32,7 @@ class Moments(NamedTuple):
     input_factor: Array  # A [B, d_in, d_in]; of an embedding its diagonal [B, d_in]
     output_factor: Array  # G [B, d_out, d_out]
     # Of all data in the loss, Σ_n w_n, which weighs A against other groups; 0 if none was seen, N·S
-    # if the tap has no weights; [].
+    # if the tap has no weights; [B] or [].
     weight: Array
 
 
@@ -94,11 +95,12 @@ def canonical(name: str, tap: Tap | Moments) -> Tap | Moments:
     if 0 in inputs.shape[:3]:
         raise ValueError(f"Taps: layer {name!r} has no data: inputs have shape {inputs.shape}.")
     weights = tap.weights
-    sizes = inputs.shape[1:3]
-    if weights is not None and jnp.shape(weights) not in (sizes, sizes[:1]):
+    sizes = inputs.shape[:3]
+    if weights is not None and jnp.shape(weights) not in (sizes, sizes[1:], sizes[1:2]):
         raise ValueError(
             f"Taps: layer {name!r} has weights of shape {jnp.shape(weights)}; expected one for "
-            f"each of {sizes[0]} data, or for each of their {sizes[1]} positions too."
+            f"each of {sizes[1]} data, or for each of their {sizes[2]} positions too, and of "
+            f"{sizes[0]} blocks."
         )
     return Tap(inputs, grads, None if weights is None else jnp.asarray(weights))
 

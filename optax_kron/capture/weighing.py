@@ -7,14 +7,16 @@ positions of a datum count the same.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from optax_kron.capture import marks
 from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.canonical import STEP, Canonical
+from optax_kron.capture.canonical import Canonical, Position
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.labels import Data, Place
 from optax_kron.capture.marks import Mark
@@ -32,65 +34,95 @@ class Weighing:
 
     def __init__(self, analysis: Analysis, weights: Sequence[Array]):
         self._analysis, self._weights = analysis, weights
-        self._labels: dict[tuple[Place, ...], Labels] = {}
+        self._flattened = marks.flattened(analysis.graph)
+        self._labels: dict[tuple[Any, Place], Labels] = {}
 
-    def of(self, use: Use, form: Canonical, marks: frozenset[int]) -> Array:
+    def of(self, use: Use, form: Canonical, reached: frozenset[int]) -> Array:
         """What each datum weighs at a use, [N], or each of its positions, [N, S].
 
         Args:
           use: of a parameter.
           form: canonical, of the use.
-          marks: that the use, and those it shares data with, reach.
+          reached: the marks that the use, and those it shares data with, reach.
         """
-        numbers = sorted(marks)
-        losses = [self._analysis.marks[m] for m in numbers]
-        types = [contract.wide_dtype(self._weights[m].dtype) for m in numbers]
-        dtype = max(types, key=lambda d: d.itemsize)
-        weights = [self._weights[m].astype(dtype) for m in numbers]
-        apart = self._apart(use, form, losses)
-        if not apart:
-            sums = [mark.by_datum(w).sum(1) for mark, w in zip(losses, weights, strict=True)]
-            return functools.reduce(jnp.add, sums)
-        total = losses[0].by_digit(functools.reduce(jnp.add, weights))
-        others = [i for i in range(1, total.ndim) if i not in apart]
-        total = jnp.sum(total, axis=others)
-        # As much as one of all positions would, if all weighed the same.
-        return form.spread(total, list(apart.values())) * (total.size // total.shape[0])
+        dtype = max(
+            (contract.wide_dtype(self._weights[m].dtype) for m in reached),
+            key=lambda dtype: dtype.itemsize,
+        )
+        found = []
+        for numbers in self._alike(reached):
+            mark = self._analysis.marks[numbers[0]]
+            weights = sum(self._weights[m].astype(dtype) for m in numbers)
+            found.append(self._of_mark(use, form, mark, weights))
+        if any(w.ndim == 2 for w in found):
+            found = [w.reshape(len(w), -1) for w in found]
+        return functools.reduce(jnp.add, found)
 
-    def inside(self, use: Use, label: Data, marks: frozenset[int]) -> Array | None:
+    def _of_mark(self, use, form, mark, weights):
+        positions = self._positions(use, form, mark)
+        if not any(positions.values()):
+            return mark.by_datum(weights).sum(1)
+        x = mark.by_digit(weights)
+        x = x.reshape(len(x), *map(mark.length, positions))
+        others = [axis for axis, p in enumerate(positions.values(), 1) if p is None]
+        own = [p for p in positions.values() if p is not None]
+        # As much as one of all positions would, if all weighed the same.
+        return form.spread(x.sum(others), own) * _number(positions)
+
+    def inside(self, use: Use, label: Data, reached: frozenset[int]) -> Array | None:
         """The same inside of the scans around a use; `None` where steps have weights of their own.
 
         Args:
           use: of a parameter.
           label: where its output holds the data.
-          marks: as for `of`.
+          reached: as for `of`.
         """
-        losses = [self._analysis.marks[m] for m in sorted(marks)]
-        positions = self._apart(use, Canonical(use, label), losses).values()
-        if any(position[0] == STEP for position in positions):
-            return None
-        return self.of(use, Canonical(use, label, inside=True), marks)
+        form = Canonical(use, label)
+        for number, *_ in self._alike(reached):
+            positions = self._positions(use, form, self._analysis.marks[number])
+            if any(p is not None and p.is_step for p in positions.values()):
+                return None
+        return self.of(use, Canonical(use, label, inside=True), reached)
 
-    def _apart(self, use: Use, form: Canonical, losses: Sequence[Mark]) -> dict[int, Any]:
-        """The digits of the losses that are positions of the use too, by number, with those."""
-        first = losses[0]
-        if any(mark.alike != first.alike for mark in losses):
-            return {}
-        found = {}
-        for i, place in enumerate(first.digits):
-            label = self._labels_at(first, place)[use.output]
-            position = form.position(label) if isinstance(label, Data) else None
-            if position is not None:
-                found[i + 1] = position
+    def _alike(self, reached: frozenset[int]) -> list[list[int]]:
+        """Marks in groups that hold their data in the same way."""
+        groups: dict[Any, list[int]] = {}
+        for number in sorted(reached):
+            groups.setdefault(self._analysis.marks[number].alike, []).append(number)
+        return list(groups.values())
+
+    def _positions(self, use: Use, form: Canonical, mark: Mark) -> dict[Place, Position | None]:
+        """The digits of some losses, slow to fast, and which positions of a use they are."""
+        found: dict[Place, Position | None] = {}
+        for place in mark.digits:
+            found |= self._positions_at(use, form, mark, place)
         return found
 
-    def _labels_at(self, first: Mark, place: Place) -> Labels:
-        """The labels if marks like the first held the data at another place."""
-        marks = self._analysis.marks
-        places = tuple(place if mark.alike == first.alike else mark.place for mark in marks)
-        if places not in self._labels:
-            nodes = [mark.node for mark in marks]
-            self._labels[places] = Labels(
-                self._analysis.graph, dict(zip(nodes, places, strict=True))
+    def _positions_at(self, use, form, mark, place) -> dict[Place, Position | None]:
+        """The same of one digit, or of several that it was made of."""
+        label = self._labels_at(mark, place)[use.output]
+        whole = form.position(label) if isinstance(label, Data) else None
+        if whole is not None:
+            return {place: whole}
+        best: dict[Place, Position | None] = {place: None}
+        for parts in marks.splits(place, mark.length(place), self._flattened):
+            apart: dict[Place, Position | None] = {}
+            for part in parts:
+                apart |= self._positions_at(use, form, mark, part)
+            best = max(best, apart, key=_number)
+        return best
+
+    def _labels_at(self, mark: Mark, place: Place) -> Labels:
+        """The labels if marks like this one, and they alone, held the data at another place."""
+        key = mark.alike, place
+        if key not in self._labels:
+            nodes = [m.node for m in self._analysis.marks if m.alike == mark.alike]
+            self._labels[key] = Labels(
+                self._analysis.graph, dict.fromkeys(nodes, place), selections=True
             )
-        return self._labels[places]
+        return self._labels[key]
+
+
+def _number(positions: Mapping[Place, Position | None]) -> int:
+    """How many positions weigh apart."""
+    return math.prod(p.size for p in positions.values() if p is not None)

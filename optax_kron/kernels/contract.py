@@ -143,3 +143,12 @@ def widen(x: Array) -> Array:
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype with the precision of `dtype`: float32 for complex64, and so on."""
     return jnp.finfo(dtype).dtype
+
+
+def ragged_rows(rows: Sequence[Array]) -> Array:
+    """Rows of arrays [N, d] in one array [ΣN, longest], zeros behind the shorter ones.
+
+    So there is one kernel to compile for all, not one for each.
+    """
+    longest = max(x.shape[1] for x in rows)
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -41,17 +42,18 @@ def input_moment(
 
     Args:
       inputs: [B, N, S, d_in].
-      weights: of the data [N], or of their positions [N, S], ≥ 0; `None`: all equal. All zero: the
-        moment is zero.
+      weights: ≥ 0, of the data [N], of their positions [N, S], or of those of each block
+        [B, N, S]; `None`: all equal. All zero: the moment is zero.
       approx: "expand"; or "reduce": `a` is its mean over the positions, and S = 1.
       precision: of the matrix product.
 
     Returns:
       [B, d_in, d_in]. Cost: 2·B·N·S·d_in² operations.
     """
-    if approx == "reduce" and weights is not None and weights.ndim == 2:
-        own = jnp.sum(weights, axis=1)
-        share = weights / jnp.where(own > 0, own, 1)[:, None]
+    if approx == "reduce" and weights is not None and weights.ndim > 1:
+        weights = _by_block(weights)
+        own = jnp.sum(weights, axis=2, keepdims=True)
+        share = weights / jnp.where(own > 0, own, 1)
         inputs = jnp.sum(inputs * share[..., None].astype(inputs.dtype), axis=2, keepdims=True)
         weights = own
     elif approx == "reduce":
@@ -74,7 +76,7 @@ def index_frequencies(
     Args:
       indices: int [B, N, S, 1].
       length: number of rows of the table.
-      weights: of the data [N], or of their positions [N, S], ≥ 0; `None`: all equal.
+      weights: as in `input_moment`.
       dtype: of the result.
 
     Returns:
@@ -82,20 +84,36 @@ def index_frequencies(
     """
     share = _shares(indices.shape, weights, dtype)
 
-    def count(rows):
+    def count(rows, share):
         return jnp.zeros(length, dtype).at[rows].add(share, mode="drop")
 
-    return jax.vmap(count)(indices[..., 0])
+    blocks, data, positions, _ = indices.shape
+    shares = jnp.broadcast_to(share, (len(share), data, positions))
+    return jax.vmap(count, (0, 0 if len(share) == blocks else None))(
+        indices[..., 0], shares if len(share) == blocks else shares[0]
+    )
+
+
+def total_weight(weights: Array, positions: int) -> Array:
+    """`Σ_n Σ_s w` of weights as in `input_moment`: of each block [B], or of all alike [1]."""
+    weights = _by_block(weights)
+    return jnp.sum(weights, axis=(1, 2)) * (positions // weights.shape[2])
+
+
+def _by_block(weights: Array) -> Array:
+    """Weights [B or 1, N, S or 1]."""
+    if weights.ndim == 3:
+        return weights
+    return weights.reshape(1, len(weights), -1)
 
 
 def _shares(shape: Sequence[int], weights: Array | None, dtype: DTypeLike) -> Array:
-    """What each position of a datum counts in a mean over [B, N, S, ...]: [N, S] or [N, 1]."""
+    """What a position of a datum counts in a mean over [B, N, S, ...]: [B or 1, N, S or 1]."""
     _, data, positions, _ = shape
     if weights is None:
-        return jnp.full((data, 1), 1 / (data * positions), dtype)
-    weights = weights.reshape(data, -1)
-    total = jnp.sum(weights) * (positions // weights.shape[1])
-    return (weights / jnp.where(total > 0, total, 1)).astype(dtype)
+        return jnp.full((1, data, 1), 1 / (data * positions), dtype)
+    total = total_weight(weights, positions)[:, None, None]
+    return (_by_block(weights) / jnp.where(total > 0, total, 1)).astype(dtype)
 
 
 def output_moment(
@@ -153,7 +171,7 @@ def pi_damping(input_mean: Array, output_mean: Array, damping: ArrayLike) -> tup
     `π² = (tr A / d_in) / (tr G / d_out)`; 1 where a trace is not positive.
 
     Args:
-      input_mean: `mean_eigenvalue` of the input factors, of any shape.
+      input_mean: `mean_eigenvalues` of the input factors, of any shape.
       output_mean: that of the output factors.
       damping: λ ≥ 0.
 
@@ -173,9 +191,16 @@ def trace_damping(mean: Array, damping: ArrayLike) -> Array:
     return jnp.maximum(jnp.asarray(damping, mean.dtype) * mean, TRACE_FLOOR)
 
 
-def mean_eigenvalue(factor: Array) -> Array:
-    """`tr(M)/d` of a factor [d, d] or [d]."""
-    return jnp.mean(factor if factor.ndim == 1 else diagonals(factor[None])[0])
+def mean_eigenvalues(factors: Sequence[Array]) -> Array:
+    """`tr(M)/d` of all factors of several stacks, [N, d, d] or [N, d] each: [ΣN]."""
+    traces = jnp.sum(contract.ragged_rows([diagonal_rows(x) for x in factors]), axis=1)
+    sizes = np.repeat([x.shape[-1] for x in factors], [len(x) for x in factors])
+    return traces / sizes.astype(traces.dtype)
+
+
+def diagonal_rows(factor: Array) -> Array:
+    """The diagonals of factors [N, d, d]; of diagonal ones, which may be long, the sum [N, 1]."""
+    return jnp.sum(factor, axis=1, keepdims=True) if factor.ndim == 2 else diagonals(factor)
 
 
 def diagonals(matrices: Array) -> Array:

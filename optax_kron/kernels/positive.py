@@ -35,7 +35,8 @@ def inverses(stacks: Sequence[Array], shifts: Sequence[Array]) -> tuple[list[Arr
     """`(M + s·I)⁻¹` of every matrix of several stacks; those of a similar size share one program.
 
     Args:
-      stacks: [N, d, d], each with its own N and d; symmetric matrices.
+      stacks: [N, d, d], each with its own N and d; symmetric matrices. An infinite entry of a
+        diagonal counts as one that tends to infinity: its row of the inverse is zero.
       shifts: s [N] of every stack.
 
     Returns:

@@ -129,7 +129,7 @@ class Curvature:
             own = [tap for m in members for tap in used[m.layer.name]]
             if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
                 # No entry of a second moment is larger than those on its diagonal.
-                suspects = [_diagonals(x) for x in moments]
+                suspects = [kfac.diagonal_rows(x) for x in moments]
             else:
                 suspects = [_largest(x) for x in new]
             found[label] = new, suspects, some
@@ -170,17 +170,17 @@ class Curvature:
         the output factor is the sum, as curvatures of terms of a loss add up.
         """
         found = [self._group(member, tap, dtype) for tap in taps]
-        weights = [m.weight.astype(dtype) for m in found]
+        blocks = member.layer.blocks
+        weights = [jnp.broadcast_to(m.weight.astype(dtype), blocks) for m in found]
         total = sum(weights[1:], weights[0])
         inputs = [m.input_factor for m in found]
         if len(found) > 1:
             shares = [w / jnp.where(total > 0, total, 1) for w in weights]
-            inputs = [x * share for x, share in zip(inputs, shares, strict=True)]
+            inputs = [_scaled(x, share) for x, share in zip(inputs, shares, strict=True)]
         outputs = [m.output_factor for m in found]
         if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
             outputs = outputs[:1]  # no columns: the identity, not a sum of them
-        some = jnp.full(member.layer.blocks, total > 0)
-        return sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), some
+        return sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), total > 0
 
     def _group(self, member: Member, tap: Tap | Moments, dtype) -> Moments:
         layer, columns = member.layer, member.columns
@@ -259,7 +259,7 @@ class Curvature:
 
     def _amounts(self, inputs, outputs, damping):
         """What is added to the diagonals of all factors, [N] for each stack."""
-        means = [_mean_eigenvalues(side) for side in (inputs, outputs)]
+        means = [kfac.mean_eigenvalues(side) for side in (inputs, outputs)]
         if self.rule == "pi":
             amounts = kfac.pi_damping(means[0], means[1], damping)
         else:
@@ -286,8 +286,12 @@ class Curvature:
 
 def _blend(old: Array, new: Array, rate: Array) -> Array:
     """`rate·old + (1 − rate)·new` for every block, in the dtype of `old`."""
-    rate = rate.reshape(-1, *(1,) * (old.ndim - 1))
-    return (rate * old.astype(rate.dtype) + (1 - rate) * new).astype(old.dtype)
+    return (_scaled(old.astype(rate.dtype), rate) + _scaled(new, 1 - rate)).astype(old.dtype)
+
+
+def _scaled(x: Array, by: Array) -> Array:
+    """Every block of [N, ...] by its own number, [N]."""
+    return x * by.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def _finite_blocks(factors: Iterable[Array]) -> Array:
@@ -297,29 +301,8 @@ def _finite_blocks(factors: Iterable[Array]) -> Array:
 
 def _finite_rows(rows: Sequence[Array]) -> list[Array]:
     """Whether every row [d] of arrays [N, d] is finite, bool [N] for each array."""
-    finite = jnp.isfinite(guards.largest_magnitude(_ragged(rows), axis=1))
+    finite = jnp.isfinite(guards.largest_magnitude(contract.ragged_rows(rows), axis=1))
     return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
-
-
-def _ragged(rows: Sequence[Array]) -> Array:
-    """Rows of arrays [N, d] in one array [ΣN, longest], zeros behind the shorter ones.
-
-    So there is one kernel to compile for all, not one for each.
-    """
-    longest = max(x.shape[1] for x in rows)
-    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])
-
-
-def _diagonals(factor: Array) -> Array:
-    """The diagonals of factors [N, d, d]; of diagonal ones, which may be long, the sum [N, 1]."""
-    return jnp.sum(factor, axis=1, keepdims=True) if factor.ndim == 2 else kfac.diagonals(factor)
-
-
-def _mean_eigenvalues(factors: Sequence[Array]) -> Array:
-    """`tr(M)/d` of all factors of several stacks, [ΣN]."""
-    traces = jnp.sum(_ragged([_diagonals(x) for x in factors]), axis=1)
-    sizes = np.repeat([x.shape[-1] for x in factors], [len(x) for x in factors])
-    return traces / sizes.astype(traces.dtype)
 
 
 def _largest(x: Array) -> Array:

@@ -178,23 +178,116 @@ def test_expand_and_reduce_are_each_exact_in_their_setting(pooled, approx):
 MASK = jnp.arange(6) < jnp.array([6, 2, 4, 0, 1])[:, None]
 
 
-@pytest.mark.parametrize("form", ["plain", "flattened", "time_major", "scanned"])
+def plain(p, x, y):
+    return positionwise(p, x), y, MASK
+
+
+def flattened(p, x, y):
+    return positionwise(p, x).reshape(-1, 2), y.reshape(-1, 2), MASK.ravel()
+
+
+def time_major(p, x, y):
+    return positionwise(p, x.swapaxes(0, 1)), y.swapaxes(0, 1), MASK.T
+
+
+def scanned(p, x, y):
+    _, out = jax.lax.scan(lambda c, x: (c, positionwise(p, x)), 0, x.swapaxes(0, 1))
+    return out, y.swapaxes(0, 1), MASK.T
+
+
+def shifted(p, x, y):
+    return positionwise(p, x)[:, :-1], y[:, 1:], MASK[:, 1:]
+
+
+def shifted_steps(p, x, y):
+    out, target, mask = scanned(p, x, y)
+    return out[:-1], target[1:], mask[1:]
+
+
+def backwards(p, x, y):
+    return positionwise(p, x)[:, ::-1], y, MASK[:, ::-1]
+
+
+def thinned(p, x, y):
+    return positionwise(p, x)[:, 1:6:2], y[:, ::2], MASK[:, 1::2]
+
+
+def image(p, x, y):
+    out = positionwise(p, x.reshape(5, 2, 3, 3))
+    return out.reshape(5, 6, 2), y, MASK
+
+
+def flat_image(p, x, y):
+    out = positionwise(p, x.reshape(5, 2, 3, 3))
+    return out.reshape(30, 2), y.reshape(30, 2), MASK.ravel()
+
+
+def as_image(p, x, y):
+    return positionwise(p, x).reshape(5, 2, 3, 2), y.reshape(5, 2, 3, 2), MASK.reshape(5, 2, 3)
+
+
+def swapped_image(p, x, y):
+    out = positionwise(p, x.reshape(5, 2, 3, 3)).swapaxes(1, 2)
+    return (
+        out.reshape(5, 6, 2),
+        y,
+        MASK.reshape(5, 2, 3).swapaxes(1, 2).reshape(5, 6),
+    )
+
+
+WHERE_MASKED = [
+    *(plain, flattened, time_major, scanned, shifted, shifted_steps, backwards, thinned),
+    *(image, flat_image, as_image, swapped_image),
+]
+
+
+@pytest.mark.parametrize("form", WHERE_MASKED, ids=lambda form: form.__name__)
 def test_masked_positions_leave_no_trace(form):
     def loss_fn(p, x, y):
-        if form == "flattened":
-            out, target, mask = positionwise(p, x).reshape(-1, 2), y.reshape(-1, 2), MASK.ravel()
-        elif form == "time_major":
-            out, target, mask = positionwise(p, x.swapaxes(0, 1)), y.swapaxes(0, 1), MASK.T
-        elif form == "scanned":
-            _, out = jax.lax.scan(lambda c, x: (c, positionwise(p, x)), 0, x.swapaxes(0, 1))
-            target, mask = y.swapaxes(0, 1), MASK.T
-        else:
-            out, target, mask = positionwise(p, x), y, MASK
+        out, target, mask = form(p, x, y)
         return jnp.sum(mask * losses.squared_error(out, target).sum(-1)) / 3
 
     x, y = draw(5, 6, 3), draw(5, 6, 2)
-    x = jnp.where(MASK[..., None], x, 1e6)  # what is masked may be anything
+    kept = MASK
+    if form in (shifted, shifted_steps):
+        kept = jnp.pad(MASK[:, 1:], ((0, 0), (0, 1)))
+    elif form is thinned:
+        kept = MASK & (jnp.arange(6) % 2 == 1)
+    x = jnp.where(kept[..., None], x, 1e6)  # what is masked may be anything
     assert_exact(compare(loss_fn, POSITIONWISE, x, y))
+
+
+def test_masked_positions_of_a_chunked_loss_leave_no_trace():
+    def loss_fn(p, x, y):
+        def chunk(total, xym):
+            x, y, mask = xym
+            each = losses.squared_error(x @ p["c"]["w"], y).sum(-1)
+            return total + jnp.sum(mask * each), None
+
+        def cut(z):
+            return z.reshape(5, 3, 2, *z.shape[2:]).swapaxes(0, 1)
+
+        hidden = x @ p["a"]["w"] + p["a"]["b"]
+        return jax.lax.scan(chunk, 0.0, (cut(hidden), cut(y), cut(MASK)))[0]
+
+    x = jnp.where(MASK[..., None], draw(5, 6, 3), 1e6)
+    assert_exact(compare(loss_fn, POSITIONWISE, x, draw(5, 6, 2)))
+
+
+def test_masked_positions_of_heads_of_other_shapes_leave_no_trace():
+    def loss_fn(p, x, y):
+        hidden = x @ p["a"]["w"] + p["a"]["b"]
+        tokens = losses.squared_error(hidden[:, 1:] @ p["c"]["w"], y[:, 1:]).sum(-1)
+        entries = losses.squared_error(hidden @ p["d"]["w"], y)  # a loss for each output
+        return jnp.sum(MASK[:, 1:] * tokens) + jnp.sum(MASK[..., None] * entries)
+
+    params = POSITIONWISE | {"d": {"w": draw(4, 2)}}
+    x, y = jnp.where(MASK[..., None], draw(5, 6, 3), 1e6), draw(5, 6, 2)
+    fn = value_and_grad_with_taps(loss_fn, fisher="exact")
+    _, _, taps = jax.jit(fn)(params, x, y)
+    # Two outputs for each head; six positions, whose mean is what a datum weighs.
+    expected = 2 * 6 * (jnp.pad(MASK[:, 1:], ((0, 0), (1, 0))) + 1.0 * MASK)
+    np.testing.assert_allclose(taps["a"][0].weights, expected, rtol=1e-12)
 
 
 def test_batches_of_other_sizes_and_weights():

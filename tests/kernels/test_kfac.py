@@ -23,11 +23,11 @@ def inverse(factor, amount=0.0):
 
 
 def pi_damping(a, g, damping):
-    return kfac.pi_damping(kfac.mean_eigenvalue(a), kfac.mean_eigenvalue(g), damping)
+    return kfac.pi_damping(*(kfac.mean_eigenvalues([x[None]])[0] for x in (a, g)), damping)
 
 
 def trace_damping(factor, damping):
-    return kfac.trace_damping(kfac.mean_eigenvalue(factor), damping)
+    return kfac.trace_damping(kfac.mean_eigenvalues([factor[None]])[0], damping)
 
 
 def positive(size, seed=0):
@@ -57,6 +57,20 @@ def test_expand_and_reduce_agree_at_one_position_and_differ_at_more():
         ]
         for x, y in zip(*pairs, strict=True):
             assert np.allclose(x, y, rtol=1e-12) == same
+
+
+@pytest.mark.parametrize("approx", kfac.APPROXIMATIONS)
+def test_weights_of_blocks_are_those_of_each_alone(approx):
+    a, w = jnp.asarray(draw(2, 4, 3, 5)), jnp.asarray(draw(2, 4, 3, seed=1)) ** 2
+    found = kfac.input_moment(a, w.at[1, 2:].set(0), approx=approx)
+    for b, wanted in enumerate((w[0], w[1].at[2:].set(0))):
+        alone = kfac.input_moment(a[b : b + 1], wanted, approx=approx)[0]
+        np.testing.assert_allclose(found[b], alone, rtol=TINY_RTOL)
+    one_hot = jnp.asarray(np.random.default_rng(0).integers(0, 5, size=(2, 4, 3, 1)))
+    found = kfac.index_frequencies(one_hot, 5, w, dtype=jnp.float64)
+    for b in range(2):
+        alone = kfac.index_frequencies(one_hot[b : b + 1], 5, w[b], dtype=jnp.float64)[0]
+        np.testing.assert_allclose(found[b], alone, rtol=TINY_RTOL)
 
 
 def test_weights_of_zero_leave_a_zero_moment():
