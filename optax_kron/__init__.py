@@ -1,6 +1,6 @@
 """Kronecker-factored second-order optimizers as plain Optax gradient transformations."""
 
-from optax_kron import losses
+from optax_kron import losses, operators
 from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
@@ -32,6 +32,7 @@ __all__ = [
     "kfac",
     "kron_psgd",
     "losses",
+    "operators",
     "scale_by_kfac",
     "scale_by_kron_psgd",
     "update_probability_schedule",

@@ -18,8 +18,8 @@ MODULES = [
     *(m.name for m in pkgutil.walk_packages(optax_kron.__path__, "optax_kron.")),
 ]
 
-# What other functions make, and the module of the losses, each of which has an example.
-WITHOUT_EXAMPLE = ["Layers", "ScaleByKfacState", "Tap", "losses"]
+# What other functions make, and modules, each of whose functions has an example.
+WITHOUT_EXAMPLE = ["Layers", "ScaleByKfacState", "Tap", "losses", "operators"]
 LOSSES = [
     name
     for name, value in vars(optax_kron.losses).items()
@@ -67,6 +67,12 @@ def test_public_names_have_examples_and_docstrings(name):
     assert getattr(optax_kron, name).__doc__, f"{name} has no docstring"
     if name not in WITHOUT_EXAMPLE:
         assert ">>>" in getattr(optax_kron, name).__doc__, f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", optax_kron.operators.__all__)
+def test_operators_have_examples(name):
+    if name != "Operator":
+        assert ">>>" in getattr(optax_kron.operators, name).__doc__, f"{name} has no example"
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -35,6 +35,8 @@ class Layers:
       uncovered: the parameters that are in none, each with the reason.
       checked: whether the layers have been checked on numbers.
       marked: whether there is a marked loss at all.
+      structure: the parameters as `jax.ShapeDtypeStruct`s, `None` for leaves that are not
+        floating-point arrays; `None` if not known.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Layers:
         uncovered: tuple[Uncovered, ...],
         checked: bool,
         marked: bool = True,
+        structure: PyTree | None = None,
     ):
         self.layers = layers
         self.uncovered = uncovered
         self.checked = checked
         self.marked = marked
+        self.structure = structure
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -147,4 +151,4 @@ def describe(traced: Traced, refused: dict[str, str], checked: bool) -> Layers:
         for path in analysis.leaves
         if path in reasons
     )
-    return Layers(kept, uncovered, checked, bool(analysis.marks))
+    return Layers(kept, uncovered, checked, bool(analysis.marks), traced.structure)

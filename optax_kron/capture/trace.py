@@ -25,6 +25,7 @@ class Traced:
       inputs: positions in `leaves` of the graph's inputs, the parameters first.
       paths: of the parameters, in the order of the graph's inputs.
       out_tree: structure of what the function returns.
+      structure: the parameters as abstract arrays, `None` for leaves that are not floating-point.
     """
 
     analysis: Analysis
@@ -32,6 +33,7 @@ class Traced:
     inputs: list[int]
     paths: list[str]
     out_tree: Any
+    structure: PyTree
 
     @property
     def arrays(self) -> list[Any]:
@@ -83,7 +85,18 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
                 f"{node.outputs[0].shape}."
             )
     values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
-    return Traced(analyse(graph, values), leaves, inputs, list(values), jax.tree.structure(shapes))
+    return Traced(
+        analysis=analyse(graph, values),
+        leaves=leaves,
+        inputs=inputs,
+        paths=list(values),
+        out_tree=jax.tree.structure(shapes),
+        structure=jax.tree.map(_abstract, params),
+    )
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct | None:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_inexact(x) else None
 
 
 def _is_inexact(x: Any) -> bool:

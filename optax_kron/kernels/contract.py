@@ -152,3 +152,8 @@ def ragged_rows(rows: Sequence[Array]) -> Array:
     """
     longest = max(x.shape[1] for x in rows)
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])
+
+
+def scaled_blocks(x: Array, by: Array) -> Array:
+    """Every block of [N, ...] times its own number, [N]."""
+    return x * by.reshape(-1, *(1,) * (x.ndim - 1))

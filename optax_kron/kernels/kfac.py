@@ -253,7 +253,13 @@ def apply_inverses(
 
 
 def eigenbasis(factor: Array) -> tuple[Array | None, Array]:
-    """Eigenvectors and eigenvalues of a factor; values below zero, of rounding, become zero.
+    """`symmetric_eigen` of a factor; values below zero, of rounding, become zero."""
+    basis, values = symmetric_eigen(factor)
+    return basis, jnp.maximum(values, 0)
+
+
+def symmetric_eigen(factor: Array) -> tuple[Array | None, Array]:
+    """Eigenvectors and eigenvalues.
 
     Args:
       factor: [d, d], symmetric; or [d], the diagonal of a diagonal matrix.
@@ -263,12 +269,11 @@ def eigenbasis(factor: Array) -> tuple[Array | None, Array]:
       Cost: about 9·d³ operations, up to 2×2 in closed form.
     """
     if factor.ndim == 1:
-        return None, jnp.maximum(factor, 0)
+        return None, factor
     if factor.shape[0] <= _CLOSED_FORM:
-        basis, values = _small_eigenbasis(factor)
-    else:
-        values, basis = linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(factor)
-    return basis, jnp.maximum(values, 0)
+        return _small_eigenbasis(factor)
+    values, basis = linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(factor)
+    return basis, values
 
 
 def _small_eigenbasis(factor: Array) -> tuple[Array, Array]:

@@ -24,6 +24,7 @@ def factors(
     inputs: Array,
     output_grads: Array,
     *,
+    length: int | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 200,
     precision: contract.Precision = None,
@@ -31,28 +32,25 @@ def factors(
     """A and G of one block.
 
     Args:
-      inputs: [N, S, d_in].
+      inputs: [N, S, d_in]; of a table int indices [N, S, 1], one beyond it counts for nothing.
       output_grads: [V, N, S, d_out].
+      length: number of rows of the table, whose A is diagonal; `None`: it is none.
       tolerance: the iteration ends when the norm of `A ⊗ G` changes by less, relatively.
       max_iterations: and after so many at the latest.
       precision: of the matrix products.
 
     Returns:
-      `A` [d_in, d_in] and `G` [d_out, d_out], of equal norm; zeros for a curvature of zero. Cost of
-      an iteration: 4·N·S·(d_in² + V·d_out²) + 4·N·S²·(d_in + V·d_out) operations.
+      `A` [d_in, d_in], or its diagonal [length], and `G` [d_out, d_out], of equal norm; zeros for a
+      curvature of zero. Cost of an iteration: 4·N·S·(d_in² + V·d_out²) + 4·N·S²·(d_in + V·d_out)
+      operations; of a table without the terms of d_in.
     """
-    dtype = jnp.result_type(inputs, output_grads)
-    d_in, d_out = inputs.shape[-1], output_grads.shape[-1]
-
-    def of_input(output_factor):
-        pairs = jnp.einsum(
-            "vnso,op,vntp->nst", output_grads, output_factor, output_grads, precision=precision
-        )
-        return _mean(inputs[None], pairs, precision)
-
-    def of_output(input_factor):
-        pairs = jnp.einsum("nsi,ij,ntj->nst", inputs, input_factor, inputs, precision=precision)
-        return _mean(output_grads, pairs, precision)
+    d_out = output_grads.shape[-1]
+    if length is None:
+        of_input, of_output = _half_steps(inputs, output_grads, precision)
+        dtype, shape = jnp.result_type(inputs, output_grads), (inputs.shape[-1],) * 2
+    else:
+        of_input, of_output = _table_half_steps(inputs, output_grads, length, precision)
+        dtype, shape = output_grads.dtype, (length,)
 
     def step(carry):
         count, norm, _, _, G = carry
@@ -67,9 +65,51 @@ def factors(
     # The identity is orthogonal to no positive semidefinite matrix, and so not to the solution.
     G, _ = _normalised(jnp.eye(d_out, dtype=dtype))
     infinite = jnp.full((), jnp.inf, dtype)
-    start = (0, jnp.zeros((), dtype), infinite, jnp.zeros((d_in, d_in), dtype), G)
+    start = (0, jnp.zeros((), dtype), infinite, jnp.zeros(shape, dtype), G)
     _, norm, _, A, G = jax.lax.while_loop(goes_on, step, start)
     return jnp.sqrt(norm) * A, jnp.sqrt(norm) * G
+
+
+def _half_steps(inputs: Array, output_grads: Array, precision: contract.Precision):
+    """A from G, and G from A, but for their scale."""
+
+    def of_input(output_factor):
+        pairs = jnp.einsum(
+            "vnso,op,vntp->nst", output_grads, output_factor, output_grads, precision=precision
+        )
+        return _mean(inputs[None], pairs, precision)
+
+    def of_output(input_factor):
+        pairs = jnp.einsum("nsi,ij,ntj->nst", inputs, input_factor, inputs, precision=precision)
+        return _mean(output_grads, pairs, precision)
+
+    return of_input, of_output
+
+
+def _table_half_steps(
+    indices: Array, output_grads: Array, length: int, precision: contract.Precision
+):
+    """The same for a table, with a diagonal A."""
+    rows = indices[..., 0]
+    # What counts in A is where a datum reads one row: at one position or at several.
+    same = (rows[:, :, None] == rows[:, None, :]).astype(output_grads.dtype)
+    beside = jnp.einsum("nst,vnto->vnso", same, output_grads, precision=precision)
+    data = output_grads.shape[1]
+
+    def of_input(output_factor):
+        products = jnp.einsum(
+            "vnso,op,vnsp->ns", output_grads, output_factor, beside, precision=precision
+        )
+        return jnp.zeros(length, products.dtype).at[rows].add(products, mode="drop") / data
+
+    def of_output(input_factor):
+        weights = input_factor.at[rows].get(mode="fill", fill_value=0)
+        return (
+            jnp.einsum("vnso,ns,vnsp->op", output_grads, weights, beside, precision=precision)
+            / data
+        )
+
+    return of_input, of_output
 
 
 def _mean(x: Array, pairs: Array, precision: contract.Precision) -> Array:

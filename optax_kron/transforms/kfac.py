@@ -13,11 +13,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
 from optax_kron.blocking import complex_like
+from optax_kron.capture import plan as plans
 from optax_kron.capture.layers import Layer, by_path, leaf_path
 from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract
 from optax_kron.kernels import kfac as kernels
-from optax_kron.transforms import _settings, kfac_layers, kfac_stacks
+from optax_kron.transforms import _settings, kfac_stacks
 
 PyTree = Any
 
@@ -140,7 +141,7 @@ def scale_by_kfac(
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
     owner = "kfac"
-    layers = kfac_layers.check_layers(owner, layers)
+    layers = plans.check_layers(owner, layers)
     _settings.check_range(owner, "decay", decay, least=-float("inf"))
     _settings.check_range(owner, "damping", damping, schedule=True)
     _settings.check_choice(owner, "damping_rule", damping_rule, kernels.DAMPING_RULES)
@@ -171,7 +172,7 @@ def scale_by_kfac(
     curvature = kfac_stacks.Curvature(damping_rule, approx, precision)
 
     def init(params: PyTree) -> Any:
-        plan = kfac_layers.plan_layers(owner, layers, params)
+        plan = plans.plan_layers(owner, layers, params)
         leaves = by_path(params)
         # Each counter is a buffer of its own, so that the state can be donated.
         counters = ("count", "factor_updates", "since_refresh", "refreshes", "failed_refreshes")
@@ -198,7 +199,7 @@ def scale_by_kfac(
     ) -> tuple[PyTree, Any]:
         if params is not None:
             _settings.check_like(owner, updates, params)
-        plan = kfac_layers.plan_layers(owner, layers, updates)
+        plan = plans.plan_layers(owner, layers, updates)
         _settings.check_stacks(owner, plan, state.stacks, "layers")
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)

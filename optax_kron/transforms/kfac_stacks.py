@@ -17,10 +17,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.capture.moments import moments_of
-from optax_kron.capture.tap import Moments, Tap
+from optax_kron.capture.moments import moments_of_member
+from optax_kron.capture.plan import LayerPlan
+from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, kfac, linalg
-from optax_kron.transforms.kfac_layers import LayerPlan, Member
 
 Stacks = Mapping[str, "KfacStack"]
 
@@ -120,8 +120,11 @@ class Curvature:
         found = {}
         for label, members in plan.stacks.items():
             stack = stacks[label]
-            pairs = [self._moments(m, used[m.layer.name], decay.dtype) for m in members]
-            *moments, some = map(jnp.concatenate, zip(*pairs, strict=True))
+            seen_by = functools.partial(
+                moments_of_member, approx=self.approx, dtype=decay.dtype, precision=self.precision
+            )
+            pairs = [seen_by(m, used[m.layer.name]) for m in members]
+            *moments, weight = map(jnp.concatenate, zip(*pairs, strict=True))
             rate = jnp.where(stack.started, decay, 0)  # the first moments are taken as they are
             new = [
                 _blend(old, moment, rate) for old, moment in zip(stack[:2], moments, strict=True)
@@ -132,7 +135,7 @@ class Curvature:
                 suspects = [kfac.diagonal_rows(x) for x in moments]
             else:
                 suspects = [_largest(x) for x in new]
-            found[label] = new, suspects, some
+            found[label] = new, suspects, weight > 0
         checks = _finite_rows([row for _, suspects, _ in found.values() for row in suspects])
         finite = list(map(jnp.logical_and, checks[::2], checks[1::2]))
         # A layer in a branch not taken has seen nothing.
@@ -160,43 +163,6 @@ class Curvature:
                 stack.inverse,
             )
         return moved, failures, sound
-
-    def _moments(
-        self, member: Member, taps: Sequence[Tap | Moments], dtype
-    ) -> tuple[Array, Array, Array]:
-        """Factors [B, ...] of one layer from all groups of its taps, and if there is any [B].
-
-        The input factor is the mean of those of the groups, by what their data weigh in the loss;
-        the output factor is the sum, as curvatures of terms of a loss add up.
-        """
-        found = [self._group(member, tap, dtype) for tap in taps]
-        blocks = member.layer.blocks
-        weights = [jnp.broadcast_to(m.weight.astype(dtype), blocks) for m in found]
-        total = sum(weights[1:], weights[0])
-        inputs = [m.input_factor for m in found]
-        if len(found) > 1:
-            shares = [w / jnp.where(total > 0, total, 1) for w in weights]
-            inputs = [_scaled(x, share) for x, share in zip(inputs, shares, strict=True)]
-        outputs = [m.output_factor for m in found]
-        if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
-            outputs = outputs[:1]  # no columns: the identity, not a sum of them
-        return sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), total > 0
-
-    def _group(self, member: Member, tap: Tap | Moments, dtype) -> Moments:
-        layer, columns = member.layer, member.columns
-        if isinstance(tap, Tap):
-            inputs = tap.inputs if layer.is_embedding else tap.inputs[..., columns]
-            tap = tap._replace(inputs=inputs)
-            return moments_of(layer, tap, approx=self.approx, dtype=dtype, precision=self.precision)
-        if self.approx == "reduce" and layer.kernel is not None:
-            raise ValueError(
-                f"kfac: approx='reduce' needs what each datum gave, but the taps of layer "
-                f"{layer.name!r} are second moments, which 'expand' has. Make the taps with "
-                "reduce=False, or take approx='expand'."
-            )
-        inputs = tap.input_factor.astype(dtype)
-        inputs = inputs if layer.is_embedding else inputs[..., columns, columns]
-        return Moments(inputs, tap.output_factor.astype(dtype), tap.weight)
 
     def refresh(
         self,
@@ -286,12 +252,9 @@ class Curvature:
 
 def _blend(old: Array, new: Array, rate: Array) -> Array:
     """`rate·old + (1 − rate)·new` for every block, in the dtype of `old`."""
-    return (_scaled(old.astype(rate.dtype), rate) + _scaled(new, 1 - rate)).astype(old.dtype)
-
-
-def _scaled(x: Array, by: Array) -> Array:
-    """Every block of [N, ...] by its own number, [N]."""
-    return x * by.reshape(-1, *(1,) * (x.ndim - 1))
+    return (
+        contract.scaled_blocks(old.astype(rate.dtype), rate) + contract.scaled_blocks(new, 1 - rate)
+    ).astype(old.dtype)
 
 
 def _finite_blocks(factors: Iterable[Array]) -> Array:

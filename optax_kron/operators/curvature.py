@@ -1,0 +1,187 @@
+"""Operators on parameters: the blocks of layers, brought to and from their canonical form."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from optax_kron.capture.layers import Layer, by_path, leaf_path
+from optax_kron.capture.plan import LayerPlan
+from optax_kron.kernels import contract
+from optax_kron.operators.base import Operator, Structure, damped_power
+from optax_kron.operators.blocks import Blocks
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layerwise(Blocks):
+    """A block for each layer, on pytrees of parameters; and a number on those in no layer.
+
+    Attributes:
+      blocks: by name of the layer, each on arrays [B, d_in, d_out].
+      rest: what parameters in no layer are multiplied with, [].
+      layers: with views.
+      structure: of the parameters.
+    """
+
+    blocks: dict[str, Operator]
+    rest: Array
+    layers: tuple[Layer, ...] = dataclasses.field(metadata={"static": True})
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    def in_structure(self) -> PyTree:
+        """See `Operator`."""
+        return self.structure.tree
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """See `Operator`; leaves that are not floating-point are left alone."""
+        leaves = self._leaves(vector)
+        result = {path: _times(self.rest, leaf) for path, leaf in leaves.items()}
+        wide = {path: leaf.astype(self._wide(leaf)) for path, leaf in leaves.items()}
+        for layer in self.layers:
+            layer.put(result, self.blocks[layer.name].mv(layer.take(wide)))
+
+        def choose(path, old):
+            return result.get(leaf_path(path), old)
+
+        return jax.tree_util.tree_map_with_path(choose, vector)
+
+    def _wide(self, leaf):
+        return jnp.promote_types(leaf.dtype, self.dtype)
+
+    def _leaves(self, vector):
+        expected = {path: x.shape for path, x in by_path(self.in_structure()).items()}
+        leaves = {path: x for path, x in by_path(vector).items() if path in expected or _is_real(x)}
+        got = {path: jnp.shape(x) for path, x in leaves.items()}
+        for path in {**expected, **got}:
+            if expected.get(path) != got.get(path):
+                raise ValueError(
+                    f"the operator acts on parameters {path or 'at the root'} of shape "
+                    f"{expected.get(path, 'none')}; the vector has {got.get(path, 'none')}."
+                )
+        return {path: jnp.asarray(x) for path, x in leaves.items()}
+
+    def parts(self) -> Mapping[str, Operator]:
+        """See `Blocks`."""
+        return {layer.name: self.blocks[layer.name] for layer in self.layers}
+
+    def rebuilt(self, parts: Mapping[str, Operator]) -> "Layerwise":
+        """See `Blocks`."""
+        return dataclasses.replace(self, blocks=dict(parts))
+
+    @property
+    def _left(self) -> int:
+        """Number of parameters that are in no layer."""
+        return self.size - sum(layer.blocks * layer.d_in * layer.d_out for layer in self.layers)
+
+    def trace(self) -> Array:
+        """See `Operator`."""
+        left = self._left * self.rest
+        return left if not self.layers else super().trace() + left
+
+    def det(self) -> Array:
+        """See `Operator`."""
+        left = self.rest**self._left
+        return left if not self.layers else super().det() * left
+
+    def logdet(self) -> Array:
+        """See `Operator`."""
+        left = self._left * jnp.log(jnp.abs(self.rest)) if self._left else jnp.zeros_like(self.rest)
+        return left if not self.layers else super().logdet() + left
+
+    def frobenius_norm(self) -> Array:
+        """See `Operator`."""
+        left = math.sqrt(self._left) * jnp.abs(self.rest)
+        return left if not self.layers else jnp.hypot(super().frobenius_norm(), left)
+
+    def eigenvalues(self) -> Array:
+        """See `Operator`."""
+        left = jnp.full(self._left, self.rest)
+        if not self.layers:
+            return left
+        return jnp.sort(jnp.concatenate([super().eigenvalues(), left]))
+
+    def power(self, exponent: float, damping: ArrayLike, rule: str):
+        """See `Operator`. Parameters in no layer are damped alike, whatever the rule."""
+        found, faults = super().power(exponent, damping, rule)
+        rest, fault = damped_power(self.rest, self.rest == 0, damping, exponent)
+        if self._left:
+            faults |= {"parameters in no layer": fault}
+        return self._with(found, rest), faults
+
+    def times(self, scalar: Array) -> "Layerwise":
+        """See `Operator`."""
+        return self._with(super().times(scalar), self.rest * scalar.astype(self.rest.dtype))
+
+    def _with(self, found: Any, rest: Array) -> "Layerwise":
+        return dataclasses.replace(found, rest=rest)
+
+    def plus(self, other: Operator) -> Operator:
+        """See `Operator`."""
+        if isinstance(other, Layerwise) and other.layers == self.layers:
+            blocks = {name: op + other.blocks[name] for name, op in self.blocks.items()}
+            return dataclasses.replace(self, blocks=blocks, rest=self.rest + other.rest)
+        return super().plus(other)
+
+
+def layerwise(plan: LayerPlan, structure: Structure, blocks: Mapping[str, Operator]) -> Layerwise:
+    """The operator that is zero on parameters in no layer.
+
+    Args:
+      plan: of the layers.
+      structure: of the parameters.
+      blocks: by name of the layer.
+    """
+    layers = tuple(m.layer for members in plan.stacks.values() for m in members)
+    dtypes = [x.dtype for x in jax.tree.leaves(blocks)]
+    dtype = contract.wide_dtype(jnp.result_type(*dtypes, jnp.float32))
+    return Layerwise(dict(blocks), jnp.zeros((), dtype), layers, structure)
+
+
+def structure_of(
+    owner: str, layers: Iterable[Layer], params: PyTree | None, sizes: Mapping[str, Sequence[int]]
+) -> Structure:
+    """The structure of the parameters that layers belong to.
+
+    Args:
+      owner: for messages.
+      layers: as `find_layers` returns, which know it, or made by hand.
+      params: the parameters, or abstract ones; `None` if not given.
+      sizes: d_in and d_out of the layers in their taps.
+    """
+    if params is None:
+        params = getattr(layers, "structure", None)
+    if params is not None:
+        real = jax.tree.map(lambda x: x if _is_real(x) else None, params)
+        return Structure.of(real)
+    shapes: dict[str, Any] = {}
+    for layer in layers:
+        plain = not layer.block_axes and layer.out_axes == (-1,) and layer.name in sizes
+        plain = plain and not layer.is_embedding
+        if layer.kernel_view is not None or layer.bias_view is not None or not plain:
+            raise ValueError(
+                f"{owner}: layer {layer.name!r} was made by hand: pass params=, so that it is "
+                "known which shapes its parameters have."
+            )
+        d_in, d_out = sizes[layer.name]
+        if layer.kernel is not None:
+            rows = d_in - (layer.bias is not None)
+            shapes[layer.kernel] = jax.ShapeDtypeStruct((rows, d_out), jnp.float32)
+        if layer.bias is not None:
+            shapes[layer.bias] = jax.ShapeDtypeStruct((d_out,), jnp.float32)
+    return Structure.of(shapes)
+
+
+def _is_real(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _times(scale: Array, x: Array) -> Array:
+    return (scale * x).astype(x.dtype)

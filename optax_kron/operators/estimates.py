@@ -1,0 +1,273 @@
+"""Curvature of a loss as an operator on its parameters, from what its layers saw."""
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.moments import combined, moments_of_member, weighed_inputs
+from optax_kron.capture.plan import Member
+from optax_kron.capture.spectra import eigenvalues_of_member
+from optax_kron.capture.tap import Moments, Tap
+from optax_kron.kernels import contract, linalg
+from optax_kron.kernels import kfac as kfac_kernels
+from optax_kron.kernels import kfoc as kfoc_kernels
+from optax_kron.operators.batches import Batches, Source
+from optax_kron.operators.blocks import Stacked
+from optax_kron.operators.curvature import Layerwise, layerwise
+from optax_kron.operators.products import Eigen, Kronecker
+
+PyTree = Any
+
+
+def kfac(
+    taps: Source,
+    layers: Iterable[Layer],
+    *,
+    approx: str = "expand",
+    params: PyTree | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Layerwise:
+    """K-FAC's approximation of the curvature: `A ⊗ G` for each layer, zero on all else.
+
+    Args:
+      taps: what the layers saw, as `ok.value_and_grad_with_taps` returns, with any estimate of the
+        Fisher information; also second moments. For data in several batches: an iterable of taps,
+        or a function of no arguments that returns one. Each batch counts by its number of data, as
+        losses that are means over their batch do; give pairs `(weight, taps)` for anything else,
+        such as 1.0 for losses that are sums, or the batch's share of the data.
+      layers: that the taps were made with.
+      approx: "expand" or "reduce", as in `ok.kfac`.
+      params: for layers made by hand, the parameters, or abstract ones.
+      precision: of the matrix products.
+
+    Returns:
+      An operator on pytrees like the parameters. Memory: d_in² + d_out² for each layer. Making it
+      takes 2·N·S·(d_in² + V·d_out²) operations. Its inverse for rule="exact" divides by all
+      `λ_A·λ_G + δ`.
+
+    Raises:
+      ValueError: for taps that do not fit the layers.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean(ok.losses.l2_loss(x @ params["w"], y))
+      >>> params, x, y = {"w": jnp.ones((3, 2))}, jnp.eye(4, 3), jnp.zeros((4, 2))
+      >>> layers = ok.find_layers(loss_fn, params, x, y)
+      >>> fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+      >>> loss, grads, taps = fn(params, x, y)
+      >>> curvature = ok.operators.kfac(taps, layers)
+      >>> newton = curvature.inverse(damping=1e-3) @ grads
+
+    Sources: Martens and Grosse (2015), arXiv:1503.05671; Eschenhagen et al. (2023),
+    arXiv:2311.00636.
+    """
+    owner = "operators.kfac"
+    _check_approx(owner, approx)
+    batches = Batches(owner, taps, layers, params)
+    blocks = {
+        name: Stacked(Kronecker((m.input_factor, m.output_factor)))
+        for name, m in _moments(batches, approx, precision).items()
+    }
+    return layerwise(batches.plan, batches.structure, blocks)
+
+
+def ekfac(
+    taps: Source,
+    layers: Iterable[Layer],
+    *,
+    approx: str = "expand",
+    params: PyTree | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Layerwise:
+    """EKFAC's approximation of the curvature: its own diagonal in the eigenbasis of K-FAC.
+
+    Of all operators that are diagonal in that basis none is nearer to a layer's curvature in
+    Frobenius norm, and the trace is exact. The eigenvalues take the gradient of each datum, summed
+    over positions before it is squared. Factors are gathered first and eigenvalues then, in the
+    fixed basis: batches are read twice, and how the data are cut into them makes no difference.
+
+    Args:
+      taps: as in `kfac`, but no second moments; batches must come in an iterable that can be read
+        twice, such as a list, or as a function. If they are drawn at random ("mc"), both readings
+        should draw the same.
+      layers: that the taps were made with.
+      approx: of the factors whose eigenbases are taken, as in `kfac`.
+      params: as in `kfac`.
+      precision: of the matrix products.
+
+    Returns:
+      An operator as of `kfac`; rule="exact" alone. Memory: d_in² + d_out² + d_in·d_out for each
+      layer. Making it takes as much as `kfac`, 9·(d_in³ + d_out³) operations for the bases, and
+      those of `kernels.ekfac.eigenvalues`.
+
+    Raises:
+      ValueError: as `kfac`, for second moments, and for an iterator that can be read but once.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> layers = [ok.Layer("dense", kernel="w")]
+      >>> taps = ok.Taps({"dense": ok.Tap(jnp.eye(4, 3), jnp.ones((4, 2)))})
+      >>> curvature = ok.operators.ekfac(taps, layers)
+      >>> round(float(curvature.trace()), 3)
+      1.5
+
+    Source: George et al. (2018), arXiv:1806.03884.
+    """
+    owner = "operators.ekfac"
+    _check_approx(owner, approx)
+    batches = Batches(owner, taps, layers, params, times=2)
+    bases = {}
+    for name, m in _moments(batches, approx, precision).items():
+        factors = contract.widen(m.input_factor), contract.widen(m.output_factor)
+        bases[name] = [
+            None if x.ndim == 2 else linalg.map_blocks(lambda y: kfac_kernels.eigenbasis(y)[0], x)
+            for x in factors
+        ]
+
+    def eigenvalues(member, taps):
+        dtype = _dtype(member, taps)
+        return eigenvalues_of_member(
+            owner, member, taps, *bases[member.layer.name], dtype=dtype, precision=precision
+        )
+
+    values = batches.sums(eigenvalues, lambda x, share: share * x, jnp.add)
+    blocks = {name: Stacked(Eigen(tuple(bases[name]), values[name])) for name in bases}
+    return layerwise(batches.plan, batches.structure, blocks)
+
+
+def kfoc(
+    taps: Source,
+    layers: Iterable[Layer],
+    *,
+    tolerance: float = 1e-6,
+    max_iterations: int = 200,
+    params: PyTree | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Layerwise:
+    """The Kronecker product for each layer that is nearest to its curvature in Frobenius norm.
+
+    It is the top singular pair of the curvature's rearrangement, by power iteration over the data:
+    neither is ever formed. Never farther from the curvature than K-FAC, "expand" or "reduce".
+
+    Args:
+      taps: as in `kfac`, but no second moments. All batches are in memory at once.
+      layers: that the taps were made with.
+      tolerance: the iteration ends when the norm changes by less, relatively.
+      max_iterations: and after so many at the latest.
+      params: as in `kfac`.
+      precision: of the matrix products.
+
+    Returns:
+      An operator as of `kfac`. An embedding's input factor is diagonal: the nearest among those.
+      Making it takes, in each iteration and for each layer, the operations of
+      `kernels.kfoc.factors`.
+
+    Raises:
+      ValueError: as `kfac`, and for second moments.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> layers = [ok.Layer("dense", kernel="w")]
+      >>> taps = ok.Taps({"dense": ok.Tap(jnp.eye(4, 3), jnp.ones((4, 2)))})
+      >>> ok.operators.kfoc(taps, layers).size
+      6
+
+    Sources: Van Loan and Pitsianis (1993); Schnaus, Lee and Triebel (2021), Kronecker-factored
+    optimal curvature.
+    """
+    owner = "operators.kfoc"
+    batches = Batches(owner, taps, layers, params)
+
+    def cases(member, taps):
+        return [_case(owner, member, tap) for tap in taps]
+
+    def scaled(cases, share):
+        return [(x, g * jnp.sqrt(share).astype(g.dtype)) for x, g in cases]
+
+    found = batches.sums(cases, scaled, operator.add)
+    blocks = {}
+    for member in batches.members:
+        layer = member.layer
+        solve = functools.partial(
+            kfoc_kernels.factors,
+            length=layer.d_in if layer.is_embedding else None,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            precision=precision,
+        )
+        inputs, grads = _joined(found[layer.name], layer.d_in if layer.is_embedding else 0)
+        factors = linalg.map_blocks(solve, inputs, jnp.moveaxis(grads, 1, 0))
+        blocks[layer.name] = Stacked(Kronecker(factors))
+    return layerwise(batches.plan, batches.structure, blocks)
+
+
+def _check_approx(owner: str, approx: str) -> None:
+    if approx not in kfac_kernels.APPROXIMATIONS:
+        choices = ", ".join(kfac_kernels.APPROXIMATIONS)
+        raise ValueError(f"{owner}: approx must be one of {choices}; got {approx!r}.")
+
+
+def _dtype(member: Member, taps: Sequence[Tap | Moments]) -> jnp.dtype:
+    """Of the arithmetic on the taps of a layer."""
+    kinds = [x.dtype for x in jax.tree.leaves(taps) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return contract.wide_dtype(jnp.result_type(*kinds))
+
+
+def _moments(batches: Batches, approx: str, precision: Any) -> dict[str, Moments]:
+    """Second moments of every layer, of all batches."""
+
+    def of(member, taps):
+        return moments_of_member(
+            member, taps, approx=approx, dtype=_dtype(member, taps), precision=precision
+        )
+
+    def scaled(m, share):
+        return m._replace(output_factor=share * m.output_factor, weight=share * m.weight)
+
+    return batches.sums(of, scaled, lambda a, b: combined([a, b]))
+
+
+def _case(owner: str, member: Member, tap: Tap | Moments) -> tuple[Array, Array]:
+    """Inputs [B, N, S, d_in] and gradients [V, B, N, S, d_out] whose curvatures are to be added."""
+    if isinstance(tap, Moments) or tap.output_grads.shape[0] == 0:
+        reason = "are second moments; make them with reduce=False"
+        if isinstance(tap, Tap):
+            reason = 'have no columns, as of fisher="forward"; operators.kfac is the nearest then'
+        raise ValueError(
+            f"{owner}: the nearest Kronecker product needs what each datum gave, but the taps of "
+            f"layer {member.layer.name!r} {reason}."
+        )
+    tap = weighed_inputs(member, tap)
+    dtype = _dtype(member, [tap])
+    inputs = tap.inputs if member.layer.is_embedding else tap.inputs.astype(dtype)
+    return inputs, tap.output_grads.astype(dtype) / math.sqrt(tap.inputs.shape[1])
+
+
+def _joined(cases: Sequence[tuple[Array, Array]], absent: int) -> tuple[Array, Array]:
+    """All cases as data of one batch, whose curvature is a mean.
+
+    Args:
+      cases: from `_case`.
+      absent: the input of positions that are filled in.
+    """
+    columns = max(g.shape[0] for _, g in cases)
+    positions = max(g.shape[3] for _, g in cases)
+    inputs, grads = [], []
+    for x, g in cases:
+        v, s = columns - g.shape[0], positions - g.shape[3]
+        inputs.append(jnp.pad(x, ((0, 0), (0, 0), (0, s), (0, 0)), constant_values=absent))
+        grads.append(jnp.pad(g, ((0, v), (0, 0), (0, 0), (0, s), (0, 0))))
+    together = jnp.concatenate(grads, axis=2)
+    return jnp.concatenate(inputs, axis=1), together * math.sqrt(together.shape[2])

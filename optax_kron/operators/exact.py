@@ -1,0 +1,72 @@
+"""The exact generalized Gauss-Newton matrix of a loss, matrix-free."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_kron.capture.ggn import ggn_vector_product
+from optax_kron.operators.base import Operator
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GGN(Operator):
+    """The generalized Gauss-Newton matrix of a loss; see `ggn`."""
+
+    params: PyTree
+    args: tuple[Any, ...]
+    loss_fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    has_aux: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters."""
+        return jnp.result_type(*(x.dtype for x in jax.tree.leaves(self.in_structure())))
+
+    def in_structure(self) -> PyTree:
+        """See `Operator`; `None` for leaves that are not floating-point."""
+
+        def abstract(x):
+            real = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype) if real else None
+
+        return jax.tree.map(abstract, self.params)
+
+    def mv(self, vector: PyTree) -> PyTree:
+        """See `Operator`. Cost: about four evaluations of the loss."""
+        product = ggn_vector_product(self.loss_fn, self.params, *self.args, has_aux=self.has_aux)
+        return jax.tree.map(lambda y, x: y.astype(x.dtype), product(vector), vector)
+
+
+def ggn(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False) -> GGN:
+    """The generalized Gauss-Newton matrix of a marked loss, exact and matrix-free.
+
+    Args:
+      loss_fn: as in `ok.find_layers`.
+      params: where the matrix is taken.
+      *args: of the loss, by position. Under `jax.jit`, arrays or pytrees of them.
+      has_aux: whether `loss_fn` returns auxiliary data.
+
+    Returns:
+      An operator on pytrees like the parameters. `mv` costs about four evaluations of the loss; all
+      other methods make the dense matrix by `mv` of every unit vector, for small models.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> def loss_fn(w, x, y):
+      ...     return jnp.sum(ok.losses.l2_loss(x @ w, y))
+      >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2)
+      >>> print(ok.operators.ggn(loss_fn, jnp.zeros(2), x, y).as_matrix())
+      [[1. 0.]
+       [0. 4.]]
+
+    Source: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
+    descent.
+    """
+    return GGN(params, args, loss_fn, has_aux)
