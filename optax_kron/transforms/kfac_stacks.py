@@ -233,6 +233,24 @@ class Curvature:
         ends = np.cumsum([len(m) for m in inputs])[:-1]
         return [part for amount in amounts for part in jnp.split(amount, ends)]
 
+    def correct(
+        self, plan: LayerPlan, stacks: Stacks, taps: Any, decay: Array, allowed: Array
+    ) -> tuple[Stacks, Array]:
+        """What else is learned from the taps of a step, with the new inverses: nothing.
+
+        Args:
+          plan: of the layers.
+          stacks: factors and inverses.
+          taps: groups by layer, in canonical form.
+          decay: of averages over steps, [].
+          allowed: whether to learn at all, bool [].
+
+        Returns:
+          The new stacks; and how many blocks failed, int32 [].
+        """
+        del plan, taps, decay, allowed
+        return stacks, jnp.zeros([], jnp.int32)
+
     def precondition(
         self, stacks: Stacks, blocks: Mapping[str, Array], damping: ArrayLike
     ) -> dict[str, Array]:

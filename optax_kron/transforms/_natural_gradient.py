@@ -1,0 +1,393 @@
+"""Natural gradient descent with a curvature of layers: what K-FAC and EKFAC share.
+
+The curvature says how factors are averaged, refreshed and applied. What is here says when: it reads
+the taps, keeps out what is not finite, and adds the fallback, the norm constraint and the momentum.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.blocking import complex_like
+from optax_kron.capture import plan as plans
+from optax_kron.capture.layers import Layer, by_path, leaf_path
+from optax_kron.capture.plan import LayerPlan
+from optax_kron.capture.tap import Tap, Taps
+from optax_kron.kernels import contract
+from optax_kron.transforms import _settings
+
+PyTree = Any
+Stacks = Mapping[str, Any]
+
+
+class ScaleByKfacState(NamedTuple):
+    """State of `scale_by_kfac` and `scale_by_ekfac`."""
+
+    # "count" is Optax's name for the number of steps, though tuples have a method of that name.
+    count: Array  # pyright: ignore  # accepted steps, int32 []
+    factor_updates: Array  # accepted steps whose taps went into the factors, int32 []
+    since_refresh: Array  # accepted steps since the inverses were made, int32 []
+    refreshes: Array  # times that the inverses were made, int32 []
+    failed_refreshes: Array  # blocks whose new factors or inverses were not finite, int32 []
+    skipped_steps: Array  # steps that were not finite and were dropped, int32 []
+    # By signature: factors [N, ...], and what was made of them; an array for a tree without leaves.
+    stacks: Stacks | Array
+    momentum: PyTree | None  # velocity like the parameters, masked where a fallback has the leaf
+    fallback: PyTree | None  # state of the fallback
+
+
+class Curvature(Protocol):
+    """How factors are made and applied; see `kfac_stacks.Curvature`."""
+
+    def init(self, plan: LayerPlan, dtype: DTypeLike) -> Stacks | Array: ...
+
+    def move(
+        self, plan: LayerPlan, stacks: Any, taps: Taps, decay: Array, allowed: Array
+    ) -> tuple[Stacks, Array, Array]: ...
+
+    def refresh(self, last: Any, factors: Any, damping: ArrayLike) -> tuple[Any, Array]: ...
+
+    def correct(
+        self, plan: LayerPlan, stacks: Any, taps: Taps, decay: Array, allowed: Array
+    ) -> tuple[Stacks, Array]: ...
+
+    def precondition(
+        self, stacks: Any, blocks: Mapping[str, Array], damping: ArrayLike
+    ) -> dict[str, Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalGradient:
+    """A transformation of gradients; settings are those of `scale_by_kfac`.
+
+    Attributes:
+      owner: its name, for messages.
+      curvature: of the layers.
+    """
+
+    owner: str
+    curvature: Curvature
+    layers: Sequence[Layer]
+    decay: ArrayLike
+    bias_correction: bool
+    damping: optax.ScalarOrSchedule
+    momentum: ArrayLike | None
+    factor_every: ArrayLike
+    refresh_every: ArrayLike
+    norm_constraint: ArrayLike | None
+    learning_rate: optax.ScalarOrSchedule | None
+    fallback: optax.GradientTransformationExtraArgs | None
+    factor_dtype: jnp.dtype
+    momentum_dtype: DTypeLike | None
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether there is a velocity."""
+        return not _settings.is_off(self.momentum)
+
+    @property
+    def compute(self) -> jnp.dtype:
+        """The dtype of the arithmetic."""
+        return jnp.promote_types(self.factor_dtype, jnp.float32)
+
+    def init(self, params: PyTree) -> Any:
+        """The state before the first step."""
+        plan = plans.plan_layers(self.owner, self.layers, params)
+        leaves = by_path(params)
+        # Each counter is a buffer of its own, so that the state can be donated.
+        counters = ("count", "factor_updates", "since_refresh", "refreshes", "failed_refreshes")
+        velocity = {
+            path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
+            for path, leaf in leaves.items()
+            if self.fallback is None or path in plan.owned
+        }
+        rest = {path: leaves[path] for path in plan.uncovered}
+        return ScaleByKfacState(
+            **{name: jnp.zeros([], jnp.int32) for name in (*counters, "skipped_steps")},
+            stacks=self.curvature.init(plan, self.factor_dtype),
+            momentum=_masked(params, velocity) if self.has_momentum else None,
+            fallback=None if self.fallback is None else self.fallback.init(_masked(params, rest)),
+        )
+
+    def update(
+        self,
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        taps: Mapping[str, Tap | Iterable[Tap]] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        """One step."""
+        if params is not None:
+            _settings.check_like(self.owner, updates, params)
+        plan = plans.plan_layers(self.owner, self.layers, updates)
+        _settings.check_stacks(self.owner, plan, state.stacks, "layers")
+        if not plan.leaves:
+            return updates, state._replace(count=state.count + 1)
+        seen = plan.read_taps(taps)
+        strength = self.damping(state.count) if callable(self.damping) else self.damping
+        learned = self._learn(plan, state, seen, guards.all_finite(updates), strength)
+
+        gradients = {path: _widened(g, self.compute) for path, g in by_path(updates).items()}
+        rest = {path: plan.without_owned(path, gradients[path]) for path in plan.uncovered}
+        directions = self._directions(plan, state, learned.stacks, gradients, rest, strength)
+        directions, velocity = self._with_momentum(directions, state)
+        others, fallback = self._fallback(plan, updates, rest, state, params, extra_args)
+        for path, u in others.items():
+            u = u.astype(gradients[path].dtype)
+            directions[path] = directions[path] + u if path in directions else u
+
+        result = _masked(updates, directions, cast=True)
+        accepted = learned.sound & guards.all_finite((result, velocity))
+        one = accepted.astype(jnp.int32)
+        new_state = ScaleByKfacState(
+            count=state.count + one,
+            factor_updates=state.factor_updates + learned.moved.astype(jnp.int32),
+            since_refresh=jnp.where(learned.due, 0, state.since_refresh + one),
+            refreshes=state.refreshes + learned.due.astype(jnp.int32),
+            failed_refreshes=state.failed_refreshes + learned.failures,
+            skipped_steps=state.skipped_steps + 1 - one,
+            stacks=learned.stacks,
+            momentum=guards.select(accepted, velocity, state.momentum),
+            fallback=guards.select(accepted, fallback, state.fallback),
+        )
+        return jax.tree.map(lambda u: jnp.where(accepted, u, 0), result), new_state
+
+    def _learn(
+        self, plan: LayerPlan, state: Any, taps: Taps, finite: Array, damping: ArrayLike
+    ) -> "_Learned":
+        """The factors after a step, and what becomes of them."""
+        rate = jnp.clip(jnp.asarray(self.decay, self.compute), 0, 1)
+        moving = finite & (state.count % _interval(self.factor_every) == 0)
+        weight = _corrected(rate, state.factor_updates) if self.bias_correction else rate
+        move = functools.partial(self.curvature.move, plan, taps=taps, decay=weight, allowed=moving)
+        if isinstance(self.factor_every, int) and self.factor_every == 1:
+            stacks, failed_moves, sound = move(state.stacks)  # a branch would copy the state
+        else:
+            stacks, failed_moves, sound = jax.lax.cond(
+                moving,
+                move,
+                lambda stacks: (stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)),
+                state.stacks,
+            )
+        sound, moved = finite & sound, moving & sound
+        due = sound & _refresh_is_due(state, moved, rate, self.refresh_every)
+        inverses, failed_inverses = guards.replaced_if(
+            self.curvature.refresh,
+            due,
+            ({label: stack.inverse for label, stack in stacks.items()}, jnp.zeros([], jnp.int32)),
+            {label: stack[:3] for label, stack in stacks.items()},
+            damping,
+        )
+        stacks = {label: stack._replace(inverse=inverses[label]) for label, stack in stacks.items()}
+        weight = _corrected(rate, state.count) if self.bias_correction else rate
+        stacks, failed = self.curvature.correct(plan, stacks, taps, weight, sound)
+        return _Learned(stacks, sound, moved, due, failed_moves + failed_inverses + failed)
+
+    def _directions(
+        self,
+        plan: LayerPlan,
+        state: Any,
+        stacks: Stacks,
+        gradients: Mapping[str, Array],
+        rest: Mapping[str, Array],
+        damping: ArrayLike,
+    ) -> dict[str, Array]:
+        """The natural gradient by path; the gradient where there is neither layer nor fallback."""
+        if self.fallback is None:
+            directions = dict(gradients)
+        else:
+            directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
+        blocks = plan.take(gradients, self.compute)
+        natural = self.curvature.precondition(stacks, blocks, damping)
+        plan.put(directions, natural)
+        if self.norm_constraint is None:
+            return directions
+        products = [jnp.sum(blocks[label] * natural[label]) for label in blocks]
+        if self.fallback is None:
+            products += [_squared_norm(g, self.compute) for g in rest.values()]
+        # The steps as the schedule of a learning rate further down the chain counts them.
+        steps = state.count + state.skipped_steps
+        lr = self.learning_rate(steps) if callable(self.learning_rate) else self.learning_rate
+        scale = _constrain(sum(products, jnp.zeros([], self.compute)), lr, self.norm_constraint)
+        return {path: _times(scale, u) for path, u in directions.items()}
+
+    def _with_momentum(self, directions: dict[str, Array], state: Any) -> tuple[Any, Any]:
+        """The directions with the velocity added, and the new velocity."""
+        if not self.has_momentum or self.momentum is None:
+            return directions, state.momentum
+        old = by_path(state.momentum)
+        directions = {
+            path: _times(self.momentum, old[path].astype(u.dtype)) + u
+            for path, u in directions.items()
+        }
+        return directions, _masked(state.momentum, directions, cast=True)
+
+    def _fallback(
+        self,
+        plan: LayerPlan,
+        updates: PyTree,
+        rest: Mapping[str, Array],
+        state: Any,
+        params: PyTree | None,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[dict[str, Array], Any]:
+        """What the fallback makes of parameters in no layer, by path, and its state."""
+        if self.fallback is None:
+            return {}, state.fallback
+        given = {} if params is None else by_path(params)
+        given = {path: given[path] for path in rest if path in given}
+        others, new = self.fallback.update(
+            _masked(updates, rest, cast=True),
+            state.fallback,
+            None if params is None else _masked(params, given),
+            **extra_args,
+        )
+        # Of a parameter that is covered in part, to what is not.
+        return {path: plan.without_owned(path, u) for path, u in by_path(others).items()}, new
+
+
+class _Learned(NamedTuple):
+    """The factors after a step."""
+
+    stacks: Stacks
+    sound: Array  # whether gradients and taps were finite, bool []
+    moved: Array  # whether the factors took in the taps, bool []
+    due: Array  # whether they were refreshed, bool []
+    failures: Array  # blocks that kept what they had, int32 []
+
+
+def natural_gradient(
+    owner: str,
+    curvature: Curvature,
+    *,
+    layers: Iterable[Layer],
+    decay: ArrayLike,
+    bias_correction: bool,
+    damping: optax.ScalarOrSchedule,
+    momentum: ArrayLike | None,
+    factor_every: ArrayLike,
+    refresh_every: ArrayLike,
+    norm_constraint: ArrayLike | None,
+    learning_rate: optax.ScalarOrSchedule | None,
+    fallback: optax.GradientTransformation | None,
+    factor_dtype: DTypeLike | None,
+    momentum_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, with its settings checked; arguments as `NaturalGradient`."""
+    layers = plans.check_layers(owner, layers)
+    _settings.check_range(owner, "decay", decay, least=-float("inf"))
+    _settings.check_range(owner, "damping", damping, schedule=True)
+    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
+    _check_interval(owner, "factor_every", factor_every)
+    _check_interval(owner, "refresh_every", refresh_every)
+    _settings.check_range(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+    _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
+    if norm_constraint is not None and learning_rate is None:
+        raise ValueError(
+            f"{owner}: norm_constraint={norm_constraint!r} needs learning_rate, the number or "
+            "schedule that the updates are multiplied with; got None."
+        )
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise ValueError(
+            f"{owner}: fallback must be an optax.GradientTransformation, such as "
+            f"optax.scale_by_adam(), or None; got {fallback!r}."
+        )
+    dtype = _settings.real_factor_dtype(owner, factor_dtype)
+    _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    made = NaturalGradient(
+        owner=owner,
+        curvature=curvature,
+        layers=layers,
+        decay=decay,
+        bias_correction=bias_correction,
+        damping=damping,
+        momentum=momentum,
+        factor_every=factor_every,
+        refresh_every=refresh_every,
+        norm_constraint=norm_constraint,
+        learning_rate=learning_rate,
+        fallback=None if fallback is None else optax.with_extra_args_support(fallback),
+        factor_dtype=dtype,
+        momentum_dtype=momentum_dtype,
+    )
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+def _corrected(decay: Array, updates: Array) -> Array:
+    """The weight of the old factors that makes a moving average one without bias to its start."""
+    count = updates.astype(decay.dtype)
+    weight = decay * (1 - decay**count) / jnp.where(decay < 1, 1 - decay ** (count + 1), 1)
+    return jnp.where(decay < 1, weight, count / (count + 1))
+
+
+def _refresh_is_due(
+    state: ScaleByKfacState, moved: Array, decay: Array, refresh_every: ArrayLike
+) -> Array:
+    """Whether the inverses are made anew: at first, in time, and while the factors are young."""
+    waited = state.since_refresh + 1 >= _interval(refresh_every)
+    # Of factors that do not change at all, with a decay of one, none is ever young.
+    age = (1 - decay) * state.factor_updates.astype(decay.dtype)
+    return (state.refreshes == 0) | waited | (moved & (age < 1) & (decay < 1))
+
+
+def _check_interval(owner: str, name: str, value: Any) -> None:
+    """Raise unless a number of steps is a whole one, from 1; traced values pass."""
+    _settings.check_range(owner, name, value, least=1)
+    if not isinstance(value, jax.core.Tracer) and float(value) != round(float(value)):
+        raise ValueError(f"{owner}: {name} must be an integer ≥ 1; got {value!r}.")
+
+
+def _interval(value: ArrayLike) -> Array:
+    """A number of steps, which may come as a traced float, as an int32 ≥ 1."""
+    return jnp.maximum(jnp.round(jnp.asarray(value, jnp.float32)), 1).astype(jnp.int32)
+
+
+def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> PyTree:
+    """The tree with leaves given by path, and masked nodes for all others.
+
+    Args:
+      tree: whose structure it has.
+      leaves: the new leaves.
+      cast: whether they get the dtypes of the old.
+    """
+
+    def choose(path, old):
+        new = leaves.get(leaf_path(path))
+        if new is None:
+            return optax.MaskedNode()
+        return new.astype(old.dtype) if cast else new
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def _widened(x: Array, dtype: jnp.dtype) -> Array:
+    """The array at the precision of a real dtype, or at its own if that is higher."""
+    real = max(contract.real_dtype(x.dtype), dtype, key=lambda d: d.itemsize)
+    return x.astype(complex_like(real, jnp.iscomplexobj(x)))
+
+
+def _times(scale: ArrayLike, x: Array) -> Array:
+    """A real scalar of any dtype times an array, in the dtype of the array."""
+    return jnp.asarray(scale).astype(contract.real_dtype(x.dtype)) * x
+
+
+def _squared_norm(x: Array, dtype: DTypeLike) -> Array:
+    return jnp.sum(contract.squared_magnitude(x)).astype(dtype)
+
+
+def _constrain(product: Array, learning_rate: Any, norm_constraint: ArrayLike) -> Array:
+    """`min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`."""
+    length = jnp.square(jnp.asarray(learning_rate, product.dtype)) * product
+    bound = jnp.asarray(norm_constraint, product.dtype)
+    return jnp.where(length > bound, jnp.sqrt(bound / jnp.where(length > bound, length, 1)), 1)
