@@ -8,6 +8,7 @@ from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
 from optax_kron.transforms.kfac import ScaleByKfacState, kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import (
     ScaleByKronPsgdState,
@@ -26,6 +27,7 @@ __all__ = [
     "ScaleByKronPsgdState",
     "Tap",
     "Taps",
+    "ekfac",
     "find_layers",
     "ggn_vector_product",
     "hessian_vector_product",
@@ -33,6 +35,7 @@ __all__ = [
     "kron_psgd",
     "losses",
     "operators",
+    "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_kron_psgd",
     "update_probability_schedule",

@@ -60,6 +60,7 @@ def moments_of(
 
 
 def moments_of_member(
+    owner: str,
     member: Member,
     taps: Sequence[Tap | Moments],
     *,
@@ -70,6 +71,7 @@ def moments_of_member(
     """The second moments of a layer from all groups of its taps.
 
     Args:
+      owner: for messages.
       member: the layer, and which columns of its taps' inputs belong to it.
       taps: groups, in canonical form.
       approx: as in `moments_of`.
@@ -88,7 +90,7 @@ def moments_of_member(
             )
         if approx == "reduce" and layer.kernel is not None:
             raise ValueError(
-                f"kfac: approx='reduce' needs what each datum gave, but the taps of layer "
+                f"{owner}: approx='reduce' needs what each datum gave, but the taps of layer "
                 f"{layer.name!r} are second moments, which 'expand' has. Make the taps with "
                 "reduce=False, or take approx='expand'."
             )

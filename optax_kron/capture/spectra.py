@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from optax_kron.capture.moments import moments_of, weighed_inputs
 from optax_kron.capture.plan import Member
 from optax_kron.capture.tap import Moments, Tap
-from optax_kron.kernels import contract, ekfac
+from optax_kron.kernels import contract, ekfac, kfac
 
 
 def eigenvalues_of_member(
@@ -65,3 +65,14 @@ def eigenvalues_of_member(
         taps = taps[:1]  # no sum of identities
     first, *others = (of_group(tap) for tap in taps)
     return sum(others, first)
+
+
+def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Array:
+    """Whether any datum of any group weighs in a block, bool [B]."""
+    found = jnp.zeros(member.layer.blocks, bool)
+    for tap in taps:
+        if isinstance(tap, Tap) and tap.weights is not None:
+            found |= kfac.total_weight(tap.weights, tap.inputs.shape[2]) > 0
+        else:
+            return jnp.ones(member.layer.blocks, bool)
+    return found

@@ -18,6 +18,8 @@ from jax import Array
 
 from optax_kron.kernels import contract
 
+_IN_MEMORY = 2**22  # numbers, of gradients of single data at a time
+
 
 def eigenvalues(
     inputs: Array,
@@ -38,8 +40,8 @@ def eigenvalues(
 
     Returns:
       [B, d_in, d_out]. Cost: 2·B·N·S·(d_in² + V·d_out²) operations for the bases, and
-      2·B·N·d_in·d_out where S = 1, else 2·V·B·N·S·d_in·d_out, with the gradient of one datum and
-      column at a time in memory.
+      2·B·N·d_in·d_out where S = 1, else 2·V·B·N·S·d_in·d_out, with the gradients of one column and
+      a few data in memory at a time: 4 million numbers at most, or one datum's.
     """
     _, blocks, data, positions, d_out = output_grads.shape
     a = _rotated(inputs, input_basis, precision)
@@ -49,17 +51,23 @@ def eigenvalues(
         found = jnp.einsum("bni,bno->bio", jnp.square(a[:, :, 0]), squares, precision=precision)
         return found / data
 
+    together = _divisor(data, _IN_MEMORY // (blocks * a.shape[-1] * d_out))
+
     def add(total, seen):
-        x, y = seen  # [B, S, d_in], [V, B, S, d_out]
+        x, y = seen  # [B, n, S, d_in], [V, B, n, S, d_out]
 
         def of_column(total, y):
-            gradient = jnp.einsum("bsi,bso->bio", x, y, precision=precision)
-            return total + jnp.square(gradient), None
+            gradients = jnp.einsum("bnsi,bnso->bnio", x, y, precision=precision)
+            return total + jnp.sum(jnp.square(gradients), axis=1), None
 
         return jax.lax.scan(of_column, total, y)
 
+    def cut(x, axis):
+        shape = (*x.shape[:axis], data // together, together, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
     zero = jnp.zeros((blocks, a.shape[-1], d_out), jnp.result_type(a, g))
-    total, _ = jax.lax.scan(add, zero, (jnp.moveaxis(a, 1, 0), jnp.moveaxis(g, 2, 0)))
+    total, _ = jax.lax.scan(add, zero, (cut(a, 1), cut(g, 2)))
     return total / data
 
 
@@ -121,6 +129,11 @@ def carried_over(
         if overlap is not None:
             values = contract.apply_factor(jnp.square(overlap), values, axis, precision=precision)
     return values
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not larger than another; 1 at least."""
+    return next(n for n in range(max(min(number, most), 1), 0, -1) if number % n == 0)
 
 
 def _rotated(x: Array, basis: Array | None, precision: contract.Precision) -> Array:

@@ -292,23 +292,21 @@ def _small_eigenbasis(factor: Array) -> tuple[Array, Array]:
 
 def apply_eigen(
     input_basis: Array | None,
-    input_values: Array,
     output_basis: Array | None,
-    output_values: Array,
+    values: Array,
     x: Array,
     damping: ArrayLike,
     *,
     precision: contract.Precision = None,
 ) -> Array:
-    """`(A ⊗ G + λI)⁻¹` applied to X, exactly, in the eigenbases of A and G.
+    """`(F + λI)⁻¹` applied to X, of an F that is diagonal in the product of two bases.
 
     Args:
-      input_basis: [d_in, d_in], or `None` for the identity.
-      input_values: [d_in].
-      output_basis: [d_out, d_out], or `None` for the identity.
-      output_values: [d_out].
+      input_basis: columns [d_in, d_in], or `None` for the identity.
+      output_basis: columns [d_out, d_out], or `None` for the identity.
+      values: the diagonal, [d_in, d_out]; that of `A ⊗ G` is the outer product of eigenvalues.
       x: [d_in, d_out].
-      damping: λ ≥ 0.
+      damping: λ ≥ 0. Where it and a value are zero, so is the result.
       precision: of the matrix products.
 
     Returns:
@@ -318,7 +316,8 @@ def apply_eigen(
     for axis, basis in enumerate(bases):
         if basis is not None:
             x = contract.apply_factor(basis, x, axis, adjoint=True, precision=precision)
-    x = x / (input_values[:, None] * output_values + jnp.asarray(damping, x.dtype))
+    damped = values + jnp.asarray(damping, x.dtype)
+    x = jnp.where(damped == 0, 0, x / jnp.where(damped == 0, 1, damped))
     for axis, basis in enumerate(bases):
         if basis is not None:
             x = contract.apply_factor(basis, x, axis, precision=precision)

@@ -26,6 +26,7 @@ class Batches:
       times: how often the batches are read.
 
     Attributes:
+      owner: for messages.
       plan: of the layers.
       structure: of the parameters.
     """
@@ -41,7 +42,7 @@ class Batches:
         params: PyTree | None,
         times: int = 1,
     ):
-        self._owner = owner
+        self.owner = owner
         checked = plans.check_layers(owner, layers)
         layers = layers if hasattr(layers, "structure") else checked
         if isinstance(source, Mapping):
@@ -94,7 +95,7 @@ class Batches:
             whole = whole + share
             if len({w is None for w in weights}) > 1:
                 raise ValueError(
-                    f"{self._owner}: give all batches as pairs (weight, taps), or none."
+                    f"{self.owner}: give all batches as pairs (weight, taps), or none."
                 )
             for member in self.members:
                 name = member.layer.name
@@ -102,7 +103,7 @@ class Batches:
                 found[name] = add(found[name], new) if name in found else new
         if not weights:
             raise ValueError(
-                f"{self._owner}: the function of batches returned none when called again."
+                f"{self.owner}: the function of batches returned none when called again."
             )
         if weights[0] is not None:
             return found
@@ -119,7 +120,7 @@ class Batches:
         weight, taps = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
         if not isinstance(taps, Mapping):
             raise ValueError(
-                f"{self._owner}: each batch must be ok.Taps, or a pair (weight, ok.Taps); got "
+                f"{self.owner}: each batch must be ok.Taps, or a pair (weight, ok.Taps); got "
                 f"{given!r:.100}."
             )
         return weight, taps if isinstance(taps, Taps) else Taps(taps)
@@ -131,7 +132,7 @@ class Batches:
             return sum(tap.inputs.shape[1] for tap in groups)
         if batch > 1:
             raise ValueError(
-                f"{self._owner}: second moments do not tell how many data they are of; give "
+                f"{self.owner}: second moments do not tell how many data they are of; give "
                 "several batches as pairs (weight, taps), with each batch's share of the data."
             )
         return 1

@@ -230,7 +230,12 @@ def _moments(batches: Batches, approx: str, precision: Any) -> dict[str, Moments
 
     def of(member, taps):
         return moments_of_member(
-            member, taps, approx=approx, dtype=_dtype(member, taps), precision=precision
+            batches.owner,
+            member,
+            taps,
+            approx=approx,
+            dtype=_dtype(member, taps),
+            precision=precision,
         )
 
     def scaled(m, share):

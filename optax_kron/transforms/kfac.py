@@ -124,7 +124,7 @@ def scale_by_kfac(
         bias_correction = damping_rule != "trace"
     return natural_gradient(
         owner,
-        kfac_stacks.Curvature(damping_rule, approx, precision),
+        kfac_stacks.Curvature(owner, damping_rule, approx, precision),
         layers=layers,
         decay=decay,
         bias_correction=bias_correction,

@@ -7,7 +7,7 @@ for the contraction of each layer's taps, whose shapes are its own.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,12 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
+from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of_member
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Tap
-from optax_kron.kernels import contract, kfac, linalg
+from optax_kron.kernels import contract, kfac
+from optax_kron.transforms import _blocks
 
 Stacks = Mapping[str, "KfacStack"]
 
@@ -47,13 +49,14 @@ class KfacStack(NamedTuple):
     input_factor: Array  # A [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
     output_factor: Array  # G [N, d_out, d_out], factor_dtype
     started: Array  # whether the factors have been set, bool [N]
-    inverse: Inverses | Eigenbases  # of the factors at the last refresh that went well
+    inverse: Any  # of the factors at the last refresh that went well: Inverses or Eigenbases
 
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
     """How factors are estimated, inverted and applied; the settings of `scale_by_kfac`."""
 
+    owner: str
     rule: str
     approx: str
     precision: jax.lax.PrecisionLike
@@ -66,29 +69,31 @@ class Curvature:
         for label, members in plan.stacks.items():
             layer, count = members[0].layer, plan.count(label)
             diagonal = layer.is_embedding
-
-            def identity(size, diagonal=False, count=count):
-                if diagonal:
-                    return jnp.ones((count, size), dtype)
-                return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
-
-            if self.rule == "eigen":
-                inverse = Eigenbases(
-                    input_basis=None if diagonal else identity(layer.d_in),
-                    input_values=identity(layer.d_in, diagonal=True),
-                    output_basis=identity(layer.d_out),
-                    output_values=identity(layer.d_out, diagonal=True),
-                )
-            else:
-                inverse = Inverses(identity(layer.d_in, diagonal), identity(layer.d_out))
             input_shape = (count, layer.d_in) if diagonal else (count, layer.d_in, layer.d_in)
             stacks[label] = KfacStack(
                 input_factor=jnp.zeros(input_shape, dtype),
                 output_factor=jnp.zeros((count, layer.d_out, layer.d_out), dtype),
                 started=jnp.zeros(count, bool),
-                inverse=inverse,
+                inverse=self.start(layer, count, dtype),
             )
         return stacks
+
+    def start(self, layer: Layer, count: int, dtype: DTypeLike) -> Any:
+        """What stands for the inverses of `count` blocks before there are any: the identity."""
+
+        def diagonal(size):
+            return jnp.ones((count, size), dtype)
+
+        inputs = diagonal(layer.d_in) if layer.is_embedding else identity(count, layer.d_in, dtype)
+        outputs = identity(count, layer.d_out, dtype)
+        if self.rule != "eigen":
+            return Inverses(inputs, outputs)
+        return Eigenbases(
+            input_basis=None if layer.is_embedding else inputs,
+            input_values=diagonal(layer.d_in),
+            output_basis=outputs,
+            output_values=diagonal(layer.d_out),
+        )
 
     def move(
         self,
@@ -121,22 +126,27 @@ class Curvature:
         for label, members in plan.stacks.items():
             stack = stacks[label]
             seen_by = functools.partial(
-                moments_of_member, approx=self.approx, dtype=decay.dtype, precision=self.precision
+                moments_of_member,
+                self.owner,
+                approx=self.approx,
+                dtype=decay.dtype,
+                precision=self.precision,
             )
             pairs = [seen_by(m, used[m.layer.name]) for m in members]
             *moments, weight = map(jnp.concatenate, zip(*pairs, strict=True))
             rate = jnp.where(stack.started, decay, 0)  # the first moments are taken as they are
             new = [
-                _blend(old, moment, rate) for old, moment in zip(stack[:2], moments, strict=True)
+                _blocks.blend(old, moment, rate)
+                for old, moment in zip(stack[:2], moments, strict=True)
             ]
             own = [tap for m in members for tap in used[m.layer.name]]
             if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
                 # No entry of a second moment is larger than those on its diagonal.
                 suspects = [kfac.diagonal_rows(x) for x in moments]
             else:
-                suspects = [_largest(x) for x in new]
+                suspects = [_blocks.largest(x) for x in new]
             found[label] = new, suspects, weight > 0
-        checks = _finite_rows([row for _, suspects, _ in found.values() for row in suspects])
+        checks = _blocks.finite_rows([row for _, suspects, _ in found.values() for row in suspects])
         finite = list(map(jnp.logical_and, checks[::2], checks[1::2]))
         # A layer in a branch not taken has seen nothing.
         seen = [allowed & some for _, _, some in found.values()]
@@ -157,8 +167,8 @@ class Curvature:
         for (label, (new, _, _)), moves in zip(found.items(), taken, strict=True):
             stack = stacks[label]
             moved[label] = KfacStack(
-                _select_blocks(moves, new[0], stack.input_factor),
-                _select_blocks(moves, new[1], stack.output_factor),
+                _blocks.select_blocks(moves, new[0], stack.input_factor),
+                _blocks.select_blocks(moves, new[1], stack.output_factor),
                 stack.started | moves,
                 stack.inverse,
             )
@@ -181,19 +191,25 @@ class Curvature:
           The new inverses; and how many blocks failed, so that their last inverse was kept.
         """
         stacks = {label: KfacStack(*rest, last[0][label]) for label, rest in factors.items()}
-        decompose = self._eigenbases if self.rule == "eigen" else self._inverses
         inverses, failures = {}, jnp.zeros([], jnp.int32)
-        for label, (new, finite) in decompose(stacks, damping).items():
+        for label, (new, finite) in self.decompose(stacks, damping).items():
             _, _, started, old = stacks[label]
             inverses[label] = jax.tree.map(
-                functools.partial(_select_blocks, started & finite), new, old
+                functools.partial(_blocks.select_blocks, started & finite), new, old
             )
             failures = failures + jnp.sum(started & ~finite, dtype=jnp.int32)
         return inverses, failures
 
-    def _eigenbases(self, stacks, damping):
+    def decompose(
+        self, stacks: Stacks, damping: ArrayLike
+    ) -> dict[str, tuple[Inverses | Eigenbases, Array]]:
+        """What stands for the inverses, and whether it is finite, bool [N], of every stack."""
+        if self.rule == "eigen":
+            return self._eigenbases(stacks)  # the damping comes in when they are applied
+        return self._inverses(stacks, damping)
+
+    def _eigenbases(self, stacks):
         """Eigendecompositions, and whether they are finite, bool [N], of every stack."""
-        del damping  # comes in when they are applied
 
         def decompose(A, G):
             pairs = map(kfac.eigenbasis, (contract.widen(A), contract.widen(G)))
@@ -202,9 +218,9 @@ class Curvature:
 
         found = {}
         for label, stack in stacks.items():
-            new = _mapping(stack)(decompose, *stack[:2])
+            new = _blocks.mapping(stack)(decompose, *stack[:2])
             new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, stack.inverse)
-            found[label] = new, _finite_blocks(jax.tree.leaves(new))
+            found[label] = new, _blocks.finite_blocks(jax.tree.leaves(new))
         return found
 
     def _inverses(self, stacks, damping):
@@ -219,7 +235,7 @@ class Curvature:
             new = Inverses(inverses[i].astype(dtype), inverses[j].astype(dtype))
             sound = finite[i] & finite[j]
             if dtype != inverses[i].dtype:  # narrower: what was finite may overflow
-                sound = _finite_blocks(new)
+                sound = _blocks.finite_blocks(new)
             results[label] = new, sound
         return results
 
@@ -259,45 +275,17 @@ class Curvature:
         def apply(inverse, x):
             inverse = jax.tree.map(contract.widen, inverse)
             if isinstance(inverse, Eigenbases):
-                return kfac.apply_eigen(*inverse, x, damping, precision=self.precision)
+                values = inverse.input_values[:, None] * inverse.output_values
+                bases = inverse.input_basis, inverse.output_basis
+                return kfac.apply_eigen(*bases, values, x, damping, precision=self.precision)
             return kfac.apply_inverses(inverse.input, inverse.output, x, precision=self.precision)
 
         return {
-            label: _mapping(stacks[label])(apply, stacks[label].inverse, x)
+            label: _blocks.mapping(stacks[label])(apply, stacks[label].inverse, x)
             for label, x in blocks.items()
         }
 
 
-def _blend(old: Array, new: Array, rate: Array) -> Array:
-    """`rate·old + (1 − rate)·new` for every block, in the dtype of `old`."""
-    return (
-        contract.scaled_blocks(old.astype(rate.dtype), rate) + contract.scaled_blocks(new, 1 - rate)
-    ).astype(old.dtype)
-
-
-def _finite_blocks(factors: Iterable[Array]) -> Array:
-    """Whether all factors of a block are finite, bool [N]."""
-    return jnp.all(jnp.stack(_finite_rows([_largest(x) for x in factors])), axis=0)
-
-
-def _finite_rows(rows: Sequence[Array]) -> list[Array]:
-    """Whether every row [d] of arrays [N, d] is finite, bool [N] for each array."""
-    finite = jnp.isfinite(guards.largest_magnitude(contract.ragged_rows(rows), axis=1))
-    return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
-
-
-def _largest(x: Array) -> Array:
-    """The largest magnitude of every block [N, ...], [N, 1]."""
-    return guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))[:, None]
-
-
-def _select_blocks(condition: Array, new: Array, old: Array) -> Array:
-    return jnp.where(condition.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-
-def _mapping(stack: KfacStack) -> Any:
-    """How to map over blocks: those without a larger dense factor are cheapest all at once."""
-    dense = [x for x in stack[:2] if x.ndim == 3]
-    if max(x.shape[-1] for x in dense) <= 2:
-        return lambda fn, *stacks: jax.vmap(fn)(*stacks)
-    return linalg.map_blocks
+def identity(count: int, size: int, dtype: DTypeLike) -> Array:
+    """So many identity matrices, [N, d, d]."""
+    return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))

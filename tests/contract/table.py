@@ -339,22 +339,38 @@ _KFAC_TUNABLE = {
 }
 
 
-def _kfac(name, rate=1.0, **kwargs):
+def _kfac(name, rate=1.0, steps=1, method="kfac", **kwargs):
     targets = {
-        k: t._replace(learning_rate=rate * t.learning_rate) for k, t in _KFAC_TARGETS.items()
+        k: Target(rate * t.learning_rate, steps * t.steps, t.atol) for k, t in _KFAC_TARGETS.items()
     }
     return Row(
-        f"kfac-{name}",
-        ok.kfac,
-        ok.scale_by_kfac,
+        f"{method}-{name}",
+        getattr(ok, method),
+        getattr(ok, f"scale_by_{method}"),
         targets=targets,
         switched_on={"weight_decay": 0.01},
         param_trees=1,
         random=False,
-        core=True,
-        **kwargs,
+        **{"core": True} | kwargs,
     )
 
+
+_CAPTURED = {
+    "settings_for": _captured_layers,
+    "extras": _captured_taps,
+    # A dense layer under a squared error has the same factors at every step: settings of their
+    # averages make no difference.
+    "tunable": {k: v for k, v in _KFAC_TUNABLE.items() if k not in ("decay", "factor_every")},
+}
+_HAND = {
+    "rate": 10.0,
+    # Factors that are soon old, so that the time between refreshes tells.
+    "settings": {"decay": 0.5, "refresh_every": 1},
+    "settings_for": lambda problem: {"layers": _hand_layers(problem.params)},
+    "extras": _hand_taps,
+    "spoilt_extras": _spoilt_hand_taps,
+    "tunable": _KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
+}
 
 ROWS = (
     _psgd("EQ", core=True),
@@ -377,24 +393,10 @@ ROWS = (
         core=True,
     ),
     _psgd("no_momentum", settings={"momentum": None}),
-    _kfac(
-        "captured",
-        settings_for=_captured_layers,
-        extras=_captured_taps,
-        # A dense layer under a squared error has the same factors at every step: settings of their
-        # averages make no difference.
-        tunable={k: v for k, v in _KFAC_TUNABLE.items() if k not in ("decay", "factor_every")},
-    ),
-    _kfac(
-        "hand",
-        rate=10.0,
-        # Factors that are soon old, so that the time between refreshes tells.
-        settings={"decay": 0.5, "refresh_every": 1},
-        settings_for=lambda problem: {"layers": _hand_layers(problem.params)},
-        extras=_hand_taps,
-        spoilt_extras=_spoilt_hand_taps,
-        tunable=_KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
-    ),
+    _kfac("captured", **_CAPTURED),
+    _kfac("hand", **_HAND),
+    _kfac("captured", method="ekfac", core=False, **_CAPTURED),
+    _kfac("hand", method="ekfac", steps=2, **_HAND),
 )
 
 CORE_ROWS = tuple(row for row in ROWS if row.core)

@@ -145,7 +145,8 @@ def test_damped_inverse_is_that_of_the_dense_kronecker_product(rule, sizes, diag
         A = np.diag(np.diag(A))
     a, g, x = jnp.asarray(np.diag(A) if diagonal else A), jnp.asarray(G), jnp.asarray(X)
     if rule == "eigen":
-        got = kfac.apply_eigen(*kfac.eigenbasis(a), *kfac.eigenbasis(g), x, 0.3)
+        (Q_a, a_values), (Q_g, g_values) = kfac.eigenbasis(a), kfac.eigenbasis(g)
+        got = kfac.apply_eigen(Q_a, Q_g, jnp.outer(a_values, g_values), x, 0.3)
     else:
         if rule == "pi":
             amounts = pi_damping(a, g, 0.3)
@@ -189,7 +190,6 @@ def test_no_implicit_promotion(strict_promotion):
     A, G = kfac.second_moments(a, g, jnp.ones(4, jnp.float32))
     amounts = pi_damping(A[0], G[0], 1e-3)
     assert all(x.dtype == jnp.float32 for x in (A, G, *amounts))
-    values = kfac.apply_eigen(
-        *kfac.eigenbasis(A[0]), *kfac.eigenbasis(G[0]), jnp.ones((3, 2), jnp.float32), 1e-3
-    )
+    (Q_a, a), (Q_g, g) = kfac.eigenbasis(A[0]), kfac.eigenbasis(G[0])
+    values = kfac.apply_eigen(Q_a, Q_g, jnp.outer(a, g), jnp.ones((3, 2), jnp.float32), 1e-3)
     assert values.dtype == inverse(A[0], amounts[0]).dtype == jnp.float32

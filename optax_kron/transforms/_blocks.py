@@ -1,0 +1,47 @@
+"""Stacks of blocks [N, ...]: moved, checked and chosen block by block."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optax_kron import guards
+from optax_kron.kernels import contract, linalg
+
+
+def blend(old: Array, new: Array, rate: Array) -> Array:
+    """`rate·old + (1 − rate)·new` for every block, in the dtype of `old`."""
+    return (
+        contract.scaled_blocks(old.astype(rate.dtype), rate) + contract.scaled_blocks(new, 1 - rate)
+    ).astype(old.dtype)
+
+
+def finite_blocks(factors: Iterable[Array]) -> Array:
+    """Whether all factors of a block are finite, bool [N]."""
+    return jnp.all(jnp.stack(finite_rows([largest(x) for x in factors])), axis=0)
+
+
+def finite_rows(rows: Sequence[Array]) -> list[Array]:
+    """Whether every row [d] of arrays [N, d] is finite, bool [N] for each array."""
+    finite = jnp.isfinite(guards.largest_magnitude(contract.ragged_rows(rows), axis=1))
+    return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
+
+
+def largest(x: Array) -> Array:
+    """The largest magnitude of every block [N, ...], [N, 1]."""
+    return guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))[:, None]
+
+
+def select_blocks(condition: Array, new: Array, old: Array) -> Array:
+    return jnp.where(condition.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+
+def mapping(stack: Any) -> Any:
+    """How to map over blocks: those without a larger dense factor are cheapest all at once."""
+    dense = [x for x in stack[:2] if x.ndim == 3]
+    if max(x.shape[-1] for x in dense) <= 2:
+        return lambda fn, *stacks: jax.vmap(fn)(*stacks)
+    return linalg.map_blocks

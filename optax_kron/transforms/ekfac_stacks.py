@@ -1,0 +1,148 @@
+"""Stacks of EKFAC: K-FAC's factors, their eigenbases, and eigenvalues that are estimated in those.
+
+The bases are refreshed now and then; the eigenvalues are averaged over all steps. When a basis
+changes they are carried over, as the diagonal of the same matrix in the new basis.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.plan import LayerPlan, Member
+from optax_kron.capture.spectra import eigenvalues_of_member, seen_blocks
+from optax_kron.capture.tap import Tap
+from optax_kron.kernels import contract, ekfac, kfac
+from optax_kron.transforms import _blocks, kfac_stacks
+from optax_kron.transforms.kfac_stacks import Stacks
+
+
+class Spectrum(NamedTuple):
+    """Eigendecompositions of factors, and the diagonal of the curvature in their bases."""
+
+    input_basis: Array | None  # columns [N, d_in, d_in], factor_dtype; None if A is diagonal
+    input_values: Array  # of A [N, d_in], factor_dtype
+    output_basis: Array  # columns [N, d_out, d_out], factor_dtype
+    output_values: Array  # of G [N, d_out], factor_dtype
+    values: Array  # λ [N, d_in, d_out], factor_dtype
+    known: Array  # whether the eigenvalues have been set, bool [N]
+
+
+class Curvature(kfac_stacks.Curvature):
+    """How factors and eigenvalues are estimated and applied."""
+
+    def start(self, layer: Layer, count: int, dtype: DTypeLike) -> Spectrum:
+        """See `kfac_stacks.Curvature`."""
+        return Spectrum(
+            input_basis=None
+            if layer.is_embedding
+            else kfac_stacks.identity(count, layer.d_in, dtype),
+            input_values=jnp.ones((count, layer.d_in), dtype),
+            output_basis=kfac_stacks.identity(count, layer.d_out, dtype),
+            output_values=jnp.ones((count, layer.d_out), dtype),
+            values=jnp.ones((count, layer.d_in, layer.d_out), dtype),
+            known=jnp.zeros(count, bool),
+        )
+
+    def decompose(self, stacks: Stacks, damping: ArrayLike) -> dict[str, tuple[Any, Array]]:
+        """See `kfac_stacks.Curvature`: new bases, and what is known in them."""
+        del damping  # comes in when they are applied
+
+        def change(A, G, old):
+            (Q_a, a), (Q_g, g) = (kfac.eigenbasis(contract.widen(x)) for x in (A, G))
+            overlaps = self._overlap(Q_a, old.input_basis), self._overlap(Q_g, old.output_basis)
+            values = contract.widen(old.values)
+            carried = ekfac.carried_over(values, *overlaps, precision=self.precision)
+            # Of factors that are as they were, nothing may change, not even by rounding.
+            known = contract.widen(old.input_values), contract.widen(old.output_values)
+            moved = jnp.any(a != known[0]) | jnp.any(g != known[1])
+            values = jnp.where(moved, carried, values)
+            return Q_a, a, Q_g, g, values
+
+        found = {}
+        for label, stack in stacks.items():
+            old, dtype = stack.inverse, stack.inverse.values.dtype
+            changed = _blocks.mapping(stack)(change, *stack[:2], old)
+            parts = [None if x is None else x.astype(dtype) for x in changed]
+            finite = _blocks.finite_blocks([x for x in parts if x is not None])
+            found[label] = Spectrum(*parts[:4], parts[4], old.known), finite
+        return found
+
+    def _overlap(self, new: Array | None, old: Array | None) -> Array | None:
+        if new is None or old is None:
+            return None
+        return jnp.matmul(new.T, contract.widen(old), precision=self.precision)
+
+    def correct(
+        self,
+        plan: LayerPlan,
+        stacks: Stacks,
+        taps: Mapping[str, Sequence[Tap]],
+        decay: Array,
+        allowed: Array,
+    ) -> tuple[Stacks, Array]:
+        """See `kfac_stacks.Curvature`: the eigenvalues take in what the layers saw."""
+        corrected, failures = {}, jnp.zeros([], jnp.int32)
+        for label, members in plan.stacks.items():
+            stack = stacks[label]
+            found, seen, start = [], [], 0
+            for member in members:
+                stop = start + member.layer.blocks
+                own = taps[member.layer.name]
+                found.append(
+                    self._eigenvalues(member, own, stack.inverse, slice(start, stop), decay)
+                )
+                seen.append(seen_blocks(member, own))
+                start = stop
+            old = stack.inverse
+            values, seen = jnp.concatenate(found), jnp.concatenate(seen)
+            rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
+            new = _blocks.blend(old.values, values, rate)
+            finite = _blocks.finite_blocks([new])
+            moves = allowed & seen & stack.started & finite
+            failures += jnp.sum(allowed & ~finite, dtype=jnp.int32)
+            spectrum = old._replace(
+                values=_blocks.select_blocks(moves, new, old.values), known=old.known | moves
+            )
+            corrected[label] = stack._replace(inverse=spectrum)
+        return corrected, failures
+
+    def _eigenvalues(
+        self, member: Member, taps: Sequence[Tap], spectrum: Spectrum, rows: slice, decay: Array
+    ) -> Array:
+        """λ [B, d_in, d_out] of one layer, in the bases at some rows of a stack."""
+        Q_a = spectrum.input_basis
+        return eigenvalues_of_member(
+            self.owner,
+            member,
+            taps,
+            None if Q_a is None else Q_a[rows].astype(decay.dtype),
+            spectrum.output_basis[rows].astype(decay.dtype),
+            dtype=decay.dtype,
+            precision=self.precision,
+        )
+
+    def precondition(
+        self, stacks: Stacks, blocks: Mapping[str, Array], damping: ArrayLike
+    ) -> dict[str, Array]:
+        """See `kfac_stacks.Curvature`; a block without eigenvalues hands its gradient through."""
+
+        def apply(spectrum, x):
+            Q_a, a, Q_g, g, values, known = jax.tree.map(
+                lambda y: y if y.dtype == bool else contract.widen(y), spectrum
+            )
+            added = jnp.asarray(damping, values.dtype)
+            if self.rule == "pi":
+                amounts = kfac.pi_damping(jnp.mean(a), jnp.mean(g), added)
+                added = amounts[0] * g + amounts[1] * a[:, None] + added
+            found = kfac.apply_eigen(Q_a, Q_g, values, x, added, precision=self.precision)
+            return jnp.where(known, found, x)
+
+        return {
+            label: _blocks.mapping(stacks[label])(apply, stacks[label].inverse, x)
+            for label, x in blocks.items()
+        }

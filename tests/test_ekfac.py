@@ -1,0 +1,254 @@
+"""EKFAC as a transformation: its numbers against dense ones, its stacks and its guards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_kron import ekfac, find_layers, losses, scale_by_ekfac, value_and_grad_with_taps
+from optax_kron.capture.layers import Layer
+from optax_kron.capture.moments import moments_of
+from optax_kron.capture.tap import Tap, Taps
+
+RTOL = 1e-9  # of float64 against the dense reference
+DENSE = Layer("dense", kernel="kernel")
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
+
+
+def settings(**changes):
+    return {"layers": [DENSE], "momentum": None, "factor_dtype": "float64", **changes}
+
+
+def problem(seed=0, columns=2, positions=2):
+    """A gradient, and taps of full rank at several positions."""
+    tap = Tap(draw(1, 7, positions, 4, seed=seed), draw(columns, 1, 7, positions, 3, seed=seed))
+    return {"kernel": draw(4, 3, seed=seed + 100)}, Taps({"dense": tap})
+
+
+def run(tx, stream, params=None):
+    """All updates, and the last state."""
+    state, updates = tx.init(stream[0][0] if params is None else params), []
+    update = jax.jit(lambda grads, state, taps: tx.update(grads, state, taps=taps))
+    for grads, taps in stream:
+        u, state = update(grads, state, taps)
+        updates.append(u)
+    return updates, state
+
+
+class Reference:
+    """EKFAC of one layer by loops and dense matrices of size d_in·d_out."""
+
+    def __init__(self, decay, damping, rule="eigen"):
+        self.decay, self.damping, self.rule = decay, damping, rule
+        self.factors, self.values, self.steps = None, None, 0
+
+    def _average(self, old, new, steps):
+        beta = self.decay
+        weight = beta * (1 - beta**steps) / (1 - beta ** (steps + 1))
+        return new if old is None else weight * old + (1 - weight) * new
+
+    def see(self, tap, refresh):
+        a, g = np.asarray(tap.inputs[0]), np.asarray(tap.output_grads[:, 0])
+        (N, S, _), V = a.shape, len(g)
+        A = sum(np.outer(a[n, s], a[n, s]) for n in range(N) for s in range(S)) / (N * S)
+        G = sum(
+            np.outer(g[v, n, s], g[v, n, s]) for v in range(V) for n in range(N) for s in range(S)
+        )
+        old = self.factors or (None, None)
+        self.factors = tuple(
+            self._average(x, y, self.steps) for x, y in zip(old, (A, G / N), strict=True)
+        )
+        if refresh:
+            pairs = [np.linalg.eigh(x) for x in self.factors]
+            basis = np.kron(*(q for _, q in pairs))
+            if self.values is not None:
+                kept = self.basis @ np.diag(self.values) @ self.basis.T
+                self.values = np.diag(basis.T @ kept @ basis)
+            self.basis, self.spectra = basis, [values for values, _ in pairs]
+        values = 0
+        for v in range(V):
+            for n in range(N):
+                gradient = sum(np.outer(a[n, s], g[v, n, s]) for s in range(S))
+                values = values + (self.basis.T @ gradient.ravel()) ** 2 / N
+        self.values = self._average(self.values, values, self.steps)
+        self.steps += 1
+
+    def precondition(self, X):
+        added = self.damping
+        if self.rule == "pi":
+            x, y = self.spectra
+            pi = np.sqrt(x.mean() / y.mean())
+            root = np.sqrt(self.damping)
+            added = (np.kron(x + pi * root, y + root / pi) - np.kron(x, y)).ravel()
+        matrix = self.basis @ np.diag(self.values + added) @ self.basis.T
+        return np.linalg.solve(matrix, np.asarray(X).ravel()).reshape(X.shape)
+
+
+@pytest.mark.parametrize("rule", ["eigen", "pi"])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_updates_are_those_of_the_dense_reference(x64, rule, positions):
+    """Averages, refreshes every third step once the factors are old, and what is carried over."""
+    reference = Reference(0.5, 0.1, rule)
+    stream = [problem(seed, positions=positions) for seed in range(9)]
+    updates, state = run(
+        scale_by_ekfac(**settings(damping=0.1, damping_rule=rule, decay=0.5, refresh_every=3)),
+        stream,
+    )
+    refreshed = []
+    waited = 0
+    for step, ((grads, taps), found) in enumerate(zip(stream, updates, strict=True)):
+        waited += 1
+        refresh = step == 0 or waited >= 3 or 0.5 * step < 1
+        waited = 0 if refresh else waited
+        refreshed.append(refresh)
+        reference.see(taps["dense"][0], refresh)
+        expected = reference.precondition(grads["kernel"])
+        np.testing.assert_allclose(found["kernel"], expected, rtol=RTOL, err_msg=str(step))
+    assert state.refreshes == sum(refreshed) < len(stream)
+
+
+def test_one_datum_gives_the_exact_curvature(x64):
+    grads, _ = problem()
+    a, g = draw(1, 1, 2, 4, seed=3), draw(3, 1, 1, 2, 3, seed=3)
+    one = Taps({"dense": Tap(a[:, :, :1], g[:, :, :, :1])})
+    (updates,), _ = run(scale_by_ekfac(**settings(damping=0.1)), [(grads, one)])
+    F = sum(
+        np.outer(x, x) for x in np.einsum("i,vo->vio", a[0, 0, 0], g[:, 0, 0, 0]).reshape(3, 12)
+    )
+    expected = np.linalg.solve(F + 0.1 * np.eye(12), np.asarray(grads["kernel"]).ravel())
+    np.testing.assert_allclose(updates["kernel"].ravel(), expected, rtol=RTOL)
+
+
+def test_layers_of_one_signature_are_as_each_alone(x64):
+    names = "pqr"
+    grads = {name: draw(4, 3, seed=i) for i, name in enumerate(names)}
+    taps = Taps({n: problem(i)[1]["dense"][0] for i, n in enumerate(names)})
+    tx = scale_by_ekfac(**settings(layers=[Layer(name, kernel=name) for name in names]))
+    (together,), state = run(tx, [(grads, taps)])
+    assert state.stacks["4x3"].inverse.values.shape == (3, 4, 3)
+    for name in names:
+        alone = scale_by_ekfac(**settings(layers=[Layer(name, kernel=name)]))
+        (u,), _ = run(alone, [({name: grads[name]}, Taps({name: taps[name]}))])
+        np.testing.assert_allclose(together[name], u[name], rtol=RTOL)
+
+
+def test_a_table_is_as_its_one_hot_inputs(x64):
+    indices = jnp.array([[0, 2, 2], [1, 1, 1], [3, 0, 2], [4, 4, 0]])[None, ..., None]
+    g = draw(2, 1, 4, 3, 3)
+    grads = {"kernel": draw(5, 3)}
+    table = [Layer("dense", kernel="kernel", is_embedding=True)]
+    (found,), _ = run(
+        scale_by_ekfac(**settings(layers=table)), [(grads, Taps({"dense": Tap(indices, g)}))]
+    )
+    one_hot = jax.nn.one_hot(indices[..., 0], 5, dtype=jnp.float64)
+    (_, state) = run(scale_by_ekfac(**settings()), [(grads, Taps({"dense": Tap(one_hot, g)}))])
+    Q = np.linalg.eigh(state.stacks["5x3"].output_factor[0])[1]
+    gradients = np.einsum("nsi,vnso->vnio", one_hot[0], g[:, 0]) @ Q
+    values = (gradients**2).sum((0, 1)) / 4
+    expected = (np.asarray(grads["kernel"]) @ Q / (values + 1e-3)) @ Q.T
+    np.testing.assert_allclose(found["kernel"], expected, rtol=RTOL)
+
+
+def test_hidden_parameters_are_left_out_of_their_layer(x64):
+    layer = Layer("dense", kernel="kernel", bias="bias")
+    grads = {"kernel": draw(3, 3), "bias": draw(3)}
+    inputs = problem()[1]["dense"][0].inputs.at[..., -1].set(1)
+    tap = Tap(inputs, problem()[1]["dense"][0].output_grads)
+    tx = optax.masked(scale_by_ekfac(**settings(layers=[layer])), {"kernel": True, "bias": False})
+    (found,), _ = run(tx, [(grads, Taps({"dense": tap}))])
+    alone = scale_by_ekfac(**settings())
+    taps = Taps({"dense": tap._replace(inputs=inputs[..., :-1])})
+    (expected,), _ = run(alone, [({"kernel": grads["kernel"]}, taps)])
+    np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=RTOL)
+    np.testing.assert_array_equal(found["bias"], grads["bias"])
+
+
+def test_blocks_in_branches_not_taken_keep_their_eigenvalues(x64):
+    def loss_fn(p, x, y, taken):
+        def layer(h, wk):
+            w, taken = wk
+            return jax.lax.cond(taken, lambda h: jnp.tanh(h @ w), lambda h: 0.9 * h, h), None
+
+        h, _ = jax.lax.scan(layer, x, (p["blocks"], taken))
+        return jnp.mean(losses.squared_error(h, y))
+
+    params, x, y = {"blocks": draw(3, 4, 4)}, draw(5, 4), draw(5, 4, seed=1)
+    layers = find_layers(loss_fn, params, x, y, jnp.ones(3, bool))
+    fn = jax.jit(value_and_grad_with_taps(loss_fn, layers, fisher="exact"))
+    tx = scale_by_ekfac(layers=layers, factor_dtype="float64", momentum=None, refresh_every=100)
+    update, states = jax.jit(tx.update), [tx.init(params)]
+    for taken in ([1, 1, 0], [1, 0, 0]):
+        _, grads, taps = fn(params, x, y, jnp.array(taken, bool))
+        updates, state = update(grads, states[-1], taps=taps)
+        states.append(state)
+    first, second = (state.stacks["4x4"].inverse for state in states[1:])
+    np.testing.assert_array_equal(second.known, [True, True, False])
+    assert np.abs(second.values[0] - first.values[0]).max() > 1e-6
+    # Made anew with the bases, which for factors that did not change are the same.
+    np.testing.assert_allclose(second.values[1], first.values[1], rtol=1e-9)
+    np.testing.assert_array_equal(updates["blocks"][2], grads["blocks"][2])
+
+
+def test_what_is_masked_may_be_anything(x64):
+    grads, taps = problem(positions=1)
+    tap = taps["dense"][0]
+    weights = jnp.arange(7) < 5
+    g = tap.output_grads * weights[None, None, :, None, None]
+    spoilt = jnp.where(weights[None, :, None, None], tap.inputs, 1e200)
+    tx = scale_by_ekfac(**settings())
+    pair = [
+        run(tx, [(grads, Taps({"dense": Tap(x, g, weights.astype(float))}))])[0][0]["kernel"]
+        for x in (tap.inputs, spoilt)
+    ]
+    np.testing.assert_allclose(*pair, rtol=RTOL)
+
+
+def test_without_columns_the_output_factor_is_the_identity(x64):
+    grads, taps = problem()
+    tap = taps["dense"][0]
+    none = Taps({"dense": tap._replace(output_grads=tap.output_grads[:0])})
+    (found,), _ = run(scale_by_ekfac(**settings(damping=0.1)), [(grads, none)])
+    A = np.einsum("bnsi,bnsj->ij", tap.inputs, tap.inputs) / 14
+    np.testing.assert_allclose(
+        found["kernel"], np.linalg.solve(A + 0.1 * np.eye(4), grads["kernel"]), rtol=RTOL
+    )
+
+
+def test_eigenvalues_that_overflow_are_not_taken():
+    grads, taps = problem(columns=1, positions=1)
+    good = Taps({"dense": taps["dense"][0]})
+    tap = taps["dense"][0]
+    # The factors are finite, and their product is not.
+    large = Taps({"dense": Tap(1e15 * tap.inputs, 1e15 * tap.output_grads)})
+    tx = scale_by_ekfac(layers=[DENSE], momentum=None, decay=0.5)
+    updates, state = run(tx, [(grads, good), (grads, large)])
+    assert state.failed_refreshes >= 1
+    assert np.all(np.isfinite(updates[-1]["kernel"]))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+
+
+def test_second_moments_are_refused():
+    grads, taps = problem()
+    moments = Taps({"dense": moments_of(DENSE.resolved(grads), taps["dense"][0])})
+    tx = scale_by_ekfac(layers=[DENSE])
+    with pytest.raises(ValueError, match=r"ekfac: eigenvalues need.*'dense'.*reduce=False"):
+        tx.update(grads, tx.init(grads), taps=moments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"damping_rule": "trace"}, "ekfac: damping_rule must be one of.*got 'trace'"),
+        ({"approx": "mean"}, "ekfac: approx must be one of"),
+        ({"damping": -1.0}, "ekfac: damping"),
+        ({"layers": "dense"}, "ekfac: layers must be"),
+        ({"refresh_every": 0}, "ekfac: refresh_every"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ekfac(0.1, **({"layers": [DENSE]} | changes))
