@@ -39,8 +39,9 @@ def tasks_of(name, steps, seed):
 
 
 def ratios(pairs, key):
-    """Ours / peer's for each round, without those of a round that has no peer."""
-    return [p["optax_kron"][key] / p["kfac_jax"][key] for p in pairs if "kfac_jax" in p]
+    """The first side's figure / the second's for each round, if there are two sides."""
+    figures = [[side[key] for side in pair.values()] for pair in pairs]
+    return [ours / theirs for ours, theirs in (row for row in figures if len(row) == 2)]
 
 
 def times_table(results):

@@ -1,4 +1,4 @@
-"""One measurement of one library's K-FAC in a process of its own; the last line it prints is JSON.
+"""One measurement of one K-FAC, or EKFAC, in a process of its own; the last line it prints is JSON.
 
 Both libraries train an autoencoder of `models.py` with full steps: the loss, its gradient, labels
 drawn from the model and what they give back, the factors, the inverses, the update and its
@@ -7,13 +7,15 @@ images and records the loss before every step; `throughput` is timed on random n
 
 Settings on both sides: fixed learning rate 0.1, momentum 0.9, damping 1e-2 (split between the two
 factors by their traces), factors updated every step with an average of decay 0.95, one draw of
-labels, inverses every `--refresh-every` steps, float32; else each library's defaults.
+labels, inverses every `--refresh-every` steps, float32; else each library's defaults. EKFAC adds
+the whole damping to its eigenvalues. `--norm-constraint` is for ours alone.
 
 The script runs unchanged with each library's own versions of JAX and Optax; it imports only the
 library that it measures.
 """
 
 import argparse
+import functools
 import json
 import time
 
@@ -27,7 +29,7 @@ LEARNING_RATE, MOMENTUM, DAMPING = 0.1, 0.9, 1e-2
 WARMUP = 25  # of the timed steps: until refreshes of young factors are over
 
 
-def prepare_optax_kron(params, images, refresh_every):
+def prepare_optax_kron(params, images, refresh_every, norm_constraint, method="kfac"):
     """A function of (state, images, key) to (state, loss), and its state."""
     import optax_kron as ok
 
@@ -37,12 +39,13 @@ def prepare_optax_kron(params, images, refresh_every):
 
     layers = ok.find_layers(loss_fn, params, images)
     grad_fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="mc")
-    tx = ok.kfac(
+    tx = getattr(ok, method)(
         LEARNING_RATE,
         layers=layers,
         momentum=MOMENTUM,
         damping=DAMPING,
         refresh_every=refresh_every,
+        norm_constraint=norm_constraint,
     )
 
     def train_step(carried, images, key):
@@ -54,9 +57,11 @@ def prepare_optax_kron(params, images, refresh_every):
     return jax.jit(train_step, donate_argnums=0), (params, jax.jit(tx.init)(params))
 
 
-def prepare_kfac_jax(params, images, refresh_every):
+def prepare_kfac_jax(params, images, refresh_every, norm_constraint):
     """A function of (state, images, key) to (state, loss), and its state."""
     import kfac_jax
+
+    del norm_constraint
 
     def loss_fn(params, images):
         logits = models.autoencoder_logits(params, images)
@@ -82,7 +87,11 @@ def prepare_kfac_jax(params, images, refresh_every):
     return train_step, (params, state)
 
 
-PREPARE = {"optax_kron": prepare_optax_kron, "kfac_jax": prepare_kfac_jax}
+PREPARE = {
+    "optax_kron": prepare_optax_kron,
+    "ekfac": functools.partial(prepare_optax_kron, method="ekfac"),
+    "kfac_jax": prepare_kfac_jax,
+}
 
 
 def task_data(task, seed):
@@ -93,14 +102,15 @@ def task_data(task, seed):
     return params, jax.numpy.asarray(models.random_images())
 
 
-def train(library, task, *, refresh_every, steps, seed=0):
+def train(library, task, *, refresh_every, steps, norm_constraint=None, seed=0):
     """Train: losses before each step, seconds of preparing, of the first step and of the others.
 
     Args:
-      library: "optax_kron" or "kfac_jax".
+      library: "optax_kron", which is `kfac`, "ekfac" or "kfac_jax".
       task: "digits" or "throughput".
       refresh_every: steps from one inversion of the factors to the next.
       steps: in all; the first `WARMUP` are not timed.
+      norm_constraint: of ours; `None`: none.
       seed: of the weights and of the drawn labels.
 
     Returns:
@@ -113,7 +123,7 @@ def train(library, task, *, refresh_every, steps, seed=0):
     keys = list(jax.random.split(jax.random.PRNGKey(seed), steps))
     jax.block_until_ready((params, images, keys))
     start = time.perf_counter()
-    step, carried = PREPARE[library](params, images, refresh_every)
+    step, carried = PREPARE[library](params, images, refresh_every, norm_constraint)
     jax.block_until_ready(carried)
     prepared = time.perf_counter() - start
     losses, seconds = [], []
@@ -141,6 +151,7 @@ def parse_arguments():
     parser.add_argument("--library", required=True, choices=PREPARE)
     parser.add_argument("--task", required=True, choices=("digits", "throughput"))
     parser.add_argument("--refresh-every", type=int, default=1)
+    parser.add_argument("--norm-constraint", type=float)
     parser.add_argument("--steps", type=int, help="default: 200 of digits, 65 of throughput")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the drawn labels")
     return parser.parse_args()
@@ -151,7 +162,12 @@ def main():
     args = parse_arguments()
     steps = args.steps or (200 if args.task == "digits" else 65)
     figures = train(
-        args.library, args.task, refresh_every=args.refresh_every, steps=steps, seed=args.seed
+        args.library,
+        args.task,
+        refresh_every=args.refresh_every,
+        steps=steps,
+        norm_constraint=args.norm_constraint,
+        seed=args.seed,
     )
     print(json.dumps({**figures, **timing.machine()}))
 

@@ -65,11 +65,12 @@ class Curvature(kfac_stacks.Curvature):
 
         found = {}
         for label, stack in stacks.items():
-            old, dtype = stack.inverse, stack.inverse.values.dtype
-            changed = _blocks.mapping(stack)(change, *stack[:2], old)
-            parts = [None if x is None else x.astype(dtype) for x in changed]
-            finite = _blocks.finite_blocks([x for x in parts if x is not None])
-            found[label] = Spectrum(*parts[:4], parts[4], old.known), finite
+            old = stack.inverse
+            Q_a, a, Q_g, g, values = _blocks.mapping(stack)(change, *stack[:2], old)
+            new = Spectrum(Q_a, a, Q_g, g, values, old.known)
+            new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
+            parts = [x for x in new[:5] if x is not None]
+            found[label] = new, _blocks.finite_blocks(parts)
         return found
 
     def _overlap(self, new: Array | None, old: Array | None) -> Array | None:
