@@ -25,7 +25,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac soak clean
+.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-cg soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench-kfac: $(VENV)/.installed-examples $(KFAC_VENV)/.installed ## Beside kfac-j
 
 bench-ekfac: $(VENV)/.installed-examples ## EKFAC beside K-FAC
 	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/ekfac.py $(ARGS)
+
+bench-cg: $(VENV)/.installed-examples ## Conjugate gradients, preconditioned by curvature of layers
+	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/curvature.py $(ARGS)
 
 soak: $(VENV)/.installed-examples ## Run 300 updates with every geometry, under a time limit
 	$(call within,3600) $(RUN) benchmarks/soak.py $(ARGS)
