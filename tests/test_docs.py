@@ -30,10 +30,12 @@ PAGES = [
     "docs/index.md",
     "docs/quickstart.md",
     "docs/kfac.md",
+    "docs/ekfac.md",
+    "docs/operators.md",
     "docs/losses.md",
 ]
 # A block that imports one of these runs where it is installed.
-OPTIONAL = ["equinox", "haiku"]
+OPTIONAL = ["equinox", "haiku", "lineax"]
 
 
 def can_run(block):
