@@ -32,8 +32,10 @@ class Structure:
 
     @classmethod
     def of(cls, tree: PyTree) -> "Structure":
-        """That of a pytree of arrays, or of abstract ones."""
-        leaves, treedef = jax.tree.flatten(tree)
+        """That of a pytree of arrays, or of abstract ones; without leaves that are not inexact."""
+        leaves, treedef = jax.tree.flatten(
+            jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
+        )
         return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
     @property
@@ -240,7 +242,7 @@ class Scaled(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        return jax.tree.map(lambda x: _times(self.scale, x), self.operator.mv(vector))
+        return jax.tree.map(lambda x: scaled(self.scale, x), self.operator.mv(vector))
 
     def times(self, scalar: Array) -> Operator:
         """See `Operator`."""
@@ -313,7 +315,7 @@ class Identity(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        return jax.tree.map(lambda x: _times(self.scale, x), vector)
+        return jax.tree.map(lambda x: scaled(self.scale, x), vector)
 
     def trace(self) -> Array:
         """See `Operator`."""
@@ -402,5 +404,11 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
     return linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(symmetric)
 
 
-def _times(scale: Array, x: Array) -> Array:
+def scaled(scale: Array, x: Array) -> Array:
+    """A number times an array, in the dtype of the array."""
     return (scale * x).astype(x.dtype)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether a leaf is an array of real or complex numbers, as parameters are."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from optax_kron.capture.layers import Layer, by_path, leaf_path
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
-from optax_kron.operators.base import Operator, Structure, damped_power
+from optax_kron.operators.base import Operator, Structure, damped_power, is_inexact, scaled
 from optax_kron.operators.blocks import Blocks
 
 PyTree = Any
@@ -43,7 +43,7 @@ class Layerwise(Blocks):
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`; leaves that are not floating-point are left alone."""
         leaves = self._leaves(vector)
-        result = {path: _times(self.rest, leaf) for path, leaf in leaves.items()}
+        result = {path: scaled(self.rest, leaf) for path, leaf in leaves.items()}
         wide = {path: leaf.astype(self._wide(leaf)) for path, leaf in leaves.items()}
         for layer in self.layers:
             layer.put(result, self.blocks[layer.name].mv(layer.take(wide)))
@@ -58,7 +58,9 @@ class Layerwise(Blocks):
 
     def _leaves(self, vector):
         expected = {path: x.shape for path, x in by_path(self.in_structure()).items()}
-        leaves = {path: x for path, x in by_path(vector).items() if path in expected or _is_real(x)}
+        leaves = {
+            path: x for path, x in by_path(vector).items() if path in expected or is_inexact(x)
+        }
         got = {path: jnp.shape(x) for path, x in leaves.items()}
         for path in {**expected, **got}:
             if expected.get(path) != got.get(path):
@@ -159,8 +161,7 @@ def structure_of(
     if params is None:
         params = getattr(layers, "structure", None)
     if params is not None:
-        real = jax.tree.map(lambda x: x if _is_real(x) else None, params)
-        return Structure.of(real)
+        return Structure.of(params)
     shapes: dict[str, Any] = {}
     for layer in layers:
         plain = not layer.block_axes and layer.out_axes == (-1,) and layer.name in sizes
@@ -177,11 +178,3 @@ def structure_of(
         if layer.bias is not None:
             shapes[layer.bias] = jax.ShapeDtypeStruct((d_out,), jnp.float32)
     return Structure.of(shapes)
-
-
-def _is_real(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _times(scale: Array, x: Array) -> Array:
-    return (scale * x).astype(x.dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_kron.capture.ggn import ggn_vector_product
-from optax_kron.operators.base import Operator
+from optax_kron.operators.base import Operator, Structure
 
 PyTree = Any
 
@@ -30,12 +30,7 @@ class GGN(Operator):
 
     def in_structure(self) -> PyTree:
         """See `Operator`; `None` for leaves that are not floating-point."""
-
-        def abstract(x):
-            real = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype) if real else None
-
-        return jax.tree.map(abstract, self.params)
+        return Structure.of(self.params).tree
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`. Cost: about four evaluations of the loss."""
