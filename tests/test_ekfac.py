@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_kron import ekfac, find_layers, losses, scale_by_ekfac, value_and_grad_with_taps
+from optax_kron import ekfac, find_layers, losses, scale_by_ekfac, scale_by_kfac, value_and_grad_with_taps
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of
 from optax_kron.capture.tap import Tap, Taps
@@ -252,3 +252,37 @@ def test_second_moments_are_refused():
 def test_settings_out_of_range_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         ekfac(0.1, **({"layers": [DENSE]} | changes))
+
+
+def test_without_columns_all_groups_count(x64):
+    grads, taps = problem()
+    tap = taps["dense"][0]
+    few, many = tap._replace(output_grads=tap.output_grads[:0]), draw(1, 9, 1, 4, seed=5)
+    groups = Taps({"dense": [few, Tap(1e3 * many, jnp.zeros((0, 1, 9, 1, 3)))]})
+    (found,), _ = run(scale_by_ekfac(**settings()), [(grads, groups)])
+    (expected,), _ = run(scale_by_kfac(**settings(damping_rule="eigen")), [(grads, groups)])
+    np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=RTOL)
+
+
+def test_factors_that_stay_leave_the_eigenvalues_as_they_are():
+    grads, taps = problem()
+    tx = scale_by_ekfac(layers=[DENSE], factor_dtype="bfloat16", decay=0.999, refresh_every=1)
+    step = jax.jit(lambda state, _: (tx.update(grads, state, taps=taps)[1], None))
+    states = [tx.init(grads)]
+    for length in (1, 300):
+        states.append(jax.lax.scan(step, states[-1], length=length)[0])
+    sums = [s.stacks["4x3"].inverse.values.astype(jnp.float32).sum() for s in states[1:]]
+    np.testing.assert_allclose(*sums, rtol=0.1)  # of 8 bits, which are averaged 300 times
+
+
+def test_no_damping_leaves_out_what_is_null():
+    def loss_fn(w, x, y):
+        return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(x @ w, y))
+
+    w, x, y = draw(3, 3).astype(jnp.float32), draw(8, 3).astype(jnp.float32), jnp.arange(8) % 3
+    layers = find_layers(loss_fn, w, x, y)
+    _, grads, taps = value_and_grad_with_taps(loss_fn, layers, fisher="exact")(w, x, y)
+    for damping in (0.0, lambda count: 0.0 * count):
+        tx = scale_by_ekfac(layers=layers, damping=damping, momentum=None)
+        updates, _ = tx.update(grads, tx.init(w), taps=taps)
+        assert np.abs(updates).max() < 100  # softmax has null directions

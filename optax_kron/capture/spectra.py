@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_kron.capture.moments import moments_of, weighed_inputs
+from optax_kron.capture.moments import moments_of_member, weighed_inputs
 from optax_kron.capture.plan import Member
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.kernels import contract, ekfac, kfac
@@ -49,11 +49,6 @@ def eigenvalues_of_member(
             )
         tap = weighed_inputs(member, tap)
         grads = tap.output_grads.astype(dtype)
-        if grads.shape[0] == 0:  # the output factor is the identity
-            A = moments_of(layer, tap, dtype=dtype, precision=precision).input_factor
-            if input_basis is not None:
-                A = jnp.einsum("bij,bik,bkj->bj", input_basis, A, input_basis, precision=precision)
-            return jnp.broadcast_to(A[..., None], (*A.shape, layer.d_out))
         if layer.is_embedding:
             return ekfac.table_eigenvalues(
                 tap.inputs, grads, layer.d_in, output_basis, precision=precision
@@ -62,7 +57,11 @@ def eigenvalues_of_member(
         return ekfac.eigenvalues(inputs, grads, input_basis, output_basis, precision=precision)
 
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
-        taps = taps[:1]  # no sum of identities
+        # The output factor is the identity, and nothing is left to estimate.
+        A = moments_of_member(owner, member, taps, dtype=dtype, precision=precision).input_factor
+        if input_basis is not None:
+            A = jnp.einsum("bij,bik,bkj->bj", input_basis, A, input_basis, precision=precision)
+        return jnp.broadcast_to(A[..., None], (*A.shape, layer.d_out))
     first, *others = (of_group(tap) for tap in taps)
     return sum(others, first)
 

@@ -1,9 +1,10 @@
 """How much each datum weighs in the input factor of a layer, and each of its positions.
 
 A mask of padding weighs the losses of single positions. Where a layer's positions are those of the
-losses, one for one, each counts as much as its own loss. Where they are not, as before attention or
-along the steps of a recurrent network, what is masked may still be seen by others, and all
-positions of a datum count the same.
+losses, one for one, but for reshapes, transposes, slices and reversals on the way, each counts as
+much as its own loss. Where they are not, as before attention or along the steps of a recurrent
+network, what is masked may still be seen by others, and all positions of a datum count the same; so
+they do where positions change places in another way.
 """
 
 import functools

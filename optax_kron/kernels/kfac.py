@@ -306,7 +306,7 @@ def apply_eigen(
       output_basis: columns [d_out, d_out], or `None` for the identity.
       values: the diagonal, [d_in, d_out]; that of `A ⊗ G` is the outer product of eigenvalues.
       x: [d_in, d_out].
-      damping: λ ≥ 0. Where it and a value are zero, so is the result.
+      damping: λ ≥ 0. Where it is zero, and a value zero but for rounding, so is the result.
       precision: of the matrix products.
 
     Returns:
@@ -317,7 +317,12 @@ def apply_eigen(
         if basis is not None:
             x = contract.apply_factor(basis, x, axis, adjoint=True, precision=precision)
     damped = values + jnp.asarray(damping, x.dtype)
-    x = jnp.where(damped == 0, 0, x / jnp.where(damped == 0, 1, damped))
+    if isinstance(damping, int | float) and damping > 0:
+        x = x / damped
+    else:
+        rounding = max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(values, initial=0)
+        null = (damped == 0) | ((jnp.asarray(damping) == 0) & (values <= rounding))
+        x = jnp.where(null, 0, x / jnp.where(null, 1, damped))
     for axis, basis in enumerate(bases):
         if basis is not None:
             x = contract.apply_factor(basis, x, axis, precision=precision)

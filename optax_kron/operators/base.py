@@ -38,6 +38,17 @@ class Structure:
         )
         return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
+    def check(self, vector: PyTree) -> PyTree:
+        """The vector, if it has this structure."""
+        leaves, treedef = jax.tree.flatten(vector)
+        shapes, expected = [jnp.shape(x) for x in leaves], [x.shape for x in self.leaves]
+        if treedef != self.treedef or shapes != expected:
+            raise ValueError(
+                f"the operator acts on {self.treedef} of shapes {expected}; got {treedef} of "
+                f"shapes {shapes}."
+            )
+        return vector
+
     @property
     def tree(self) -> PyTree:
         """The pytree of abstract arrays."""
@@ -163,7 +174,9 @@ class Operator:
     def _checked_power(self, exponent: float, damping: ArrayLike, rule: str) -> "Operator":
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
-        if not isinstance(damping, jax.core.Tracer) and not np.all(np.asarray(damping) >= 0):
+        if jnp.ndim(damping) != 0:
+            raise ValueError(f"damping must be one number; got shape {jnp.shape(damping)}.")
+        if not isinstance(damping, jax.core.Tracer) and not np.asarray(damping) >= 0:
             raise ValueError(f"damping must be at least 0; got {damping!r}.")
         found, faults = self.power(exponent, damping, rule)
         for name, fault in faults.items():
@@ -214,7 +227,7 @@ class Operator:
         return NotImplemented
 
     def __mul__(self, scalar: ArrayLike) -> "Operator":
-        if isinstance(scalar, Operator) or jnp.ndim(scalar) != 0:
+        if isinstance(scalar, Operator) or jnp.ndim(scalar) != 0 or jnp.iscomplexobj(scalar):
             return NotImplemented
         return self.times(jnp.asarray(scalar))
 
@@ -289,7 +302,7 @@ class Dense(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        leaves = jax.tree.leaves(vector)
+        leaves = jax.tree.leaves(self.structure.check(vector))
         flat = jnp.concatenate([x.astype(self.dtype).ravel() for x in leaves])
         result = jnp.split(self.matrix @ flat, np.cumsum([x.size for x in leaves])[:-1])
         pairs = zip(result, leaves, strict=True)
@@ -315,7 +328,7 @@ class Identity(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        return jax.tree.map(lambda x: scaled(self.scale, x), vector)
+        return jax.tree.map(lambda x: scaled(self.scale, x), self.structure.check(vector))
 
     def trace(self) -> Array:
         """See `Operator`."""
@@ -355,7 +368,7 @@ def identity(like: PyTree) -> Identity:
     """
     structure = Structure.of(like)
     dtypes = [x.dtype for x in structure.leaves]
-    return Identity(jnp.ones((), contract.wide_dtype(jnp.result_type(*dtypes))), structure)
+    return Identity(jnp.ones((), jnp.result_type(jnp.float32, *dtypes)), structure)
 
 
 def only_exact(rule: str, name: str) -> None:

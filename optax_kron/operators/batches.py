@@ -118,6 +118,8 @@ class Batches:
 
     def _pair(self, given):
         weight, taps = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
+        if isinstance(weight, int | float) and weight < 0:
+            raise ValueError(f"{self.owner}: weights of batches must be ≥ 0; got {weight!r}.")
         if not isinstance(taps, Mapping):
             raise ValueError(
                 f"{self.owner}: each batch must be ok.Taps, or a pair (weight, ok.Taps); got "

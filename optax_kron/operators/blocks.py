@@ -140,13 +140,13 @@ class BlockDiagonal(Blocks):
     def parts(self) -> Mapping[str, Operator]:
         """See `Blocks`."""
         if isinstance(self.operators, dict):
-            return {key: self.operators[key] for key in sorted(self.operators)}
+            return {str(key): self.operators[key] for key in sorted(self.operators)}
         return {str(i): op for i, op in enumerate(self.operators)}
 
     def rebuilt(self, parts: Mapping[str, Operator]) -> "BlockDiagonal":
         """See `Blocks`."""
         if isinstance(self.operators, dict):
-            return BlockDiagonal(dict(parts))
+            return BlockDiagonal({key: parts[str(key)] for key in self.operators})
         return BlockDiagonal(type(self.operators)(parts.values()))
 
     def in_structure(self) -> PyTree:
@@ -156,7 +156,8 @@ class BlockDiagonal(Blocks):
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
         expected = list(self.parts())
-        got = sorted(vector) if isinstance(vector, Mapping) else [*map(str, range(len(vector)))]
+        keys = sorted(vector) if isinstance(vector, Mapping) else range(len(vector))
+        got = [*map(str, keys)]
         if got != expected:
             raise ValueError(f"the operator has blocks {expected}; got a vector with {got}.")
         return self._map(lambda op, x: op.mv(x), self.operators, vector)
@@ -202,7 +203,7 @@ def block_diagonal(operators: Mapping[str, Operator] | Sequence[Operator]) -> Bl
     if isinstance(operators, Mapping):
         given: Any = dict(operators)
     else:
-        given = operators if isinstance(operators, tuple | list) else tuple(operators)
+        given = operators if type(operators) in (tuple, list) else tuple(operators)
     found = list(given.values() if isinstance(given, dict) else given)
     if not found or not all(isinstance(op, Operator) for op in found):
         raise ValueError(f"block_diagonal: expected operators, one at least; got {operators!r}.")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.capture.layers import Layer, by_path, leaf_path
+from optax_kron.capture.layers import Layer, by_path, leaf_path, slashed
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
 from optax_kron.operators.base import Operator, Structure, damped_power, is_inexact, scaled
@@ -164,6 +164,12 @@ def structure_of(
         return Structure.of(params)
     shapes: dict[str, Any] = {}
     for layer in layers:
+        views = (layer.kernel, layer.kernel_view), (layer.bias, layer.bias_view)
+        if all(path is None or view is not None for path, view in views):
+            for path, view in views:
+                if path is not None and view is not None:
+                    shapes[path] = jax.ShapeDtypeStruct(view.shape, jnp.float32)
+            continue
         plain = not layer.block_axes and layer.out_axes == (-1,) and layer.name in sizes
         plain = plain and not layer.is_embedding
         if layer.kernel_view is not None or layer.bias_view is not None or not plain:
@@ -177,4 +183,16 @@ def structure_of(
             shapes[layer.kernel] = jax.ShapeDtypeStruct((rows, d_out), jnp.float32)
         if layer.bias is not None:
             shapes[layer.bias] = jax.ShapeDtypeStruct((d_out,), jnp.float32)
-    return Structure.of(shapes)
+    return Structure.of(_nested(shapes))
+
+
+def _nested(leaves: Mapping[str, Any]) -> Any:
+    """Nested dictionaries of leaves given by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *above, last = slashed(path).split("/") if slashed(path) else [""]
+        level = tree
+        for key in above:
+            level = level.setdefault(key, {})
+        level[last] = leaf
+    return tree.get("", tree)

@@ -25,8 +25,9 @@ class GGN(Operator):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters."""
-        return jnp.result_type(*(x.dtype for x in jax.tree.leaves(self.in_structure())))
+        """Of the parameters, at least float32."""
+        leaves = jax.tree.leaves(self.in_structure())
+        return jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
 
     def in_structure(self) -> PyTree:
         """See `Operator`; `None` for leaves that are not floating-point."""

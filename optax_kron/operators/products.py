@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Kronecker(Operator):
 
     def mv(self, vector: Array) -> Array:
         """See `Operator`. Cost: 2·n·Σd_i operations."""
-        check_shape(vector, self.shape)
+        vector = checked(vector, self.shape)
         wide = [factor.astype(self.dtype) for factor in self.factors]
         return contract.apply_factors(wide, vector.astype(self.dtype)).astype(vector.dtype)
 
@@ -57,11 +58,12 @@ class Kronecker(Operator):
         """See `Operator`; also of factors that are not symmetric. Cost: Σd_i³."""
         n = math.prod(self.shape)
         found = map(_slogdet, self.factors)
-        powers = [
-            sign ** (n // d) * jnp.exp(log * (n // d))
+        pairs = [
+            (sign ** (n // d), log * (n // d))
             for (sign, log), d in zip(found, self.shape, strict=True)
         ]
-        return _product(powers)
+        # Not the product of powers, of which one may overflow and one vanish.
+        return _product([sign for sign, _ in pairs]) * jnp.exp(sum(log for _, log in pairs))
 
     def logdet(self) -> Array:
         """See `Operator`; as `det`."""
@@ -135,7 +137,7 @@ class Eigen(Operator):
 
     def mv(self, vector: Array) -> Array:
         """See `Operator`. Cost: 4·n·Σd_i operations."""
-        check_shape(vector, self.shape)
+        vector = checked(vector, self.shape)
         x = vector.astype(self.dtype)
         turned = [(i, q.astype(self.dtype)) for i, q in enumerate(self.bases) if q is not None]
         for axis, basis in turned:
@@ -201,7 +203,7 @@ def kronecker(*factors: ArrayLike) -> Kronecker:
       >>> float(op.trace())
       36.0
     """
-    arrays = tuple(map(jnp.asarray, factors))
+    arrays = tuple(_real("kronecker", f"factor {i}", factor) for i, factor in enumerate(factors))
     if not arrays:
         raise ValueError("kronecker: give at least one factor.")
     for i, factor in enumerate(arrays):
@@ -210,8 +212,6 @@ def kronecker(*factors: ArrayLike) -> Kronecker:
                 f"kronecker: factor {i} has shape {factor.shape}; expected a square matrix [d, d], "
                 "or the diagonal [d] of one."
             )
-        if not jnp.issubdtype(factor.dtype, jnp.floating):
-            raise ValueError(f"kronecker: factor {i} has dtype {factor.dtype}; expected real.")
     return Kronecker(arrays)
 
 
@@ -241,8 +241,10 @@ def eigen(
 
     Source: George et al. (2018), arXiv:1806.03884.
     """
-    found = jnp.asarray(values)
-    bases = tuple(None if q is None else jnp.asarray(q) for q in (input_basis, output_basis))
+    found = _real("eigen", "values", values)
+    bases = tuple(
+        None if q is None else _real("eigen", "a basis", q) for q in (input_basis, output_basis)
+    )
     expected = [(d, d) for d in found.shape]
     if found.ndim != 2 or any(
         q is not None and q.shape != s for q, s in zip(bases, expected, strict=False)
@@ -255,12 +257,23 @@ def eigen(
     return Eigen(bases, found)
 
 
-def check_shape(vector: Array, shape: tuple[int, ...]) -> None:
-    """Raise unless an array has the shape that an operator acts on."""
-    if jnp.shape(vector) != shape:
-        raise ValueError(
-            f"the operator acts on arrays of shape {shape}; got one of shape {jnp.shape(vector)}."
-        )
+def checked(vector: Any, shape: tuple[int, ...]) -> Array:
+    """The array, if it has the shape that an operator acts on."""
+    if isinstance(vector, Operator) or jnp.shape(vector) != shape:
+        got = "an operator" if isinstance(vector, Operator) else f"one of shape {jnp.shape(vector)}"
+        raise ValueError(f"the operator acts on arrays of shape {shape}; got {got}.")
+    array = jnp.asarray(vector)
+    return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.float32)
+
+
+def _real(owner: str, name: str, x: ArrayLike) -> Array:
+    """An array of floating-point numbers, of 32 bits at least."""
+    array = jnp.asarray(x)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"{owner}: {name} has dtype {array.dtype}; expected real.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.float32)
+    return contract.widen(array)
 
 
 def _dense(factor: Array) -> Array:

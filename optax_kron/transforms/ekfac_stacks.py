@@ -58,8 +58,8 @@ class Curvature(kfac_stacks.Curvature):
             values = contract.widen(old.values)
             carried = ekfac.carried_over(values, *overlaps, precision=self.precision)
             # Of factors that are as they were, nothing may change, not even by rounding.
-            known = contract.widen(old.input_values), contract.widen(old.output_values)
-            moved = jnp.any(a != known[0]) | jnp.any(g != known[1])
+            moved = jnp.any(a.astype(old.values.dtype) != old.input_values)
+            moved |= jnp.any(g.astype(old.values.dtype) != old.output_values)
             values = jnp.where(moved, carried, values)
             return Q_a, a, Q_g, g, values
 
@@ -136,10 +136,11 @@ class Curvature(kfac_stacks.Curvature):
             Q_a, a, Q_g, g, values, known = jax.tree.map(
                 lambda y: y if y.dtype == bool else contract.widen(y), spectrum
             )
-            added = jnp.asarray(damping, values.dtype)
+            added: ArrayLike = damping
             if self.rule == "pi":
-                amounts = kfac.pi_damping(jnp.mean(a), jnp.mean(g), added)
-                added = amounts[0] * g + amounts[1] * a[:, None] + added
+                whole = jnp.asarray(damping, values.dtype)
+                amounts = kfac.pi_damping(jnp.mean(a), jnp.mean(g), whole)
+                added = amounts[0] * g + amounts[1] * a[:, None] + whole
             found = kfac.apply_eigen(Q_a, Q_g, values, x, added, precision=self.precision)
             return jnp.where(known, found, x)
 

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from optax_kron import Layer, Tap, Taps, operators
+from optax_kron import Layer, Tap, Taps, losses, operators
 
 from .problems import seen
 
@@ -204,6 +204,33 @@ def test_vectors_and_factors_of_few_bits(dtype):
     np.testing.assert_allclose(op.inverse(1.0) @ jnp.ones((3, 2)), 1 / 3, rtol=1e-6)
 
 
+def test_narrow_factors_do_not_overflow():
+    op = operators.kronecker(*[300 * jnp.eye(3, dtype=jnp.float16)] * 2)
+    np.testing.assert_allclose(op.frobenius_norm(), 270_000, rtol=1e-6)
+    np.testing.assert_allclose((300 * op).eigenvalues(), 2.7e7, rtol=1e-6)
+    op = operators.eigen(None, None, jnp.full((3, 3), 1e-6, jnp.float16))
+    np.testing.assert_allclose(op.inverse(1e-9).eigenvalues(), 1e6, rtol=0.1)
+
+
+def test_determinant_of_factors_that_cancel():
+    op = operators.kronecker(100 * jnp.eye(8), 0.01 * jnp.eye(8))
+    np.testing.assert_allclose(op.det(), 1, rtol=1e-4)
+
+
+def test_blocks_by_number():
+    op = operators.block_diagonal({10: operators.kronecker(jnp.eye(2)), 9: made("one")[0]})
+    found = op.inverse(1.0) @ {10: jnp.ones(2), 9: jnp.ones(3)}
+    np.testing.assert_allclose(found[10], 0.5)
+
+
+def test_exact_matrix_of_narrow_parameters():
+    def loss_fn(w):
+        return jnp.sum(losses.l2_loss(w, jnp.zeros(3, w.dtype)))
+
+    op = operators.ggn(loss_fn, jnp.ones(3, jnp.bfloat16))
+    np.testing.assert_allclose(op.inverse(1.0).as_matrix(), 0.5 * np.eye(3), rtol=1e-2)
+
+
 def test_lineax_solves_and_preconditions(x64):
     import lineax
 
@@ -240,6 +267,16 @@ def test_errors_name_what_differs():
         operators.block_diagonal({"a": op}) @ {"b": jnp.ones((3, 2))}
     with pytest.raises(ValueError, match="must act on the same pytrees"):
         op + operators.kronecker(jnp.eye(3))
+    with pytest.raises(ValueError, match="got an operator"):
+        op @ op
+    with pytest.raises(ValueError, match=r"of shapes \[\(3, 2\)\]; got .* of shapes \[\(2, 3\)\]"):
+        (op + op).inverse(0.1) @ jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"of shapes \[\(2,\)\]; got .* of shapes \[\(3,\)\]"):
+        operators.identity(jnp.ones(2)) @ jnp.ones(3)
+    with pytest.raises(ValueError, match=r"damping must be one number; got shape \(2,\)"):
+        op.inverse(jnp.ones(2))
+    with pytest.raises(TypeError):
+        op * 1j
     with pytest.raises(TypeError):
         op + 1.0
     with pytest.raises(TypeError):
