@@ -457,6 +457,17 @@ def step_count(text: str) -> int:
     return whole_number(text, least=1)
 
 
+def positive_number(text: str) -> float:
+    """Reads a number above zero from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def fitting_batch_size(text: str) -> int:
     """Reads a batch size that the training images can fill from the command line."""
     value = whole_number(text, least=1)

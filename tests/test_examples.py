@@ -103,6 +103,33 @@ def test_digits_nnx_trains(tmp_path):
     assert "Test accuracy after 3 steps:" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "texts"),
+    [
+        (
+            "laplace.py",
+            ("--steps", "20", "--images", "60", "--samples", "8"),
+            ("Laplace, last layer", "Laplace, all layers", "log-evidence", "twice that", "ECE"),
+        ),
+        (
+            "influence.py",
+            ("--steps", "20", "--groups", "3"),
+            ("params/Dense_1/kernel", "gradients alone", "EKFAC", "Gauss-Newton", "that hurt"),
+        ),
+    ],
+)
+def test_uses_of_curvature(script, arguments, texts, tmp_path):
+    result = run(script, *arguments, "--out", "new/picture.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for text in texts:
+        assert text in result.stdout
+    assert "nan" not in result.stdout.split()
+    width, height, pixels = read_png(tmp_path / "new" / "picture.png")
+    assert width > 1000
+    assert height > 400
+    assert len(set(pixels)) > 50
+
+
 @pytest.fixture
 def stop(monkeypatch, capsys):
     """Runs a script in this process up to its exit; returns the exit code and what it printed."""
@@ -125,6 +152,8 @@ def stop(monkeypatch, capsys):
         ("digits_nnx.py", ("--batch-size", "--learning-rate")),
         ("autoencoder.py", ("--optimizer", "--out")),
         ("characters.py", ("--optimizer", "--out")),
+        ("laplace.py", ("--images", "--samples", "--out")),
+        ("influence.py", ("--weight-decay", "--groups", "--out")),
     ],
 )
 def test_help(script, options, stop):
@@ -143,6 +172,9 @@ def test_help(script, options, stop):
         ("digits.py", ["--out", "curves.txt"], "expected the path of a .png file"),
         ("autoencoder.py", ["--optimizer", "both"], "invalid choice: 'both'"),
         ("characters.py", ["--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        ("laplace.py", ["--images", "5000"], "expected at most 1297 training images, got 5000"),
+        ("influence.py", ["--groups", "2"], "expected a whole number of at least 3, got '2'"),
+        ("influence.py", ["--weight-decay", "0"], "expected a number above 0, got '0'"),
         ("digits_nnx.py", ["--steps", "many"], "expected a whole number of at least 1, got 'many'"),
     ],
 )
