@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from optax_kron import ekfac, find_layers, losses, scale_by_ekfac, scale_by_kfac, value_and_grad_with_taps
+from optax_kron import (
+    ekfac,
+    find_layers,
+    losses,
+    scale_by_ekfac,
+    scale_by_kfac,
+    value_and_grad_with_taps,
+)
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of
 from optax_kron.capture.tap import Tap, Taps

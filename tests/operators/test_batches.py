@@ -99,7 +99,7 @@ def test_what_is_no_batch_is_named():
     with pytest.raises(ValueError, match="all batches as pairs"):
         operators.kfac([taps, (0.5, taps)], layers)
     once = iter([taps])
-    with pytest.raises(ValueError, match="weights of batches must be ≥ 0; got -1.0"):
+    with pytest.raises(ValueError, match=r"weights of batches must be ≥ 0; got -1\.0"):
         operators.kfoc([(-1.0, taps)], layers)
     with pytest.raises(ValueError, match="called again"):
         operators.ekfac(lambda: once, layers)
@@ -114,9 +114,7 @@ def test_some_of_the_layers_found():
     op = operators.kfac(Taps({"w": taps["w"]}), some)
     whole = operators.kfac(taps, layers)
     np.testing.assert_allclose(op.as_matrix(), whole.blocks["w"].as_matrix().reshape(12, 12))
-    by_path = operators.kfac(
-        Taps({"d": taps["w"][0]}), [Layer("d", kernel="['dense']['kernel']")]
-    )
+    by_path = operators.kfac(Taps({"d": taps["w"][0]}), [Layer("d", kernel="['dense']['kernel']")])
     assert jax.tree.map(jnp.shape, by_path.sample(jax.random.key(0), 1.0)) == {
         "dense": {"kernel": (3, 4)}
     }
