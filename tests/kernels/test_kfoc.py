@@ -64,3 +64,19 @@ def test_scales_far_from_one(scale):
     found = np.kron(np.asarray(A, np.float64), np.asarray(G, np.float64)) / np.float64(scale) ** 2
     if scale > 1:  # squares of 1e-25 are below float32
         np.testing.assert_allclose(found, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_table_is_the_best_with_a_diagonal_input_factor(columns):
+    indices = np.random.default_rng(0).integers(0, 6, size=(9, 4, 1))  # the last is beyond
+    g = draw(columns, 9, 4, 3)
+    settings = {"length": 5, "tolerance": 1e-15, "max_iterations": 2000}
+    A, G = kfoc.factors(jnp.asarray(indices), jnp.asarray(g), **settings)
+    exact = curvature(np.eye(6)[indices[..., 0]][..., :5], g)
+    # What is off the diagonal of A is out of reach; the rest is one singular value problem.
+    blocks = exact.reshape(5, 3, 5, 3)
+    diagonal = np.stack([blocks[i, :, i].ravel() for i in range(5)])
+    values = np.linalg.svd(diagonal, compute_uv=False)
+    beyond = np.sum(exact**2) - np.sum(diagonal**2)
+    residual = np.sum((exact - np.kron(np.diag(A), G)) ** 2)
+    np.testing.assert_allclose(residual, beyond + np.sum(values[1:] ** 2), rtol=1e-10)

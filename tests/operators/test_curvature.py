@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_kron import operators
+from optax_kron import find_layers, ggn_vector_product, losses, operators, value_and_grad_with_taps
 from optax_kron.kernels import kfac as kernels
 
-from .problems import PROBLEMS, dense, exact, indices, problem, seen
+from .problems import PROBLEMS, classify, dense, exact, indices, problem, seen
 
 RTOL = 1e-9  # of float64, with condition numbers up to 1e4
 
@@ -229,3 +229,44 @@ def test_ggn_is_exact_and_dense_where_it_must_be():
     )
     np.testing.assert_allclose((op * 2.0 + op).as_matrix(), 3 * matrix, atol=1e-12)
     np.testing.assert_allclose(op.eigenvalues(), np.linalg.eigvalsh(matrix), atol=1e-12)
+
+
+def block_distances(op, layers, params, F):
+    """Relative distance of every layer's blocks to those of the exact matrix."""
+    for layer in layers:
+        size = layer.d_in * layer.d_out
+        full = op.blocks[layer.name].as_matrix().reshape(layer.blocks, size, layer.blocks, size)
+        for b, rows in enumerate(indices(layer, params)):
+            part = F[np.ix_(rows, rows)]
+            yield np.linalg.norm(full[b, :, b] - part) / np.linalg.norm(part)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "kfoc"])
+@pytest.mark.parametrize("case", ["linear", "one_datum", "neither"])
+def test_where_all_three_are_exact(kind, case):
+    """Deep linear nets under squared error, and single data of any net; not else."""
+    rng = np.random.default_rng(0)
+    params = {k: jnp.asarray(rng.normal(size=(3, 3))) for k in ("w", "v")}
+    params["b"] = jnp.asarray(rng.normal(size=3))
+    count = 1 if case == "one_datum" else 6
+    x, y = jnp.asarray(rng.normal(size=(count, 3))), jnp.arange(count) % 3
+
+    def loss_fn(p, x, y):
+        if case == "linear":
+            hidden = x @ p["w"] + p["b"]
+            return jnp.mean(losses.squared_error(hidden @ p["v"], jax.nn.one_hot(y, 3)))
+        return classify(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], y)
+
+    layers = find_layers(loss_fn, params, x, y, check=False)
+    fn = jax.jit(value_and_grad_with_taps(loss_fn, layers, fisher="exact"))
+    settings = {"tolerance": 1e-14, "max_iterations": 1000} if kind == "kfoc" else {}
+    op = getattr(operators, kind)(fn(params, x, y)[2], layers, **settings)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    product = ggn_vector_product(loss_fn, params, x, y)
+    row = lambda v: jax.flatten_util.ravel_pytree(product(unravel(v)))[0]  # noqa: E731
+    F = np.asarray(jax.vmap(row)(jnp.eye(flat.size)))
+    distances = list(block_distances(op, layers, params, F))
+    if case == "neither":
+        assert min(distances) > 1e-3
+    else:
+        assert max(distances) < 1e-9
