@@ -6,9 +6,7 @@ includes a norm constraint, as is usual for K-FAC: without one the first steps, 
 few batches, throw both back, and EKFAC, whose damping is all added to the eigenvalues, more so.
 """
 
-import argparse
 import sys
-from pathlib import Path
 from statistics import median
 
 import kfac_peers
@@ -44,21 +42,9 @@ def criteria(task, results):
         yield f"{name}: EKFAC's final loss", final["ekfac"], final["optax_kron"]
 
 
-def parse_arguments():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ("digits", "throughput")
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, default=3, help="of the throughput")
-    parser.add_argument("--steps", type=int, help="of each measurement")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the drawn labels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    return parser.parse_args()
-
-
 def main():
     """Measure, print tables and a line for each criterion; exit code 1 on a miss."""
-    args = parse_arguments()
+    args = kfac_peers.make_parser(__doc__).parse_args()
     console = Console(width=None if sys.stdout.isatty() else 110)
     found, figures = [], {}
     for task in args.tasks:

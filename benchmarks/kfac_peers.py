@@ -88,15 +88,21 @@ def criteria(task, results):
 
 def parse_arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--peer-python", metavar="FILE", help="that has kfac_jax")
+    return parser.parse_args()
+
+
+def make_parser(doc):
+    """The options that comparisons of training steps share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     names = ("digits", "throughput")
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=3, help="of the throughput")
     parser.add_argument("--steps", type=int, help="of each measurement")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the drawn labels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    return parser.parse_args()
+    return parser
 
 
 def main():

@@ -225,6 +225,11 @@ class Layer:
             leaves[self.kernel] = kernel
 
 
+def is_inexact(x: Any) -> bool:
+    """Whether a leaf is an array of real or complex numbers, as parameters are."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path, with slashes: "params/Dense_0/kernel".
 

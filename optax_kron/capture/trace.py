@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_kron.capture import graph as graphs
 from optax_kron.capture.analysis import Analysis, analyse
-from optax_kron.capture.layers import by_path
+from optax_kron.capture.layers import by_path, is_inexact
 
 PyTree = Any
 
@@ -58,7 +58,7 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
     """
     leaves, treedef = jax.tree.flatten((params, args))
     paths = list(by_path(params))
-    wanted = [i for i in range(len(paths)) if _is_inexact(leaves[i])]
+    wanted = [i for i in range(len(paths)) if is_inexact(leaves[i])]
     others = [i for i, x in enumerate(leaves) if i not in set(wanted) and hasattr(x, "dtype")]
     inputs = [*wanted, *others]
 
@@ -96,8 +96,4 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct | None:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_inexact(x) else None
-
-
-def _is_inexact(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_inexact(x) else None

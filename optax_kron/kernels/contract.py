@@ -6,7 +6,7 @@ is always real. `Q·X` applies factor i along axis i, for every i. The precondit
 per axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,33 @@ def apply_adjoint(factors: Sequence[Array], tensor: Array, *, precision: Precisi
     """`Qᴴ·X`: apply the conjugate transpose of every factor; arguments as `apply_factors`."""
     for axis, factor in enumerate(factors):
         tensor = apply_factor(factor, tensor, axis, adjoint=True, precision=precision)
+    return tensor
+
+
+def in_bases(
+    bases: Sequence[Array | None],
+    fn: Callable[[Array], Array],
+    tensor: Array,
+    *,
+    precision: Precision = None,
+) -> Array:
+    """`Q f(Qᴴ·X)`: a function applied in a product of bases.
+
+    Args:
+      bases: one per axis, with orthonormal columns [d_i, d_i]; `None`: the identity.
+      fn: maps tensors [d_1, ..., d_k] to such.
+      tensor: [d_1, ..., d_k].
+      precision: of the matrix products.
+
+    Returns:
+      [d_1, ..., d_k]. Cost: 4·n·Σd_i operations over the axes that have a basis.
+    """
+    turned = [(axis, basis) for axis, basis in enumerate(bases) if basis is not None]
+    for axis, basis in turned:
+        tensor = apply_factor(basis, tensor, axis, adjoint=True, precision=precision)
+    tensor = fn(tensor)
+    for axis, basis in turned:
+        tensor = apply_factor(basis, tensor, axis, precision=precision)
     return tensor
 
 

@@ -87,11 +87,8 @@ def index_frequencies(
     def count(rows, share):
         return jnp.zeros(length, dtype).at[rows].add(share, mode="drop")
 
-    blocks, data, positions, _ = indices.shape
-    shares = jnp.broadcast_to(share, (len(share), data, positions))
-    return jax.vmap(count, (0, 0 if len(share) == blocks else None))(
-        indices[..., 0], shares if len(share) == blocks else shares[0]
-    )
+    rows = indices[..., 0]
+    return jax.vmap(count)(rows, jnp.broadcast_to(share, rows.shape))
 
 
 def total_weight(weights: Array, positions: int) -> Array:
@@ -312,18 +309,13 @@ def apply_eigen(
     Returns:
       [d_in, d_out]. Cost: 4·d_in·d_out·(d_in + d_out) operations.
     """
-    bases = (input_basis, output_basis)
-    for axis, basis in enumerate(bases):
-        if basis is not None:
-            x = contract.apply_factor(basis, x, axis, adjoint=True, precision=precision)
     damped = values + jnp.asarray(damping, x.dtype)
-    if isinstance(damping, int | float) and damping > 0:
-        x = x / damped
-    else:
+
+    def divide(x):
+        if isinstance(damping, int | float) and damping > 0:
+            return x / damped
         rounding = max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(values, initial=0)
         null = (damped == 0) | ((jnp.asarray(damping) == 0) & (values <= rounding))
-        x = jnp.where(null, 0, x / jnp.where(null, 1, damped))
-    for axis, basis in enumerate(bases):
-        if basis is not None:
-            x = contract.apply_factor(basis, x, axis, precision=precision)
-    return x
+        return jnp.where(null, 0, x / jnp.where(null, 1, damped))
+
+    return contract.in_bases((input_basis, output_basis), divide, x, precision=precision)

@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.kernels import contract, linalg
+from optax_kron.capture.layers import is_inexact
+from optax_kron.kernels import contract, kfac
 
 PyTree = Any
 
@@ -40,14 +41,20 @@ class Structure:
 
     def check(self, vector: PyTree) -> PyTree:
         """The vector, if it has this structure."""
-        leaves, treedef = jax.tree.flatten(vector)
-        shapes, expected = [jnp.shape(x) for x in leaves], [x.shape for x in self.leaves]
-        if treedef != self.treedef or shapes != expected:
+        if not self.is_that_of(vector):
+            leaves, treedef = jax.tree.flatten(vector)
             raise ValueError(
-                f"the operator acts on {self.treedef} of shapes {expected}; got {treedef} of "
-                f"shapes {shapes}."
+                f"the operator acts on {self.treedef} of shapes {[x.shape for x in self.leaves]}; "
+                f"got {treedef} of shapes {[jnp.shape(x) for x in leaves]}."
             )
         return vector
+
+    def is_that_of(self, tree: PyTree) -> bool:
+        """Whether a pytree of arrays, or of abstract ones, has this structure and these shapes."""
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef == self.treedef and [jnp.shape(x) for x in leaves] == [
+            x.shape for x in self.leaves
+        ]
 
     @property
     def tree(self) -> PyTree:
@@ -121,7 +128,12 @@ class Operator:
 
     def eigenvalues(self) -> Array:
         """All n eigenvalues, ascending."""
-        return _eigh(self.as_matrix())[0]
+        return jnp.sort(kfac.symmetric_eigen(self._symmetric_matrix())[1])
+
+    def _symmetric_matrix(self) -> Array:
+        """`as_matrix`, without what rounding has made different on both sides of the diagonal."""
+        matrix = self.as_matrix()
+        return (matrix + matrix.T) / 2
 
     def inverse(self, damping: ArrayLike = 0.0, rule: str = "exact") -> "Operator":
         """The inverse of the damped operator.
@@ -196,7 +208,8 @@ class Operator:
         Where it has none, it is zero on those eigenvectors.
         """
         only_exact(rule, type(self).__name__)
-        values, basis = _eigh(self.as_matrix())
+        basis, values = kfac.symmetric_eigen(self._symmetric_matrix())
+        assert basis is not None, "the matrix is dense"
         powers, fault = damped_power(*spectrum(values), damping, exponent)
         return Dense((basis * powers) @ basis.T, Structure.of(self.in_structure())), {"": fault}
 
@@ -206,13 +219,10 @@ class Operator:
     def __add__(self, other: "Operator") -> "Operator":
         if not isinstance(other, Operator):
             return NotImplemented
-        mine, its = Structure.of(self.in_structure()), Structure.of(other.in_structure())
-        if mine.treedef != its.treedef or any(
-            a.shape != b.shape for a, b in zip(mine.leaves, its.leaves, strict=True)
-        ):
+        mine, its = self.in_structure(), other.in_structure()
+        if not Structure.of(mine).is_that_of(its):
             raise ValueError(
-                f"operators that are added must act on the same pytrees; got {mine.tree} and "
-                f"{its.tree}."
+                f"operators that are added must act on the same pytrees; got {mine} and {its}."
             )
         return self.plus(other)
 
@@ -359,6 +369,10 @@ def identity(like: PyTree) -> Identity:
     Args:
       like: a pytree of arrays, or of `jax.ShapeDtypeStruct`s.
 
+    Returns:
+      An operator on such pytrees, of one number. Its methods cost as many operations as there are
+      entries, or none; rule="exact" alone.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_kron as ok
@@ -412,16 +426,6 @@ def spectrum(values: Array) -> tuple[Array, Array]:
     return jnp.where(null & (values < 0), 0, values), null
 
 
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    symmetric = (matrix + matrix.T) / 2
-    return linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(symmetric)
-
-
 def scaled(scale: Array, x: Array) -> Array:
     """A number times an array, in the dtype of the array."""
     return (scale * x).astype(x.dtype)
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether a leaf is an array of real or complex numbers, as parameters are."""
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

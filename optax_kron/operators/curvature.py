@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.capture.layers import Layer, by_path, leaf_path, slashed
+from optax_kron.capture.layers import Layer, by_path, is_inexact, leaf_path, slashed
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
-from optax_kron.operators.base import Operator, Structure, damped_power, is_inexact, scaled
+from optax_kron.operators.base import Operator, Structure, damped_power, scaled
 from optax_kron.operators.blocks import Blocks
 
 PyTree = Any

@@ -52,6 +52,9 @@ def ggn(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool =
       An operator on pytrees like the parameters. `mv` costs about four evaluations of the loss; all
       other methods make the dense matrix by `mv` of every unit vector, for small models.
 
+    Raises:
+      ValueError: in `mv`, if the loss marks no likelihood.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_kron as ok

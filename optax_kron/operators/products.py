@@ -138,14 +138,9 @@ class Eigen(Operator):
     def mv(self, vector: Array) -> Array:
         """See `Operator`. Cost: 4·n·Σd_i operations."""
         vector = checked(vector, self.shape)
+        bases = [None if q is None else q.astype(self.dtype) for q in self.bases]
         x = vector.astype(self.dtype)
-        turned = [(i, q.astype(self.dtype)) for i, q in enumerate(self.bases) if q is not None]
-        for axis, basis in turned:
-            x = contract.apply_factor(basis, x, axis, adjoint=True)
-        x = x * self.values
-        for axis, basis in turned:
-            x = contract.apply_factor(basis, x, axis)
-        return x.astype(vector.dtype)
+        return contract.in_bases(bases, lambda x: x * self.values, x).astype(vector.dtype)
 
     def trace(self) -> Array:
         """See `Operator`. Cost: n operations; so for all of these."""
@@ -191,7 +186,7 @@ def kronecker(*factors: ArrayLike) -> Kronecker:
       An operator on arrays [d_1, ..., d_k]. Memory: Σd_i².
 
     Raises:
-      ValueError: for no factors, or one that is not square.
+      ValueError: for no factors, or one that is not square or not real.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -226,10 +221,10 @@ def eigen(
       values: λ [d_in, d_out].
 
     Returns:
-      An operator on arrays [d_in, d_out].
+      An operator on arrays [d_in, d_out]. Memory: d_in² + d_out² + d_in·d_out.
 
     Raises:
-      ValueError: for shapes that do not fit each other.
+      ValueError: for shapes that do not fit each other, or numbers that are not real.
 
     Examples:
       >>> import jax.numpy as jnp
