@@ -8,6 +8,7 @@ from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.transforms._blockwise import ScaleByBlocksState
 from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
 from optax_kron.transforms.kfac import ScaleByKfacState, kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import (
@@ -16,6 +17,8 @@ from optax_kron.transforms.kron_psgd import (
     scale_by_kron_psgd,
     update_probability_schedule,
 )
+from optax_kron.transforms.shampoo import scale_by_shampoo, shampoo
+from optax_kron.transforms.soap import scale_by_soap, soap
 
 __version__ = "0.1.0"
 
@@ -23,6 +26,7 @@ __all__ = [
     "Blocking",
     "Layer",
     "Layers",
+    "ScaleByBlocksState",
     "ScaleByKfacState",
     "ScaleByKronPsgdState",
     "Tap",
@@ -38,6 +42,10 @@ __all__ = [
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_kron_psgd",
+    "scale_by_shampoo",
+    "scale_by_soap",
+    "shampoo",
+    "soap",
     "update_probability_schedule",
     "value_and_grad_with_taps",
 ]

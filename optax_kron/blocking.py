@@ -42,6 +42,8 @@ class Blocking:
       max_skew: how much larger a dense factor may be than the block that it preconditions.
       block_size: axes longer than this are cut into equal pieces of at most this length. The last
         piece is padded with zeros, which are masked wherever they could be seen. `None`: no cuts.
+      dense_axes: how many axes of a block may get a dense factor, the shortest first, and the
+        rightmost first among equals. `None`: all.
       merge_below: neighbouring axes are merged while their product is at most this. `None`: none.
       stacked_axes: leading axes that stack independent tensors (scanned layers, ensembles) and get
         no factor: one number for every leaf, a pytree of numbers with the structure of the
@@ -61,12 +63,15 @@ class Blocking:
     block_size: int | None = None
     merge_below: int | None = None
     stacked_axes: int | Callable[[str, tuple[int, ...]], int] | PyTree | None = None
+    dense_axes: int | None = None
 
     def __post_init__(self):
         _check_size("max_size", self.max_size, least=0)
         for name in ("block_size", "merge_below"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name), least=1)
+        if self.dense_axes is not None:
+            _check_size("dense_axes", self.dense_axes, least=0)
         skew = self.max_skew
         if skew is not None and (isinstance(skew, bool | str) or not skew >= 0):
             raise ValueError(f"Blocking: max_skew must be None or ≥ 0; got {self.max_skew!r}.")
@@ -81,7 +86,12 @@ class Blocking:
             skewed = size == count if self.max_skew is None else size**2 > self.max_skew * count
             return size <= 1 or size > self.max_size or skewed
 
-        return tuple(rule(size) for size in shape)
+        diagonal = [rule(size) for size in shape]
+        if self.dense_axes is not None:
+            dense = sorted((size, -axis) for axis, size in enumerate(shape) if not diagonal[axis])
+            for _, axis in dense[self.dense_axes :]:
+                diagonal[-axis] = True
+        return tuple(diagonal)
 
     def _merged(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with neighbouring small axes merged, from the left."""

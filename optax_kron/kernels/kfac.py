@@ -22,13 +22,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.kernels import contract, linalg, positive
+from optax_kron.kernels import contract, eigenbases, positive
 
 APPROXIMATIONS = ("expand", "reduce")
 DAMPING_RULES = ("pi", "trace", "eigen")
 TRACE_FLOOR = 1e-12  # least damping of the rule "trace": of factors that are zero
-
-_CLOSED_FORM = 2  # largest size that is decomposed without LAPACK
 
 
 def input_moment(
@@ -250,41 +248,9 @@ def apply_inverses(
 
 
 def eigenbasis(factor: Array) -> tuple[Array | None, Array]:
-    """`symmetric_eigen` of a factor; values below zero, of rounding, become zero."""
-    basis, values = symmetric_eigen(factor)
+    """`eigenbases.hermitian_eigen` of a factor; values below zero, of rounding, become zero."""
+    basis, values = eigenbases.hermitian_eigen(factor)
     return basis, jnp.maximum(values, 0)
-
-
-def symmetric_eigen(factor: Array) -> tuple[Array | None, Array]:
-    """Eigenvectors and eigenvalues.
-
-    Args:
-      factor: [d, d], symmetric; or [d], the diagonal of a diagonal matrix.
-
-    Returns:
-      The eigenvectors as columns [d, d], `None` for a diagonal matrix; and the eigenvalues [d].
-      Cost: about 9·d³ operations, up to 2×2 in closed form.
-    """
-    if factor.ndim == 1:
-        return None, factor
-    if factor.shape[0] <= _CLOSED_FORM:
-        return _small_eigenbasis(factor)
-    values, basis = linalg.lapack_safe(lambda x: tuple(jnp.linalg.eigh(x)))(factor)
-    return basis, values
-
-
-def _small_eigenbasis(factor: Array) -> tuple[Array, Array]:
-    """Of a matrix up to 2×2, by one rotation."""
-    if factor.shape[0] == 1:
-        return jnp.ones_like(factor), factor[0]
-    a, b, c = factor[0, 0], factor[1, 0], factor[1, 1]
-    angle = jnp.arctan2(2 * b, a - c) / 2
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    basis = jnp.stack([cosine, -sine, sine, cosine]).reshape(2, 2)
-    cross = 2 * b * cosine * sine
-    squares = jnp.square(cosine), jnp.square(sine)
-    values = a * squares[0] + c * squares[1] + cross, a * squares[1] + c * squares[0] - cross
-    return basis, jnp.stack(values)
 
 
 def apply_eigen(

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron.capture.layers import is_inexact
-from optax_kron.kernels import contract, kfac
+from optax_kron.kernels import contract, eigenbases
 
 PyTree = Any
 
@@ -128,7 +128,7 @@ class Operator:
 
     def eigenvalues(self) -> Array:
         """All n eigenvalues, ascending."""
-        return jnp.sort(kfac.symmetric_eigen(self._symmetric_matrix())[1])
+        return jnp.sort(eigenbases.hermitian_eigen(self._symmetric_matrix())[1])
 
     def _symmetric_matrix(self) -> Array:
         """`as_matrix`, without what rounding has made different on both sides of the diagonal."""
@@ -208,7 +208,7 @@ class Operator:
         Where it has none, it is zero on those eigenvectors.
         """
         only_exact(rule, type(self).__name__)
-        basis, values = kfac.symmetric_eigen(self._symmetric_matrix())
+        basis, values = eigenbases.hermitian_eigen(self._symmetric_matrix())
         assert basis is not None, "the matrix is dense"
         powers, fault = damped_power(*spectrum(values), damping, exponent)
         return Dense((basis * powers) @ basis.T, Structure.of(self.in_structure())), {"": fault}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.kernels import contract, kfac, linalg
+from optax_kron.kernels import contract, eigenbases, linalg
 from optax_kron.operators.base import Operator, damped_power, only_exact, spectrum
 
 PI_FLOOR = 1e-8  # least that the rule "pi" adds to a factor
@@ -77,7 +77,7 @@ class Kronecker(Operator):
 
     def eigenvalues(self) -> Array:
         """See `Operator`. Cost: about 9·Σd_i³ operations, and n numbers."""
-        values = [kfac.symmetric_eigen(contract.widen(factor))[1] for factor in self.factors]
+        values = [eigenbases.hermitian_eigen(contract.widen(factor))[1] for factor in self.factors]
         return jnp.sort(_outer(values).ravel())
 
     def times(self, scalar: Array) -> "Kronecker":
@@ -87,7 +87,7 @@ class Kronecker(Operator):
 
     def power(self, exponent: float, damping: ArrayLike, rule: str):
         """See `Operator`. Cost: about 9·Σd_i³ operations."""
-        pairs = [kfac.symmetric_eigen(factor.astype(self.dtype)) for factor in self.factors]
+        pairs = [eigenbases.hermitian_eigen(factor.astype(self.dtype)) for factor in self.factors]
         bases = tuple(basis for basis, _ in pairs)
         spectra = [spectrum(values) for _, values in pairs]
         if rule == "exact":

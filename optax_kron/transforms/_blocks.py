@@ -39,9 +39,9 @@ def select_blocks(condition: Array, new: Array, old: Array) -> Array:
     return jnp.where(condition.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
-def mapping(stack: Any) -> Any:
-    """How to map over blocks: those without a larger dense factor are cheapest all at once."""
-    dense = [x for x in stack[:2] if x.ndim == 3]
-    if max(x.shape[-1] for x in dense) <= 2:
+def mapping(factors: Iterable[Array | None]) -> Any:
+    """How to map over blocks with such factors: those without a larger dense one all at once."""
+    dense = [x.shape[-1] for x in factors if x is not None and x.ndim == 3]
+    if max(dense, default=0) <= 2:
         return lambda fn, *stacks: jax.vmap(fn)(*stacks)
     return linalg.map_blocks

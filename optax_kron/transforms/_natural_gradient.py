@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -168,7 +167,7 @@ class NaturalGradient:
     ) -> "_Learned":
         """The factors after a step, and what becomes of them."""
         rate = jnp.clip(jnp.asarray(self.decay, self.compute), 0, 1)
-        moving = finite & (state.count % _interval(self.factor_every) == 0)
+        moving = finite & (state.count % _settings.interval(self.factor_every) == 0)
         weight = _corrected(rate, state.factor_updates) if self.bias_correction else rate
         move = functools.partial(self.curvature.move, plan, taps=taps, decay=weight, allowed=moving)
         if isinstance(self.factor_every, int) and self.factor_every == 1:
@@ -289,8 +288,8 @@ def natural_gradient(
     _settings.check_range(owner, "decay", decay, least=-float("inf"))
     _settings.check_range(owner, "damping", damping, schedule=True)
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
-    _check_interval(owner, "factor_every", factor_every)
-    _check_interval(owner, "refresh_every", refresh_every)
+    _settings.check_interval(owner, "factor_every", factor_every)
+    _settings.check_interval(owner, "refresh_every", refresh_every)
     _settings.check_range(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
     _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     if norm_constraint is not None and learning_rate is None:
@@ -335,22 +334,10 @@ def _refresh_is_due(
     state: ScaleByKfacState, moved: Array, decay: Array, refresh_every: ArrayLike
 ) -> Array:
     """Whether the inverses are made anew: at first, in time, and while the factors are young."""
-    waited = state.since_refresh + 1 >= _interval(refresh_every)
+    waited = state.since_refresh + 1 >= _settings.interval(refresh_every)
     # Of factors that do not change at all, with a decay of one, none is ever young.
     age = (1 - decay) * state.factor_updates.astype(decay.dtype)
     return (state.refreshes == 0) | waited | (moved & (age < 1) & (decay < 1))
-
-
-def _check_interval(owner: str, name: str, value: Any) -> None:
-    """Raise unless a number of steps is a whole one, from 1; traced values pass."""
-    _settings.check_range(owner, name, value, least=1)
-    if not isinstance(value, jax.core.Tracer) and float(value) != round(float(value)):
-        raise ValueError(f"{owner}: {name} must be an integer ≥ 1; got {value!r}.")
-
-
-def _interval(value: ArrayLike) -> Array:
-    """A number of steps, which may come as a traced float, as an int32 ≥ 1."""
-    return jnp.maximum(jnp.round(jnp.asarray(value, jnp.float32)), 1).astype(jnp.int32)
 
 
 def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> PyTree:

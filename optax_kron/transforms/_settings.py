@@ -8,6 +8,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 
 _KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
 
@@ -57,6 +59,18 @@ def check_range(
     below = number < most if open_right else number <= most
     if not (above and below and np.isfinite(number)):
         raise ValueError(f"{expected}; got {number!r}.")
+
+
+def check_interval(owner: str, name: str, value: Any) -> None:
+    """Raise unless a number of steps is a whole one, from 1; traced values pass."""
+    check_range(owner, name, value, least=1)
+    if not isinstance(value, jax.core.Tracer) and float(value) != round(float(value)):
+        raise ValueError(f"{owner}: {name} must be an integer ≥ 1; got {value!r}.")
+
+
+def interval(value: ArrayLike) -> Array:
+    """A number of steps, which may come as a traced float, as an int32 ≥ 1."""
+    return jnp.maximum(jnp.round(jnp.asarray(value, jnp.float32)), 1).astype(jnp.int32)
 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -66,7 +66,7 @@ class Curvature(kfac_stacks.Curvature):
         found = {}
         for label, stack in stacks.items():
             old = stack.inverse
-            Q_a, a, Q_g, g, values = _blocks.mapping(stack)(change, *stack[:2], old)
+            Q_a, a, Q_g, g, values = _blocks.mapping(stack[:2])(change, *stack[:2], old)
             new = Spectrum(Q_a, a, Q_g, g, values, old.known)
             new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
             parts = [x for x in new[:5] if x is not None]
@@ -145,6 +145,6 @@ class Curvature(kfac_stacks.Curvature):
             return jnp.where(known, found, x)
 
         return {
-            label: _blocks.mapping(stacks[label])(apply, stacks[label].inverse, x)
+            label: _blocks.mapping(stacks[label][:2])(apply, stacks[label].inverse, x)
             for label, x in blocks.items()
         }

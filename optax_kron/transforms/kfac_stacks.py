@@ -218,7 +218,7 @@ class Curvature:
 
         found = {}
         for label, stack in stacks.items():
-            new = _blocks.mapping(stack)(decompose, *stack[:2])
+            new = _blocks.mapping(stack[:2])(decompose, *stack[:2])
             new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, stack.inverse)
             found[label] = new, _blocks.finite_blocks(jax.tree.leaves(new))
         return found
@@ -281,7 +281,7 @@ class Curvature:
             return kfac.apply_inverses(inverse.input, inverse.output, x, precision=self.precision)
 
         return {
-            label: _blocks.mapping(stacks[label])(apply, stacks[label].inverse, x)
+            label: _blocks.mapping(stacks[label][:2])(apply, stacks[label].inverse, x)
             for label, x in blocks.items()
         }
 

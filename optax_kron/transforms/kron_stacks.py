@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, linalg, psgd
+from optax_kron.transforms import _blocks
 
 PyTree = Any
 Stacks = Mapping[str, "KronStack"]
@@ -171,7 +172,7 @@ class Fit:
                 new, failed = self._move(old, gradient, probe, sizes, rows, balance_due)
                 return new, failed, self._apply(new[0], m, contract.precondition)
 
-            new, failed, results[label] = _mapping(stack.factors)(
+            new, failed, results[label] = _blocks.mapping(stack.factors)(
                 refresh,
                 stack.factors,
                 stack.bounds,
@@ -244,16 +245,9 @@ class Fit:
                 factors, kernel = stack.preconditioner, contract.apply_factors
             else:
                 factors, kernel = stack.factors, contract.precondition
-            return _mapping(factors)(lambda q, m: self._apply(q, m, kernel), factors, x)
+            return _blocks.mapping(factors)(lambda q, m: self._apply(q, m, kernel), factors, x)
 
         return {label: apply(stacks[label], x) for label, x in direction.items()}
-
-
-def _mapping(factors: tuple[Array, ...]) -> Callable:
-    """How to map over blocks: those without a dense factor are cheapest all at once."""
-    if all(q.ndim == 2 for q in factors):
-        return lambda fn, *stacks: jax.vmap(fn)(*stacks)
-    return linalg.map_blocks
 
 
 def _preconditioner_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -43,10 +43,15 @@ def correct(average: Stacks, decay: ArrayLike, count: Array, dtype: DTypeLike) -
       count: gradients averaged so far, int [].
       dtype: real dtype of the result.
     """
-    # Before the first accepted gradient the average is zero, and no correction is due.
-    weight = 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1).astype(dtype)
+    divisor = weight(decay, count, dtype)
 
     def divide(m):
-        return m.astype(complex_like(dtype, jnp.iscomplexobj(m))) / weight
+        return m.astype(complex_like(dtype, jnp.iscomplexobj(m))) / divisor
 
     return jax.tree.map(divide, average)
+
+
+def weight(decay: ArrayLike, count: Array, dtype: DTypeLike) -> Array:
+    """`1 − decay^count`: what all that has been averaged counts; arguments as `correct`."""
+    # Before the first accepted gradient the average is zero, and no correction is due.
+    return 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1).astype(dtype)

@@ -1,0 +1,161 @@
+"""Transformations that keep, for each block of a parameter, something made of its gradients alone.
+
+The method says what that is and what it makes of the momentum. What is here says when: it takes the
+gradients apart into blocks, averages them, and keeps out what is not finite.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
+from optax_kron.transforms import _settings, clipping, moving_average
+
+PyTree = Any
+Stacks = Mapping[str, Any]
+
+
+class ScaleByBlocksState(NamedTuple):
+    """State of `scale_by_shampoo` and `scale_by_soap`."""
+
+    # "count" is Optax's name for the number of steps, though tuples have a method of that name.
+    count: Array  # pyright: ignore  # gradients that were accepted, int32 []
+    refreshes: Array  # steps at which roots or bases were made anew, int32 []
+    failed_refreshes: Array  # blocks that kept what they had, as the new was not sound, int32 []
+    skipped_steps: Array  # gradients that were not finite and were dropped, int32 []
+    momentum: Mapping[str, Array] | Array | None  # [N, ...] by kind of block, see moving_average
+    stacks: Stacks | Array  # of the method, by kind of block; an array for a tree without leaves
+
+
+class Step(NamedTuple):
+    """What a method makes of one gradient."""
+
+    updates: Mapping[str, Array]  # blocks [N, ...]
+    stacks: Stacks
+    failures: Array  # int32 []
+    refreshed: Array  # bool []
+
+
+class Method(Protocol):
+    """What is kept of the gradients, and what is made of it."""
+
+    def init(self, plan: BlockPlan, dtype: DTypeLike) -> Stacks | Array:
+        """The stacks before the first step; each has an array `started`, bool [N]."""
+        ...
+
+    def step(
+        self,
+        plan: BlockPlan,
+        stacks: Any,
+        gradients: Mapping[str, Array],
+        direction: Mapping[str, Array],
+        count: Array,
+        allowed: Array,
+    ) -> Step:
+        """One step.
+
+        Args:
+          plan: of the blocks.
+          stacks: what `init` or the last step returned.
+          gradients: blocks [N, ...].
+          direction: their bias-corrected average, or themselves.
+          count: accepted gradients, this one included, int [].
+          allowed: whether this one is; else the stacks stay as they are, bool [].
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """A transformation of gradients, block by block.
+
+    Attributes:
+      owner: its name, for messages.
+      method: what is kept and made of the blocks.
+      momentum: decay of the moving average of gradients, or `None`.
+      momentum_dtype: dtype of that.
+      blocking: how parameters become blocks.
+      factor_dtype: real dtype of the factors.
+    """
+
+    owner: str
+    method: Method
+    momentum: ArrayLike | None
+    momentum_dtype: DTypeLike | None
+    blocking: Blocking
+    factor_dtype: jnp.dtype
+
+    @property
+    def _has_momentum(self) -> bool:
+        return not _settings.is_off(self.momentum)
+
+    def init(self, params: PyTree) -> Any:
+        """The state before the first step."""
+        plan = plan_blocks(params, self.blocking)
+        # Each counter is a buffer of its own, so that the state can be donated.
+        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
+        return ScaleByBlocksState(
+            **{name: jnp.zeros([], jnp.int32) for name in counters},
+            momentum=moving_average.init(plan, self.momentum_dtype) if self._has_momentum else None,
+            stacks=self.method.init(plan, self.factor_dtype),
+        )
+
+    def update(
+        self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        """One step."""
+        del extra_args
+        if params is not None:
+            _settings.check_like(self.owner, updates, params)
+        plan = plan_blocks(updates, self.blocking)
+        _settings.check_stacks(self.owner, plan, state.stacks, "blocking")
+        if not plan.leaves:
+            return updates, state._replace(count=state.count + 1)
+        compute = jnp.promote_types(self.factor_dtype, jnp.float32)
+        gradients = plan.split(updates, compute)
+        average, direction = None, gradients
+        if self._has_momentum and self.momentum is not None:
+            average = moving_average.step(gradients, state.momentum, self.momentum)
+            # A gradient that is not finite shows in the average.
+            finite = guards.all_finite(average)
+            count = state.count + finite.astype(jnp.int32)
+            direction = moving_average.correct(average, self.momentum, count, compute)
+        else:
+            finite = guards.all_finite(gradients)
+            count = state.count + finite.astype(jnp.int32)
+        done = self.method.step(plan, state.stacks, gradients, direction, count, finite)
+        new_state = ScaleByBlocksState(
+            count=count,
+            refreshes=state.refreshes + done.refreshed.astype(jnp.int32),
+            failed_refreshes=state.failed_refreshes + done.failures,
+            skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
+            momentum=guards.select(finite, average, state.momentum),
+            stacks=done.stacks,
+        )
+        blocks = clipping.clip_leaves(plan, done.updates, finite, None, None)
+        return plan.join(blocks, like=updates), new_state
+
+
+def blockwise(
+    owner: str,
+    method: Method,
+    *,
+    momentum: ArrayLike | None,
+    momentum_dtype: DTypeLike | None,
+    blocking: Blocking,
+    factor_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, with its settings checked; arguments as `Blockwise`."""
+    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
+    _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    if not isinstance(blocking, Blocking):
+        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
+    dtype = _settings.real_factor_dtype(owner, factor_dtype)
+    made = Blockwise(owner, method, momentum, momentum_dtype, blocking, dtype)
+    return optax.GradientTransformationExtraArgs(made.init, made.update)

@@ -1,0 +1,216 @@
+"""Shampoo's statistics and their inverse roots, as stacks: they start, move, and precondition."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron import guards
+from optax_kron.blocking import BlockPlan, Signature, complex_like
+from optax_kron.kernels import contract, roots
+from optax_kron.transforms import _blocks, moving_average
+from optax_kron.transforms._blockwise import Step
+from optax_kron.transforms._rota import Rota
+
+Stacks = Mapping[str, "ShampooStack"]
+GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
+
+# A root that is farther from one than this is worse than an old one.
+_LARGEST_RESIDUAL = 0.5
+
+
+class ShampooStack(NamedTuple):
+    """Statistics of the N blocks of one signature."""
+
+    statistics: tuple[Array, ...]  # S per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
+    roots: tuple[Array, ...]  # S^(-1/p), likewise
+    graft: Array | None  # second moment of the gradient [N, ...], ≥ float32
+    started: Array  # whether there has been a gradient other than zero, bool [N]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo:
+    """How statistics are gathered and applied; the settings of `scale_by_shampoo`."""
+
+    decay: ArrayLike | None
+    bias_correction: bool
+    root_order: int | None
+    root_method: str
+    epsilon: ArrayLike
+    rota: Rota
+    start_step: ArrayLike
+    grafting: str | None
+    graft_decay: ArrayLike
+    graft_epsilon: ArrayLike
+    precision: jax.lax.PrecisionLike
+
+    def init(self, plan: BlockPlan, dtype: DTypeLike) -> Stacks | Array:
+        """See `Method`: statistics of zero, roots of the identity."""
+        if not plan.leaves:
+            return jnp.zeros([])  # One leaf where the stacks would be.
+        return {
+            label: self._start(plan.count(label), signature, dtype)
+            for label, signature in plan.stacks.items()
+        }
+
+    def _start(self, count: int, signature: Signature, dtype: DTypeLike) -> ShampooStack:
+        statistics, found = [], []
+        for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
+            if diagonal:
+                statistics.append(jnp.zeros((count, size), dtype))
+                found.append(jnp.ones((count, size), dtype))
+            else:
+                own = complex_like(dtype, signature.is_complex)
+                statistics.append(jnp.zeros((count, size, size), own))
+                found.append(jnp.tile(jnp.eye(size, dtype=own), (count, 1, 1)))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        kept = self.grafting not in (None, "sgd")
+        return ShampooStack(
+            statistics=tuple(statistics),
+            roots=tuple(found),
+            graft=jnp.zeros((count, *signature.shape), wide) if kept else None,
+            started=jnp.zeros(count, bool),
+        )
+
+    def step(
+        self,
+        plan: BlockPlan,
+        stacks: Any,
+        gradients: Mapping[str, Array],
+        direction: Mapping[str, Array],
+        count: Array,
+        allowed: Array,
+    ) -> Step:
+        """See `Method`: first the statistics, then the roots, then the update."""
+        moved, failures = {}, jnp.zeros([], jnp.int32)
+        newly = jnp.zeros([], bool)
+        for label, stack in stacks.items():
+            moved[label], failed = self._gather(stack, gradients[label], allowed)
+            failures += failed
+            newly |= jnp.any(moved[label].started & ~stack.started)
+        found, failed, refreshed = self.rota.refresh(
+            plan,
+            self._refresh,
+            {label: stack.roots for label, stack in moved.items()},
+            {label: self._to_read(plan, label, stack, count) for label, stack in moved.items()},
+            count,
+            allowed=allowed,
+            all_due=newly,
+        )
+        moved = {label: stack._replace(roots=found[label]) for label, stack in moved.items()}
+        updates = {
+            label: self._precondition(stack, direction[label], count)
+            for label, stack in moved.items()
+        }
+        return Step(updates, moved, failures + failed, refreshed)
+
+    def _gather(
+        self, stack: ShampooStack, gradient: Array, allowed: Array
+    ) -> tuple[ShampooStack, Array]:
+        """A stack with a gradient taken in, and how many blocks could not take it in."""
+        real = contract.real_dtype(gradient.dtype)
+        informed = _blocks.largest(gradient)[:, 0] != 0
+        old_weight, weight = self._weights(self.decay, real)
+
+        def move(statistics, gradient):
+            return tuple(
+                old_weight * contract.widen(S)
+                + weight
+                * contract.gram(gradient, axis, diagonal=S.ndim == 1, precision=self.precision)
+                for axis, S in enumerate(statistics)
+            )
+
+        new = _blocks.mapping(stack.statistics)(move, stack.statistics, gradient)
+        new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, stack.statistics)
+        graft = stack.graft
+        if graft is not None:
+            is_sum = self.grafting == "adagrad"
+            old_weight, weight = self._weights(None if is_sum else self.graft_decay, real)
+            graft = old_weight * graft + weight * contract.squared_magnitude(gradient)
+        finite = _blocks.finite_blocks([x for x in (*new, graft) if x is not None])
+        # A statistic that was spoilt before is no failure of this step; its root's refresh fails.
+        broken = ~_blocks.finite_blocks(stack.statistics)
+        takes = allowed & finite
+        kept = stack.statistics, stack.graft
+        statistics, graft = jax.tree.map(
+            lambda x, y: _blocks.select_blocks(takes, x, y), (new, graft), kept
+        )
+        moved = stack._replace(
+            statistics=statistics, graft=graft, started=stack.started | (takes & informed)
+        )
+        return moved, jnp.sum(allowed & ~finite & ~broken, dtype=jnp.int32)
+
+    def _weights(self, decay: ArrayLike | None, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Of what there was, and of the new."""
+        if decay is None:
+            return jnp.ones([], dtype), jnp.ones([], dtype)
+        old = jnp.asarray(decay, dtype)
+        return old, 1 - old
+
+    def _to_read(self, plan: BlockPlan, label: str, stack: ShampooStack, count: Array) -> Any:
+        """What a refresh needs: statistics, whether there are any, and per block two settings."""
+        real = jnp.promote_types(contract.real_dtype(stack.statistics[0].dtype), jnp.float32)
+        weight = jnp.ones([], real)
+        if self.decay is not None and self.bias_correction:
+            weight = moving_average.weight(self.decay, count, real)
+        settings = jnp.stack([weight, jnp.asarray(self.epsilon, real)])
+        settings = jnp.broadcast_to(settings, (plan.count(label), 2))
+        return stack.statistics, stack.started, settings
+
+    def _refresh(self, label: str, old: Any, read: Any) -> tuple[Any, Array]:
+        """New roots of some blocks, and whether those of a block have failed."""
+
+        def make(old, statistics, started, settings):
+            weight, epsilon = settings
+            sizes = [size for size in (S.shape[0] for S in statistics) if size > 1]
+            order = self.root_order or 2 * max(len(sizes), 1)
+            sound, found = jnp.ones([], bool), []
+            for S in map(contract.widen, statistics):
+                finite = guards.all_finite(S)
+                # LAPACK need not come to an end on what is not finite.
+                S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
+                root, residual = roots.inverse_root(S, order, epsilon, method=self.root_method)
+                sound &= finite & guards.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
+                found.append(root)
+            new = guards.select(started & sound, tuple(found), old)
+            return new, started & ~sound
+
+        return _blocks.mapping(old)(make, old, *read)
+
+    def _precondition(self, stack: ShampooStack, x: Array, count: Array) -> Array:
+        """The update of every block."""
+
+        def apply(found, x):
+            wide = tuple(map(contract.widen, found))
+            return contract.apply_factors(wide, x, precision=self.precision)
+
+        preconditioned = _blocks.mapping(stack.roots)(apply, stack.roots, x)
+        graft = self._grafted(stack, x, count)
+        if self.grafting is not None:
+            scale = _norms(graft) / _positive(_norms(preconditioned))
+            preconditioned = contract.scaled_blocks(preconditioned, scale)
+        return jnp.where(count >= self.start_step, preconditioned, graft)
+
+    def _grafted(self, stack: ShampooStack, x: Array, count: Array) -> Array:
+        """The update of the optimizer whose length is taken."""
+        if stack.graft is None:
+            return x
+        second = stack.graft
+        if self.grafting == "adam":
+            second = second / moving_average.weight(self.graft_decay, count, second.dtype)
+        return x / (jnp.sqrt(second) + jnp.asarray(self.graft_epsilon, second.dtype))
+
+
+def _norms(x: Array) -> Array:
+    """The Frobenius norm of every block [N, ...], real [N]; squares neither overflow nor vanish."""
+    unit = _positive(_blocks.largest(x)[:, 0])
+    squares = contract.squared_magnitude(contract.scaled_blocks(x, 1 / unit))
+    return unit * jnp.sqrt(jnp.sum(squares.reshape(len(x), -1), axis=1))
+
+
+def _positive(x: Array) -> Array:
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
