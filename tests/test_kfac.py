@@ -903,8 +903,8 @@ TAP = TAPS["dense"][0]
 BAD_TAPS = [
     (None, r"needs taps at every step.*got None.*value_and_grad_with_taps.*ok\.Taps"),
     (TAP, r"a mapping from the names of layers"),
-    ({}, r"none for \['dense'\].*Expected taps of \['dense'\]"),
-    ({"dense": TAP, "other": TAP}, r"\['other'\] belong to no layer"),
+    ({}, r"missing: \['dense'\].*Expected taps of \['dense'\]"),
+    ({"dense": TAP, "other": TAP}, r"belonging to no layer: \['other'\]"),
     ({"dense": ()}, r"the taps of layer 'dense' are empty"),
     (
         {"dense": Tap(TAP.inputs[0, :, 0, :-1], TAP.output_grads)},

@@ -30,6 +30,8 @@ class Uncovered:
 class Layers:
     """The layers of a loss function: a sequence of `Layer`, printed as a table.
 
+    `layers[0]`, `layers[:2]` and `layers["name"]` select, `"name" in layers` asks.
+
     Attributes:
       layers: the layers.
       uncovered: the parameters that are in none, each with the reason.
@@ -59,13 +61,17 @@ class Layers:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: int | str) -> Layer:
-        if isinstance(name, int):
+    def __getitem__(self, name: Any) -> Any:
+        if isinstance(name, int | slice):
             return self.layers[name]
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(name)
+        known = ", ".join(layer.name for layer in self.layers)
+        raise KeyError(f"there is no layer {name!r} among {known or 'none'}")
+
+    def __contains__(self, layer: object) -> bool:
+        return any(layer in (mine, mine.name) for mine in self.layers)
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "blocks", "inputs", "outputs", "parameters")]

@@ -82,7 +82,8 @@ def ggn_vector_product(
         ]
         _, pull = jax.vjp(logits, primals)
         (result,) = pull(curved)
-        found = dict(zip(traced.paths, result, strict=True))
+        # For complex numbers the cotangent is the conjugate of the adjoint's result.
+        found = dict(zip(traced.paths, map(jnp.conj, result), strict=True))
         return treedef.unflatten([found[leaf_path(path)] for path, _ in given])
 
     return product

@@ -107,9 +107,9 @@ class LayerPlan:
         unknown = [name for name in taps if name not in self.names]
         if missing or unknown:
             raise ValueError(
-                f"{self.owner}: the taps do not match the layers: there are none for "
-                f"{missing or 'no layer'}, and {unknown or 'none'} belong to no layer. Expected "
-                f"taps of {list(self.names)}; make them with the layers that the optimizer has."
+                f"{self.owner}: the taps do not match the layers: missing: {missing}; belonging "
+                f"to no layer: {unknown}. Expected taps of {list(self.names)}; make them with the "
+                "same layers, ok.value_and_grad_with_taps(loss_fn, layers)."
             )
         found = Taps({m.layer.name: taps[m.layer.name] for m in members})
         for m in members:

@@ -61,13 +61,23 @@ def _in_float64(fn: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[A
     """The function with its arguments at double the precision, and its results at theirs.
 
     It is lowered where types of 64 bits are off: no indices may come about in it (argmax, sort).
+    Batched it is traced anew, as rules of batching would not keep to those types either.
     """
 
+    @jax.custom_batching.custom_vmap
     def wide(matrix, epsilon):
         with jax.enable_x64(True):
             double = jnp.complex128 if jnp.iscomplexobj(matrix) else jnp.float64
             root, error = fn(matrix.astype(double), epsilon.astype(jnp.float64))
             return root.astype(matrix.dtype), error.astype(epsilon.dtype)
+
+    @wide.def_vmap
+    def batched(size, is_batched, *operands):
+        operands = [
+            x if own else jnp.broadcast_to(x, (size, *x.shape))
+            for x, own in zip(operands, is_batched, strict=True)
+        ]
+        return _in_float64(jax.vmap(fn))(*operands), (True, True)
 
     return wide
 

@@ -40,14 +40,17 @@ class Structure:
         return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
     def check(self, vector: PyTree) -> PyTree:
-        """The vector, if it has this structure."""
-        if not self.is_that_of(vector):
-            leaves, treedef = jax.tree.flatten(vector)
+        """The vector, if it has this structure; its leaves as floating-point arrays."""
+        if isinstance(vector, Operator) or not self.is_that_of(vector):
             raise ValueError(
                 f"the operator acts on {self.treedef} of shapes {[x.shape for x in self.leaves]}; "
-                f"got {treedef} of shapes {[jnp.shape(x) for x in leaves]}."
+                f"{described(vector)}."
             )
-        return vector
+        leaves = [
+            as_real(x, like.dtype)
+            for x, like in zip(jax.tree.leaves(vector), self.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)
 
     def is_that_of(self, tree: PyTree) -> bool:
         """Whether a pytree of arrays, or of abstract ones, has this structure and these shapes."""
@@ -63,7 +66,11 @@ class Structure:
 
 
 class Operator:
-    """A real symmetric linear operator on pytrees.
+    """A real linear operator on pytrees.
+
+    It is symmetric, but for Kronecker products of factors that are not, and what is made of those:
+    of them `mv`, `T`, `trace`, `det`, `logdet`, `frobenius_norm` and `as_matrix` are right, and
+    all other methods without meaning.
 
     Where a class knows no better, methods other than `mv` go by way of the dense matrix: n² numbers
     and, but for the trace, about 9·n³ operations, with n the number of entries of a vector.
@@ -94,7 +101,7 @@ class Operator:
 
     @property
     def T(self) -> "Operator":  # noqa: N802
-        """The transpose: the operator itself."""
+        """The transpose: of a symmetric operator itself."""
         return self
 
     def as_matrix(self) -> Array:
@@ -171,8 +178,12 @@ class Operator:
             `jax.vmap(lambda key: op.sample(key, damping))(jax.random.split(key, count))`.
           damping: as in `inverse`, with the same errors.
           rule: as there.
+
+        Returns:
+          A pytree with the shapes and dtypes of `in_structure()`.
         """
-        return self.inverse_sqrt(damping, rule).mv(self._noise(key))
+        drawn = self.inverse_sqrt(damping, rule).mv(self._noise(key))
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), drawn, self.in_structure())
 
     def _noise(self, key: Array) -> PyTree:
         leaves, treedef = jax.tree.flatten(self.in_structure())
@@ -186,10 +197,7 @@ class Operator:
     def _checked_power(self, exponent: float, damping: ArrayLike, rule: str) -> "Operator":
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
-        if jnp.ndim(damping) != 0:
-            raise ValueError(f"damping must be one number; got shape {jnp.shape(damping)}.")
-        if not isinstance(damping, jax.core.Tracer) and not np.asarray(damping) >= 0:
-            raise ValueError(f"damping must be at least 0; got {damping!r}.")
+        check_number("damping", damping)
         found, faults = self.power(exponent, damping, rule)
         for name, fault in faults.items():
             if not isinstance(fault, jax.core.Tracer) and bool(fault):
@@ -216,6 +224,12 @@ class Operator:
     def __matmul__(self, vector: PyTree) -> PyTree:
         return self.mv(vector)
 
+    def __neg__(self) -> "Operator":
+        return self * -1
+
+    def __sub__(self, other: "Operator") -> "Operator":
+        return self + -other if isinstance(other, Operator) else NotImplemented
+
     def __add__(self, other: "Operator") -> "Operator":
         if not isinstance(other, Operator):
             return NotImplemented
@@ -237,7 +251,9 @@ class Operator:
         return NotImplemented
 
     def __mul__(self, scalar: ArrayLike) -> "Operator":
-        if isinstance(scalar, Operator) or jnp.ndim(scalar) != 0 or jnp.iscomplexobj(scalar):
+        if not isinstance(scalar, int | float | np.generic | np.ndarray | Array):
+            return NotImplemented
+        if jnp.ndim(scalar) != 0 or jnp.iscomplexobj(scalar):
             return NotImplemented
         return self.times(jnp.asarray(scalar))
 
@@ -263,6 +279,16 @@ class Scaled(Operator):
         """See `Operator`."""
         return self.operator.in_structure()
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `Operator`."""
+        return self.operator.dtype
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """See `Operator`."""
+        return Scaled(self.operator.T, self.scale)
+
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
         return jax.tree.map(lambda x: scaled(self.scale, x), self.operator.mv(vector))
@@ -282,6 +308,16 @@ class Sum(Operator):
     def in_structure(self) -> PyTree:
         """See `Operator`."""
         return self.terms[0].in_structure()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `Operator`."""
+        return jnp.result_type(*(term.dtype for term in self.terms))
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """See `Operator`."""
+        return Sum(tuple(term.T for term in self.terms))
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
@@ -312,7 +348,8 @@ class Dense(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        leaves = jax.tree.leaves(self.structure.check(vector))
+        vector = self.structure.check(vector)
+        leaves = jax.tree.leaves(vector)
         flat = jnp.concatenate([x.astype(self.dtype).ravel() for x in leaves])
         result = jnp.split(self.matrix @ flat, np.cumsum([x.size for x in leaves])[:-1])
         pairs = zip(result, leaves, strict=True)
@@ -424,6 +461,44 @@ def spectrum(values: Array) -> tuple[Array, Array]:
     largest = jnp.max(jnp.abs(values), initial=0)
     null = jnp.abs(values) <= max(values.shape) * jnp.finfo(values.dtype).eps * largest
     return jnp.where(null & (values < 0), 0, values), null
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless a value is one finite number, at least 0; traced ones only need be single."""
+    got = f"{value!r:.100}"
+    if isinstance(value, int | float | np.generic | np.ndarray | Array):
+        single = jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
+        if isinstance(value, jax.core.Tracer):
+            sound = single
+        else:
+            sound = single and np.asarray(value) >= 0 and np.isfinite(np.asarray(value))
+        if sound:
+            return
+        if not single:
+            got = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}"
+    raise ValueError(f"{name} must be one finite number, at least 0; got {got}.")
+
+
+def described(vector: Any) -> str:
+    """What came in place of the vector that was expected."""
+    if isinstance(vector, Operator):
+        return "got an operator: there is no product of two operators"
+    leaves, treedef = jax.tree.flatten(vector)
+    if jax.tree_util.all_leaves([vector]):
+        kind = "one" if hasattr(vector, "shape") else f"a {type(vector).__name__}"
+        return f"got {kind} of shape {jnp.shape(vector)}"
+    return f"got {treedef} of shapes {[jnp.shape(x) for x in leaves]}"
+
+
+def as_real(x: Any, like: Any = jnp.float32) -> Array:
+    """A floating-point array; real, unless an operator acts on complex numbers."""
+    array = jnp.asarray(x)
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(like, jnp.complexfloating):
+        raise ValueError(
+            f"the operator acts on real numbers; got complex ones, of shape {array.shape}. Apply "
+            "it to the real and the imaginary part by themselves."
+        )
+    return array if is_inexact(array) else array.astype(jnp.result_type(array, jnp.float32))
 
 
 def scaled(scale: Array, x: Array) -> Array:

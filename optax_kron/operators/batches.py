@@ -8,7 +8,7 @@ from optax_kron.capture import plan as plans
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.plan import LayerPlan, Member
 from optax_kron.capture.tap import Moments, Taps
-from optax_kron.operators.base import Structure
+from optax_kron.operators.base import Structure, check_number
 from optax_kron.operators.curvature import structure_of
 
 PyTree = Any
@@ -118,13 +118,15 @@ class Batches:
 
     def _pair(self, given):
         weight, taps = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
-        if isinstance(weight, int | float) and weight < 0:
-            raise ValueError(f"{self.owner}: weights of batches must be ≥ 0; got {weight!r}.")
         if not isinstance(taps, Mapping):
+            got = f"{given!r:.40}"
+            if isinstance(given, tuple):
+                got = f"({', '.join(type(x).__name__ for x in given)})"
             raise ValueError(
-                f"{self.owner}: each batch must be ok.Taps, or a pair (weight, ok.Taps); got "
-                f"{given!r:.100}."
+                f"{self.owner}: each batch must be ok.Taps, or a pair (weight, ok.Taps); got {got}."
             )
+        if weight is not None:
+            check_number(f"{self.owner}: weights of batches", weight)
         return weight, taps if isinstance(taps, Taps) else Taps(taps)
 
     def _number(self, taps: Taps, batch: int) -> int:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron.kernels import linalg
-from optax_kron.operators.base import Operator
+from optax_kron.operators.base import Operator, described
 
 PyTree = Any
 
@@ -155,12 +155,19 @@ class BlockDiagonal(Blocks):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`."""
-        expected = list(self.parts())
-        keys = sorted(vector) if isinstance(vector, Mapping) else range(len(vector))
-        got = [*map(str, keys)]
-        if got != expected:
-            raise ValueError(f"the operator has blocks {expected}; got a vector with {got}.")
-        return self._map(lambda op, x: op.mv(x), self.operators, vector)
+        if isinstance(self.operators, dict):
+            kind = "dictionary with these keys"
+            right = isinstance(vector, dict) and vector.keys() == self.operators.keys()
+        else:
+            kind = "tuple or list of as many entries"
+            right = isinstance(vector, tuple | list) and len(vector) == len(self.operators)
+        if not right:
+            raise ValueError(
+                f"the operator has blocks {list(self.parts())}, and acts on a {kind}; "
+                f"{described(vector)}."
+            )
+        found = self._map(lambda op, x: op.mv(x), self.operators, vector)
+        return found if isinstance(vector, dict) else type(vector)(found)
 
     @property
     def T(self) -> "BlockDiagonal":  # noqa: N802
@@ -205,8 +212,14 @@ def block_diagonal(operators: Mapping[str, Operator] | Sequence[Operator]) -> Bl
     else:
         given = operators if type(operators) in (tuple, list) else tuple(operators)
     found = list(given.values() if isinstance(given, dict) else given)
-    if not found or not all(isinstance(op, Operator) for op in found):
-        raise ValueError(f"block_diagonal: expected operators, one at least; got {operators!r}.")
+    if not found:
+        raise ValueError("block_diagonal: expected operators, one at least; got none.")
+    names = list(given) if isinstance(given, dict) else range(len(found))
+    for name, op in zip(names, found, strict=True):
+        if not isinstance(op, Operator):
+            raise ValueError(
+                f"block_diagonal: expected operators; {name!r} is a {type(op).__name__}."
+            )
     return BlockDiagonal(given)
 
 

@@ -16,6 +16,7 @@ def as_lineax(operator: Operator) -> Any:
 
     Raises:
       ImportError: without lineax, which optax_kron does not install by itself.
+      TypeError: for what is no operator.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -30,5 +31,7 @@ def as_lineax(operator: Operator) -> Any:
     """
     import lineax
 
+    if not isinstance(operator, Operator):
+        raise TypeError(f"as_lineax: expected an operator; got {type(operator).__name__}.")
     tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
     return lineax.FunctionLinearOperator(operator.mv, operator.in_structure(), tags)

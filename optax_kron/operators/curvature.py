@@ -13,7 +13,13 @@ from jax.typing import ArrayLike
 from optax_kron.capture.layers import Layer, by_path, is_inexact, leaf_path, slashed
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
-from optax_kron.operators.base import Operator, Structure, damped_power, scaled
+from optax_kron.operators.base import (
+    Operator,
+    Structure,
+    as_real,
+    damped_power,
+    scaled,
+)
 from optax_kron.operators.blocks import Blocks
 
 PyTree = Any
@@ -63,12 +69,20 @@ class Layerwise(Blocks):
         }
         got = {path: jnp.shape(x) for path, x in leaves.items()}
         for path in {**expected, **got}:
-            if expected.get(path) != got.get(path):
+            if path not in expected:
+                raise ValueError(
+                    f"the operator acts on parameters {sorted(expected)}; the vector has {path!r} "
+                    "too. To make an operator of some layers act on all parameters, pass params= "
+                    "where it is made."
+                )
+            if expected[path] != got.get(path):
+                has = got.get(path, "none there")
                 raise ValueError(
                     f"the operator acts on parameters {path or 'at the root'} of shape "
-                    f"{expected.get(path, 'none')}; the vector has {got.get(path, 'none')}."
+                    f"{expected[path]}; the vector has {has}."
                 )
-        return {path: jnp.asarray(x) for path, x in leaves.items()}
+        structure = by_path(self.in_structure())
+        return {path: as_real(x, structure[path].dtype) for path, x in leaves.items()}
 
     def parts(self) -> Mapping[str, Operator]:
         """See `Blocks`."""
@@ -143,6 +157,8 @@ def layerwise(plan: LayerPlan, structure: Structure, blocks: Mapping[str, Operat
     """
     layers = tuple(m.layer for members in plan.stacks.values() for m in members)
     dtypes = [x.dtype for x in jax.tree.leaves(blocks)]
+    if not dtypes:
+        dtypes = [x.dtype for x in structure.leaves if not jnp.iscomplexobj(x)]
     dtype = contract.wide_dtype(jnp.result_type(*dtypes, jnp.float32))
     return Layerwise(dict(blocks), jnp.zeros((), dtype), layers, structure)
 

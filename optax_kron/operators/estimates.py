@@ -18,6 +18,7 @@ from optax_kron.capture.tap import Moments, Tap
 from optax_kron.kernels import contract, linalg
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.kernels import kfoc as kfoc_kernels
+from optax_kron.operators.base import check_number
 from optax_kron.operators.batches import Batches, Source
 from optax_kron.operators.blocks import Stacked
 from optax_kron.operators.curvature import Layerwise, layerwise
@@ -44,7 +45,8 @@ def kfac(
         such as 1.0 for losses that are sums, or the batch's share of the data.
       layers: that the taps were made with.
       approx: "expand" or "reduce", as in `ok.kfac`.
-      params: for layers made by hand, the parameters, or abstract ones.
+      params: the parameters, or abstract ones: for layers made by hand, and for some of those that
+        were found, which alone do not know of the others' parameters.
       precision: of the matrix products.
 
     Returns:
@@ -174,7 +176,7 @@ def kfoc(
       `kernels.kfoc.factors`.
 
     Raises:
-      ValueError: as `kfac`, and for second moments.
+      ValueError: as `kfac`, for second moments, and for settings out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -188,6 +190,9 @@ def kfoc(
     optimal curvature.
     """
     owner = "operators.kfoc"
+    check_number(f"{owner}: tolerance", tolerance)
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"{owner}: max_iterations must be an int ≥ 1; got {max_iterations!r}.")
     batches = Batches(owner, taps, layers, params)
 
     def cases(member, taps):
@@ -229,7 +234,7 @@ def _moments(batches: Batches, approx: str, precision: Any) -> dict[str, Moments
     """Second moments of every layer, of all batches."""
 
     def of(member, taps):
-        return moments_of_member(
+        found = moments_of_member(
             batches.owner,
             member,
             taps,
@@ -237,6 +242,10 @@ def _moments(batches: Batches, approx: str, precision: Any) -> dict[str, Moments
             dtype=_dtype(member, taps),
             precision=precision,
         )
+        if all(isinstance(tap, Tap) and tap.weights is None for tap in taps):
+            # Alone, they are a mean over their data, as the weights of a mean loss add up to one.
+            found = found._replace(weight=jnp.ones_like(found.weight))
+        return found
 
     def scaled(m, share):
         return m._replace(output_factor=share * m.output_factor, weight=share * m.weight)

@@ -35,6 +35,7 @@ class GGN(Operator):
 
     def mv(self, vector: PyTree) -> PyTree:
         """See `Operator`. Cost: about four evaluations of the loss."""
+        vector = Structure.of(self.params).check(vector)
         product = ggn_vector_product(self.loss_fn, self.params, *self.args, has_aux=self.has_aux)
         return jax.tree.map(lambda y, x: y.astype(x.dtype), product(vector), vector)
 
@@ -53,7 +54,7 @@ def ggn(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool =
       other methods make the dense matrix by `mv` of every unit vector, for small models.
 
     Raises:
-      ValueError: in `mv`, if the loss marks no likelihood.
+      ValueError: for complex parameters; in `mv`, if the loss marks no likelihood.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,4 +69,11 @@ def ggn(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool =
     Source: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
     descent.
     """
+    if not callable(loss_fn):
+        raise ValueError(f"ggn: loss_fn must be a function; got {type(loss_fn).__name__}.")
+    if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(Structure.of(params).tree)):
+        raise ValueError(
+            "ggn: complex parameters have no real matrix; take the loss as a function of their "
+            "real and imaginary parts, or ok.ggn_vector_product."
+        )
     return GGN(params, args, loss_fn, has_aux)

@@ -11,7 +11,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron.kernels import contract, eigenbases, linalg
-from optax_kron.operators.base import Operator, damped_power, only_exact, spectrum
+from optax_kron.operators.base import (
+    Operator,
+    as_real,
+    damped_power,
+    described,
+    only_exact,
+    spectrum,
+)
 
 PI_FLOOR = 1e-8  # least that the rule "pi" adds to a factor
 
@@ -254,11 +261,9 @@ def eigen(
 
 def checked(vector: Any, shape: tuple[int, ...]) -> Array:
     """The array, if it has the shape that an operator acts on."""
-    if isinstance(vector, Operator) or jnp.shape(vector) != shape:
-        got = "an operator" if isinstance(vector, Operator) else f"one of shape {jnp.shape(vector)}"
-        raise ValueError(f"the operator acts on arrays of shape {shape}; got {got}.")
-    array = jnp.asarray(vector)
-    return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.float32)
+    if not jax.tree_util.all_leaves([vector]) or jnp.shape(vector) != shape:
+        raise ValueError(f"the operator acts on arrays of shape {shape}; {described(vector)}.")
+    return as_real(vector)
 
 
 def _real(owner: str, name: str, x: ArrayLike) -> Array:

@@ -22,15 +22,37 @@ Stacks = Mapping[str, Any]
 
 
 class ScaleByBlocksState(NamedTuple):
-    """State of `scale_by_shampoo` and `scale_by_soap`."""
+    """State of `scale_by_shampoo` and `scale_by_soap`.
+
+    `optax.tree.get(state, name)` finds a field inside the state of a chain or wrapper.
+
+    Attributes:
+      count: gradients that were accepted, int32 [].
+      refreshes: steps at which roots or bases were made anew, int32 [].
+      failed_refreshes: blocks that kept what they had, as the new was not sound, int32 [].
+      skipped_steps: gradients that were not finite and were dropped, int32 [].
+      momentum: moving average of the gradients, [N, ...] by kind of block; `None` without momentum.
+      stacks: statistics and what is made of them, by kind of block; an array for a tree without
+        leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> tx = ok.soap(1e-3)
+      >>> state = tx.init(jnp.ones((3, 2)))
+      >>> _, state = tx.update(jnp.full((3, 2), jnp.nan), state)
+      >>> print(optax.tree.get(state, "skipped_steps"))
+      1
+    """
 
     # "count" is Optax's name for the number of steps, though tuples have a method of that name.
-    count: Array  # pyright: ignore  # gradients that were accepted, int32 []
-    refreshes: Array  # steps at which roots or bases were made anew, int32 []
-    failed_refreshes: Array  # blocks that kept what they had, as the new was not sound, int32 []
-    skipped_steps: Array  # gradients that were not finite and were dropped, int32 []
-    momentum: Mapping[str, Array] | Array | None  # [N, ...] by kind of block, see moving_average
-    stacks: Stacks | Array  # of the method, by kind of block; an array for a tree without leaves
+    count: Array  # pyright: ignore
+    refreshes: Array
+    failed_refreshes: Array
+    skipped_steps: Array
+    momentum: Mapping[str, Array] | Array | None
+    stacks: Stacks | Array
 
 
 class Step(NamedTuple):

@@ -29,19 +29,35 @@ Stacks = Mapping[str, Any]
 
 
 class ScaleByKfacState(NamedTuple):
-    """State of `scale_by_kfac` and `scale_by_ekfac`."""
+    """State of `scale_by_kfac` and `scale_by_ekfac`.
+
+    `optax.tree.get(state, name)` finds a field inside the state of a chain or wrapper; `count` is
+    there twice where the learning rate is a schedule.
+
+    Attributes:
+      count: accepted steps, int32 [].
+      factor_updates: accepted steps whose taps went into the factors, int32 [].
+      since_refresh: accepted steps since inverses or bases were made, int32 [].
+      refreshes: times that they were made, int32 [].
+      failed_refreshes: blocks whose new factors, inverses or eigenvalues were not finite, and that
+        kept the old, int32 [].
+      skipped_steps: steps that were not finite and were dropped, int32 [].
+      stacks: by kind of block, the factors [N, ...], and as `inverse` what was made of them: of
+        `ekfac` bases and eigenvalues. An array for a tree without leaves.
+      momentum: velocity like the parameters, masked where a fallback has the leaf.
+      fallback: state of the fallback.
+    """
 
     # "count" is Optax's name for the number of steps, though tuples have a method of that name.
-    count: Array  # pyright: ignore  # accepted steps, int32 []
-    factor_updates: Array  # accepted steps whose taps went into the factors, int32 []
-    since_refresh: Array  # accepted steps since the inverses were made, int32 []
-    refreshes: Array  # times that the inverses were made, int32 []
-    failed_refreshes: Array  # blocks whose new factors or inverses were not finite, int32 []
-    skipped_steps: Array  # steps that were not finite and were dropped, int32 []
-    # By signature: factors [N, ...], and what was made of them; an array for a tree without leaves.
+    count: Array  # pyright: ignore
+    factor_updates: Array
+    since_refresh: Array
+    refreshes: Array
+    failed_refreshes: Array
+    skipped_steps: Array
     stacks: Stacks | Array
-    momentum: PyTree | None  # velocity like the parameters, masked where a fallback has the leaf
-    fallback: PyTree | None  # state of the fallback
+    momentum: PyTree | None
+    fallback: PyTree | None
 
 
 class Curvature(Protocol):
@@ -131,6 +147,7 @@ class NaturalGradient:
             _settings.check_like(self.owner, updates, params)
         plan = plans.plan_layers(self.owner, self.layers, updates)
         _settings.check_stacks(self.owner, plan, state.stacks, "layers")
+        self._check_kind(plan, state.stacks)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         seen = plan.read_taps(taps)
@@ -161,6 +178,15 @@ class NaturalGradient:
             fallback=guards.select(accepted, fallback, state.fallback),
         )
         return jax.tree.map(lambda u: jnp.where(accepted, u, 0), result), new_state
+
+    def _check_kind(self, plan: LayerPlan, stacks: Any) -> None:
+        """Raise for the stacks of another curvature."""
+        made = jax.eval_shape(lambda: self.curvature.init(plan, self.factor_dtype))
+        if jax.tree.structure(made) != jax.tree.structure(stacks):
+            raise ValueError(
+                f"{self.owner}: the state was made by another optimizer, or with other settings; "
+                "start from tx.init(params)."
+            )
 
     def _learn(
         self, plan: LayerPlan, state: Any, taps: Taps, finite: Array, damping: ArrayLike

@@ -155,7 +155,7 @@ class Soap:
                     self._first_bases,
                     _block_of(stack),
                     gradients[label],
-                    _extents(plan, label),
+                    _extents(plan, label, settings[label].dtype),
                     newly[label],
                     settings[label],
                 )
@@ -201,7 +201,7 @@ class Soap:
             # or smaller than those to come.
             largest = guards.largest_magnitude(gradient)
             unit = gradient / jnp.where(largest > 0, largest, 1)
-            mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents.astype(real))
+            mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents)
             scale = (jnp.square(largest) * mean) ** (1 / gradient.ndim)
             start = start._replace(values=tuple(jnp.full(x.shape, scale) for x in old.values or ()))
         start = start._replace(
@@ -258,8 +258,9 @@ class Soap:
             sound = guards.all_finite(new)
             return guards.select(allowed & sound, new, old), update, ~sound
 
+        extents = _extents(plan, label, real)
         block, update, failed = _blocks.mapping(stack.bases)(
-            move, _block_of(stack), gradient, direction, _extents(plan, label), settings
+            move, _block_of(stack), gradient, direction, extents, settings
         )
         failures = jnp.sum(failed & allowed, dtype=jnp.int32)
         return SoapStack(**block._asdict(), started=stack.started), update, failures
@@ -286,7 +287,7 @@ class Soap:
         assert old.values is not None  # as they are, of KL variants
         values = list(old.values)
         roots = [_inverse_root(x, floor) for x in old.values]
-        shares = (extents / jnp.prod(extents)).astype(rate.dtype)
+        shares = extents / jnp.prod(extents)
         for axis, S in enumerate(statistics):
             whitened = rotated
             for other, root in enumerate(roots):
@@ -367,12 +368,12 @@ def _widened(tree: Any) -> Any:
     return jax.tree.map(contract.widen, tree)
 
 
-def _extents(plan: BlockPlan, label: str) -> Array:
-    """How long every block is along its axes without the padding, float32 [N, k]."""
+def _extents(plan: BlockPlan, label: str, dtype: DTypeLike) -> Array:
+    """How long every block is along its axes without the padding, of a real dtype, [N, k]."""
     sizes = plan.sizes(label)
     if sizes is None:
-        return jnp.tile(jnp.asarray(plan.stacks[label].shape, jnp.float32), (plan.count(label), 1))
-    return jnp.asarray(np.stack(sizes, axis=1), jnp.float32)
+        return jnp.tile(jnp.asarray(plan.stacks[label].shape, dtype), (plan.count(label), 1))
+    return jnp.asarray(np.stack(sizes, axis=1), dtype)
 
 
 def _inverse_root(values: Array, floor: ArrayLike) -> Array:

@@ -140,9 +140,9 @@ def test_taps_of_no_layer_or_of_too_few(optimizer):
         optimizer(None)
     taps = taps_of()
     assert set(taps) == {"dense", "table"}
-    with pytest.raises(ValueError, match=r"there are none for \['table'\]"):
+    with pytest.raises(ValueError, match=r"missing: \['table'\]"):
         optimizer({"dense": taps["dense"]})
-    with pytest.raises(ValueError, match=r"\['other'\] belong to no layer"):
+    with pytest.raises(ValueError, match=r"belonging to no layer: \['other'\]"):
         optimizer({**taps, "other": taps["dense"]})
 
 

@@ -99,7 +99,7 @@ def test_what_is_no_batch_is_named():
     with pytest.raises(ValueError, match="all batches as pairs"):
         operators.kfac([taps, (0.5, taps)], layers)
     once = iter([taps])
-    with pytest.raises(ValueError, match=r"weights of batches must be ≥ 0; got -1\.0"):
+    with pytest.raises(ValueError, match=r"one finite number, at least 0; got -1\.0"):
         operators.kfoc([(-1.0, taps)], layers)
     with pytest.raises(ValueError, match="called again"):
         operators.ekfac(lambda: once, layers)

@@ -249,7 +249,7 @@ def test_errors_name_what_differs():
         op @ jnp.ones(6)
     with pytest.raises(ValueError, match=r"rule must be one of exact, pi, plain; got 'full'"):
         op.inverse(0.1, "full")
-    with pytest.raises(ValueError, match=r"damping must be at least 0; got -1"):
+    with pytest.raises(ValueError, match=r"damping must be one finite number, at least 0; got -1"):
         op.inverse(-1)
     with pytest.raises(ValueError, match=r"rule='pi' is for Kronecker products"):
         operators.eigen(None, None, jnp.ones((2, 2))).inverse(0.1, "pi")
@@ -263,7 +263,7 @@ def test_errors_name_what_differs():
         operators.eigen(jnp.eye(2), None, jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="one at least; got"):
         operators.block_diagonal({})
-    with pytest.raises(ValueError, match=r"blocks \['a'\]; got a vector with \['b'\]"):
+    with pytest.raises(ValueError, match=r"blocks \['a'\].*'b'"):
         operators.block_diagonal({"a": op}) @ {"b": jnp.ones((3, 2))}
     with pytest.raises(ValueError, match="must act on the same pytrees"):
         op + operators.kronecker(jnp.eye(3))

@@ -1,0 +1,130 @@
+"""Inverse roots, and eigenbases that are followed by power iteration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_kron.kernels import eigenbases, roots
+from tests.kernels.problems import random
+from tests.reference import shampoo as reference
+
+
+def unitary(d, dtype=np.float64, seed=0):
+    return np.linalg.qr(random(np.random.default_rng((d, seed)), (d, d), dtype))[0]
+
+
+def hermitian(values, dtype):
+    Q = unitary(len(values), np.complex128 if np.issubdtype(dtype, np.complexfloating) else float)
+    S = ((Q * values) @ Q.conj().T).astype(dtype)
+    return (S + S.conj().T) / 2
+
+
+SPECTRA = {
+    "geometric": lambda d, cond: np.geomspace(1, 1 / cond, d),
+    "spike": lambda d, cond: np.r_[1, np.full(d - 1, 1 / cond)],
+    "one small": lambda d, cond: np.r_[np.ones(d - 1), 1 / cond],
+}
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("method", roots.METHODS)
+def test_powers_of_a_root_invert_the_matrix(method, spectrum, x64):
+    with jax.enable_x64(x64):
+        for dtype in (np.float64, np.complex128) if x64 else (np.float32, np.complex64):
+            for order, d in ((1, 5), (2, 64), (3, 5), (4, 64), (8, 5)):
+                find = jax.jit(lambda S, p=order: roots.inverse_root(S, p, 0.0, method=method))
+                for condition in (1e2, 1e6):
+                    S = hermitian(SPECTRA[spectrum](d, condition), dtype)
+                    X, residual = find(jnp.asarray(S))
+                    assert X.dtype == dtype
+                    powered = np.linalg.matrix_power(reference.psgd.wide(X), order)
+                    error = np.linalg.norm(powered @ reference.psgd.wide(S) - np.eye(d), 2)
+                    # A root in float32 is only right to its own rounding: cond · eps, and some.
+                    assert error <= (1e-7 if x64 else 1e-3 if condition == 1e2 else 0.1), (order, d)
+                    assert residual <= 1e-7
+
+
+@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_damping_is_relative_to_the_largest_eigenvalue(method, scale):
+    S = hermitian(np.r_[3.0, 1.0, 0.5, 0.0], np.float64) * scale
+    X, _ = roots.inverse_root(jnp.asarray(S), 4, 1e-3, method=method)
+    # Newton's method estimates the largest eigenvalue, to 1 %.
+    np.testing.assert_allclose(X, reference.power(S, -1 / 4, 1e-3), rtol=1e-2 / 4 + 1e-9)
+
+
+@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_roots_and_those_of_diagonals(method, size):
+    values = np.arange(1.0, size + 1)
+    X, residual = roots.inverse_root(jnp.diag(values), 2, 0.0, method=method)
+    np.testing.assert_allclose(X, np.diag(values**-0.5), atol=1e-12)
+    x, r = roots.inverse_root(jnp.asarray(values), 2, 0.0, method=method)
+    np.testing.assert_allclose(x, values**-0.5, atol=1e-12)
+    assert max(residual, r) < 1e-12
+
+
+@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("S", [np.zeros((3, 3)), np.full((3, 3), np.nan), np.zeros(3)], ids=str)
+def test_what_has_no_root_shows_in_the_residual(method, S):
+    _, residual = jax.jit(lambda S: roots.inverse_root(S, 4, 0.0, method=method))(jnp.asarray(S))
+    assert not residual < 0.5
+
+
+@pytest.mark.parametrize("method", roots.METHODS)
+def test_roots_in_batches_and_branches_without_64_bits(method):
+    with jax.enable_x64(False):
+        S = jnp.stack([hermitian(np.geomspace(1, 1e-4, 6), np.float32)] * 3)
+
+        def find(S):
+            return jax.vmap(lambda S: roots.inverse_root(S, 4, 1e-6, method=method)[0])(S)
+
+        direct = jax.jit(find)(S)
+        branch = jax.jit(lambda S: jax.lax.cond(S[0, 0, 0] > 0, find, lambda S: S, S))(S)
+        scanned, _ = jax.jit(lambda S: jax.lax.scan(lambda c, _: (find(S), None), S, length=2))(S)
+        assert direct.dtype == branch.dtype == scanned.dtype == jnp.float32
+        np.testing.assert_allclose(branch, direct, rtol=1e-6)
+        np.testing.assert_allclose(scanned, direct, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_an_eigenbasis_of_a_hermitian_matrix(d, dtype):
+    S = hermitian(np.arange(1.0, d + 1), dtype)
+    Q = eigenbases.descending(jnp.asarray(S))
+    np.testing.assert_allclose(Q.conj().T @ Q, np.eye(d), atol=1e-12)
+    np.testing.assert_allclose(Q.conj().T @ S @ Q, np.diag(np.arange(d, 0, -1.0)), atol=1e-12)
+    values = eigenbases.rayleigh_quotients(Q, jnp.asarray(S))
+    np.testing.assert_allclose(values, np.arange(d, 0, -1.0), atol=1e-12)
+
+
+def test_a_hermitian_matrix_of_two_with_a_zero_corner():
+    Q, values = eigenbases.hermitian_eigen(jnp.diag(jnp.array([1.0 + 0j, 2.0])))
+    np.testing.assert_allclose(Q @ jnp.diag(values) @ Q.conj().T, np.diag([1, 2]), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_power_iteration_finds_the_eigenbasis(dtype):
+    values = np.array([8.0, 4.0, 2.0, 1.0])
+    S = jnp.asarray(hermitian(values, dtype))
+    Q = jnp.eye(4, dtype=dtype)
+    for _ in range(60):
+        Q, order = eigenbases.power_iteration(Q, S)
+    np.testing.assert_array_equal(order, range(4))
+    np.testing.assert_allclose(Q.conj().T @ S @ Q, np.diag(values), atol=1e-10)
+
+
+def test_power_iteration_orders_the_columns_first():
+    S = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
+    Q, order = eigenbases.power_iteration(jnp.eye(3), S)
+    np.testing.assert_array_equal(order, [1, 2, 0])
+    np.testing.assert_allclose(jnp.abs(Q), jnp.eye(3)[:, order], atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 4])
+def test_power_iteration_with_zero_keeps_the_basis(d):
+    Q = jnp.asarray(unitary(d))
+    new, order = eigenbases.power_iteration(Q, jnp.zeros((d, d)))
+    np.testing.assert_array_equal(new, Q[:, order])

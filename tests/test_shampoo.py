@@ -1,0 +1,260 @@
+"""Shampoo: its numbers against a reference, its refreshes, grafting and guards."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_kron import Blocking, scale_by_shampoo, shampoo
+from tests.reference import shampoo as reference
+
+RTOL = 1e-9  # float64 against the reference
+PLAIN = {"momentum": None, "grafting": None, "factor_dtype": "float64", "epsilon": 1e-6}
+
+
+def gradients(shape, steps=5, seed=0, is_complex=False):
+    rng = np.random.default_rng((seed, *shape))
+    drawn = rng.normal(size=(steps, *shape))
+    return drawn + 1j * rng.normal(size=drawn.shape) if is_complex else drawn
+
+
+def run(tx, stream):
+    """All updates, and all states."""
+    state = tx.init(jnp.asarray(stream[0]))
+    update = jax.jit(tx.update)
+    updates, states = [], []
+    for G in stream:
+        u, state = update(jnp.asarray(G), state)
+        updates.append(np.asarray(u))
+        states.append(state)
+    return updates, states
+
+
+def assert_close(actual, expected, rtol=RTOL):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.max(np.abs(expected)))
+
+
+SHAPES = {
+    (5,): (True,),
+    (4, 3): (False, False),
+    (4, 1): (True, True),
+    (3, 4, 2): (False, False, False),
+    (2, 3, 2, 3): (False, False, False, False),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"decay": None},
+        {"decay": 0.9, "corrected": False},
+        {"decay": 0.9},
+        {"decay": 0.9, "every": 3},
+        {"decay": None, "order": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("x64")
+def test_updates_are_those_of_the_reference(shape, settings):
+    stream = gradients(shape)
+    stage = reference.Shampoo(shape, SHAPES[shape], epsilon=1e-6, **settings)
+    expected = [stage.step(G) for G in stream]
+    tx = scale_by_shampoo(
+        **PLAIN,
+        decay=settings["decay"],
+        bias_correction=settings.get("corrected", True),
+        root_order=settings.get("order"),
+        refresh_every=settings.get("every", 1),
+    )
+    updates, states = run(tx, stream)
+    assert int(states[-1].failed_refreshes) == 0
+    for actual, G in zip(updates, expected, strict=True):
+        assert_close(actual, G)
+
+
+@pytest.mark.usefixtures("x64")
+def test_complex_gradients():
+    stream = gradients((4, 3), is_complex=True)
+    stage = reference.Shampoo((4, 3), (False, False), epsilon=1e-6)
+    updates, _ = run(scale_by_shampoo(**PLAIN, decay=0.9, refresh_every=1), stream)
+    for actual, G in zip(updates, stream, strict=True):
+        assert_close(actual, stage.step(G))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4, 2)], ids=str)
+def test_newton_roots_give_the_updates_of_eigendecompositions(shape):
+    stream = gradients(shape, steps=8)
+    tx = scale_by_shampoo(**{**PLAIN, "epsilon": 1e-9}, refresh_every=1)
+    newton = scale_by_shampoo(**{**PLAIN, "epsilon": 1e-9}, refresh_every=1, root_method="newton")
+    # After a few gradients the statistics have full rank, and the damping hardly tells.
+    assert_close(run(newton, stream)[0][-1], run(tx, stream)[0][-1], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_blocks_are_preconditioned_one_by_one():
+    stream = gradients((4, 6))
+    tx = scale_by_shampoo(**PLAIN, refresh_every=1, blocking=Blocking(block_size=3))
+    updates, _ = run(tx, stream)
+    whole = scale_by_shampoo(**PLAIN, refresh_every=1, blocking=Blocking())
+    for columns in (slice(0, 3), slice(3, 6)):
+        # Pieces of an axis have the same length, so rows are cut into [:2] and [2:].
+        for rows in (slice(0, 2), slice(2, 4)):
+            alone, _ = run(whole, stream[:, rows, columns])
+            assert_close(updates[-1][rows, columns], alone[-1])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("grafting", "expected"),
+    [
+        ("sgd", lambda G: G[-1]),
+        ("adagrad", lambda G: G[-1] / np.sqrt(np.sum(G**2, axis=0))),
+        ("rmsprop", None),
+        ("adam", None),
+    ],
+)
+def test_grafting_takes_the_length_of_the_other_optimizer(grafting, expected):
+    stream = gradients((4, 3))
+    settings = PLAIN | {"grafting": grafting}
+    tx = scale_by_shampoo(**settings, graft_decay=0.8, graft_epsilon=0.0, refresh_every=1)
+    bare = scale_by_shampoo(**PLAIN, refresh_every=1)
+    weights = 0.2 * 0.8 ** np.arange(len(stream))[::-1]
+    second = np.tensordot(weights, stream**2, axes=1)
+    if grafting == "rmsprop":
+        length = np.linalg.norm(stream[-1] / np.sqrt(second))
+    elif grafting == "adam":
+        length = np.linalg.norm(stream[-1] / np.sqrt(second / weights.sum()))
+    else:
+        length = np.linalg.norm(expected(stream))
+    plain = run(bare, stream)[0][-1]
+    assert_close(run(tx, stream)[0][-1], plain * length / np.linalg.norm(plain))
+
+
+@pytest.mark.usefixtures("x64")
+def test_before_the_start_the_update_is_the_grafted_one():
+    stream = gradients((4, 3))
+    settings = PLAIN | {"grafting": "sgd"}
+    updates, _ = run(scale_by_shampoo(**settings, start_step=3), stream)
+    np.testing.assert_array_equal(updates[:2], stream[:2])
+    assert not np.allclose(updates[2], stream[2])
+
+
+@pytest.mark.usefixtures("x64")
+def test_momentum_is_preconditioned():
+    stream = gradients((4, 3))
+    settings = PLAIN | {"momentum": 0.9}
+    updates, states = run(scale_by_shampoo(**settings, refresh_every=1), stream)
+    weights = 0.9 ** np.arange(len(stream))[::-1]
+    average = np.tensordot(weights / weights.sum(), stream, axes=1)
+    (stack,) = states[-1].stacks.values()
+    assert_close(updates[-1], reference.psgd.apply([r[0] for r in stack.roots], average))
+
+
+def many_blocks(steps=6):
+    rng = np.random.default_rng(7)
+    shapes = {"a": (6, 6), "b": (4, 3), "c": (5,)}
+    return [
+        {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+        for _ in range(steps)
+    ]
+
+
+def test_staggered_refreshes_come_once_for_each_block():
+    stream = many_blocks(7)
+    tx = shampoo(0.1, refresh_every=3, stagger=True, blocking=Blocking(block_size=3))
+    state, update = tx.init(stream[0]), jax.jit(tx.update)
+    roots = []
+    for grads in stream:
+        _, state = update(grads, state)
+        stacks = optax.tree.get(state, "stacks")
+        roots.append({label: np.asarray(x.roots[0]) for label, x in stacks.items()})
+    assert optax.tree.get(state, "refreshes") == 7
+    for label in roots[0]:
+        changed = np.array(
+            [
+                np.any((b[label] != a[label]).reshape(len(a[label]), -1), axis=1)
+                for a, b in itertools.pairwise(roots)
+            ]
+        )
+        # In any three steps every block's roots are made anew, and once.
+        np.testing.assert_array_equal(changed[:3].sum(axis=0), 1)
+        np.testing.assert_array_equal(changed[3:].sum(axis=0), 1)
+    # Eight blocks in all, dealt out to three steps.
+    assert max(int(x) for x in _per_step(roots)) <= 4
+
+
+def _per_step(roots):
+    for a, b in itertools.pairwise(roots):
+        yield sum(
+            np.any((b[label] != a[label]).reshape(len(a[label]), -1), axis=1).sum() for label in a
+        )
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_a_spoilt_statistic_keeps_the_last_root_and_counts(method, stagger):
+    stream = many_blocks()
+    tx = scale_by_shampoo(root_method=method, refresh_every=1, stagger=stagger)
+    state, update = tx.init(stream[0]), jax.jit(tx.update)
+    for grads in stream[:3]:
+        _, state = update(grads, state)
+    stack = state.stacks["4x3"]
+    S = stack.statistics[0].at[0, 1, 1].set(jnp.nan)
+    stack = stack._replace(statistics=(S, *stack.statistics[1:]))
+    spoilt = state._replace(stacks={**state.stacks, "4x3": stack})
+    updates, new = update(stream[3], spoilt)
+    assert int(new.failed_refreshes) == 1
+    for old, kept in zip(stack.roots, new.stacks["4x3"].roots, strict=True):
+        np.testing.assert_array_equal(kept, old)
+    assert not np.array_equal(new.stacks["6x6"].roots[0], state.stacks["6x6"].roots[0])
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_gradient_whose_square_overflows_is_not_taken_in():
+    tx = scale_by_shampoo(refresh_every=1)
+    state = tx.init(jnp.zeros((4, 3)))
+    G = jnp.asarray(gradients((4, 3))[0], jnp.float32)
+    _, state = jax.jit(tx.update)(G, state)
+    updates, new = jax.jit(tx.update)(G * 1e30, state)
+    assert int(new.failed_refreshes) == 1
+    for x, y in zip(new.stacks["4x3"].statistics, state.stacks["4x3"].statistics, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": 1.0}, "shampoo: decay must be a number in [0, 1)"),
+        ({"root_order": 0}, "shampoo: root_order must be an int ≥ 1 or None; got 0"),
+        ({"root_order": 2.5}, "shampoo: root_order must be an int ≥ 1 or None; got 2.5"),
+        ({"root_method": "svd"}, "shampoo: root_method must be one of eigh, newton; got 'svd'"),
+        ({"epsilon": -1.0}, "shampoo: epsilon must be a number in [0, inf]"),
+        ({"grafting": "lion"}, "shampoo: grafting must be one of sgd, adagrad, rmsprop, adam"),
+        ({"refresh_every": 0}, "shampoo: refresh_every must be a number in [1, inf]"),
+        ({"refresh_every": 1.5}, "shampoo: refresh_every must be an integer ≥ 1; got 1.5"),
+        ({"blocking": 128}, "shampoo: blocking must be an ok.Blocking; got 128"),
+        ({"factor_dtype": "int8"}, "shampoo: factor_dtype must be a real floating-point dtype"),
+        ({"learning_rate": -1.0}, "shampoo: learning_rate must be a number in [0, inf]"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        shampoo(**settings)
+
+
+def test_a_staggered_interval_may_not_be_traced():
+    ones = jnp.ones((2, 2))
+    tx = optax.inject_hyperparams(shampoo)(0.1, refresh_every=3, stagger=True)
+    with pytest.raises(ValueError, match="static_args"):
+        jax.jit(tx.update)(ones, tx.init(ones), ones)
+    factory = optax.inject_hyperparams(shampoo, static_args=("refresh_every",))
+    tx = factory(0.1, refresh_every=3, stagger=True)
+    jax.jit(tx.update)(ones, tx.init(ones), ones)
