@@ -89,12 +89,34 @@ def in_bases(
     Returns:
       [d_1, ..., d_k]. Cost: 4·n·Σd_i operations over the axes that have a basis.
     """
-    turned = [(axis, basis) for axis, basis in enumerate(bases) if basis is not None]
-    for axis, basis in turned:
-        tensor = apply_factor(basis, tensor, axis, adjoint=True, precision=precision)
-    tensor = fn(tensor)
-    for axis, basis in turned:
-        tensor = apply_factor(basis, tensor, axis, precision=precision)
+    turned = fn(into_bases(bases, tensor, precision=precision))
+    return out_of_bases(bases, turned, precision=precision)
+
+
+def into_bases(
+    bases: Sequence[Array | None], tensor: Array, *, precision: Precision = None
+) -> Array:
+    """`Qᴴ·X`, the coordinates of a tensor in a product of bases; arguments as `in_bases`."""
+    if all(basis is None for basis in bases):
+        return tensor
+    for basis in bases:
+        # The first axis becomes the last: after all of them they are in order again, and none of
+        # the products needs a transpose.
+        if basis is None:
+            tensor = jnp.moveaxis(tensor, 0, -1)
+        else:
+            dims = (((0,), (0,)), ((), ()))
+            tensor = jax.lax.dot_general(tensor, basis.conj(), dims, precision=precision)
+    return tensor
+
+
+def out_of_bases(
+    bases: Sequence[Array | None], tensor: Array, *, precision: Precision = None
+) -> Array:
+    """`Q·X`, the inverse of `into_bases`."""
+    for axis, basis in enumerate(bases):
+        if basis is not None:
+            tensor = apply_factor(basis, tensor, axis, precision=precision)
     return tensor
 
 

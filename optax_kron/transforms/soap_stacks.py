@@ -46,15 +46,6 @@ class SoapStack(NamedTuple):
     started: Array  # whether the bases have been set from a gradient, bool [N]
 
 
-class _Block(NamedTuple):
-    """One block of a stack."""
-
-    statistics: tuple[Array | None, ...]
-    bases: tuple[Array | None, ...]
-    values: tuple[Array, ...] | None
-    second_moment: Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Soap:
     """How bases are found and used; the settings of `scale_by_soap`."""
@@ -111,14 +102,24 @@ class Soap:
         allowed: Array,
     ) -> Step:
         """See `Method`: in the bases that there are, then those are brought up to date."""
-        stacks, newly, failures = self._begin(plan, stacks, gradients, allowed)
-        moved, updates = {}, {}
+        moved, updates, failures = {}, {}, jnp.zeros([], jnp.int32)
+        newly = {}
         for label, stack in stacks.items():
-            moved[label], updates[label], failed = self._move(
-                plan, label, stack, gradients[label], direction[label], count, allowed, newly
+            takes, failed = self._takes(stack, gradients[label], allowed)
+            newly[label] = takes & ~stack.started
+            moved[label] = self._gather(
+                stack, gradients[label], _extents(plan, label), takes, newly[label]
             )
             failures += failed
-        began = jnp.any(jnp.stack([jnp.any(x) for x in newly.values()]))
+        moved, failed = self._begin(moved, newly)
+        failures += failed
+        for label, stack in moved.items():
+            takes = stack.started & allowed
+            second, updates[label] = self._update(
+                stack, gradients[label], direction[label], _extents(plan, label), count, takes
+            )
+            moved[label] = stack._replace(second_moment=second)
+        began = jnp.any(jnp.concatenate(list(newly.values())))
         found, failed, refreshed = self.rota.refresh(
             plan,
             self._refresh,
@@ -136,194 +137,184 @@ class Soap:
         }
         return Step(updates, moved, failures + failed, refreshed | began)
 
-    # ------------------------------------------------------------------------------ the first bases
+    # ------------------------------------------------------------------------------- the statistics
 
-    def _begin(
-        self, plan: BlockPlan, stacks: Stacks, gradients: Mapping[str, Array], allowed: Array
-    ) -> tuple[Stacks, dict[str, Array], Array]:
-        """Set the bases of blocks that get their first gradient; which did, and failures."""
-        newly = {
-            label: allowed & ~stack.started & (_blocks.largest(gradients[label])[:, 0] != 0)
-            for label, stack in stacks.items()
-        }
-
-        def begin(carry, gradients, newly, settings):
-            stacks, failures = carry
-            begun = {}
-            for label, stack in stacks.items():
-                block, sound = _blocks.mapping(stack.bases)(
-                    self._first_bases,
-                    _block_of(stack),
-                    gradients[label],
-                    _extents(plan, label, settings[label].dtype),
-                    newly[label],
-                    settings[label],
-                )
-                failures += jnp.sum(newly[label] & ~sound, dtype=jnp.int32)
-                started = stack.started | (newly[label] & sound)
-                begun[label] = SoapStack(**block._asdict(), started=started)
-            return begun, failures
-
-        settings = {
-            label: self._settings(jnp.zeros_like(x), contract.real_dtype(gradients[label].dtype))
-            for label, x in newly.items()
-        }
-        any_new = jnp.any(jnp.stack([jnp.any(x) for x in newly.values()]))
-        stacks, failures = guards.replaced_if(
-            begin,
-            any_new,
-            (dict(stacks), jnp.zeros([], jnp.int32)),
-            dict(gradients),
-            newly,
-            settings,
-        )
-        newly = {label: x & stacks[label].started for label, x in newly.items()}
-        return stacks, newly, failures
-
-    def _settings(self, known: Array, dtype: DTypeLike) -> Array:
-        """For every block [N, 2] the weight of the old statistics, and the floor of eigenvalues.
-
-        As an array, so that settings may be traced where the first bases are a branch of their own.
-        Blocks that know the gradient already keep what they have.
-        """
-        decay = jnp.where(known, 1, jnp.asarray(self.factor_decay, dtype))
-        return jnp.stack([decay, jnp.full(len(known), self.floor, dtype)], axis=1)
-
-    def _first_bases(
-        self, old: _Block, gradient: Array, extents: Array, new: Array, settings: Array
-    ) -> tuple[_Block, Array]:
-        """A block whose statistics have taken in one gradient, in their eigenbases."""
-        real = contract.real_dtype(gradient.dtype)
-        scale = jnp.zeros([], real)
-        start = _widened(old)
+    def _takes(self, stack: SoapStack, gradient: Array, allowed: Array) -> tuple[Array, Array]:
+        """Which blocks take in a gradient, bool [N], and how many cannot hold its square."""
+        largest = _blocks.largest(gradient)[:, 0]
+        room = jnp.finfo(largest.dtype).max
         if self.is_kl:
-            # At a multiple of the identity that fits the gradient, the first factors are no larger
-            # or smaller than those to come.
-            largest = guards.largest_magnitude(gradient)
-            unit = gradient / jnp.where(largest > 0, largest, 1)
-            mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents)
-            scale = (jnp.square(largest) * mean) ** (1 / gradient.ndim)
-            start = start._replace(values=tuple(jnp.full(x.shape, scale) for x in old.values or ()))
-        start = start._replace(
-            statistics=tuple(
-                None if S is None else scale * jnp.eye(S.shape[0], dtype=S.dtype)
-                for S in start.statistics
-            )
-        )
-        block = self._gather(start, gradient, gradient, extents, settings)
-        found: list[Array | None] = list(block.bases)
-        values = list(block.values or ())
-        for axis, S in enumerate(block.statistics):
-            if S is not None:
-                S = jnp.where(guards.all_finite(S), S, 0)
-                Q = found[axis] = eigenbases.descending(S)
-                if self.is_kl:
-                    values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=self.precision)
-        block = block._replace(bases=tuple(found), values=tuple(values) if self.is_kl else None)
-        block = jax.tree.map(lambda x, y: x.astype(y.dtype), block, old)
-        sound = guards.all_finite(block)
-        return guards.select(new & sound, block, old), sound
-
-    # ------------------------------------------------------------------------------------- one step
-
-    def _move(
-        self,
-        plan: BlockPlan,
-        label: str,
-        stack: SoapStack,
-        gradient: Array,
-        direction: Array,
-        count: Array,
-        allowed: Array,
-        newly: Mapping[str, Array],
-    ) -> tuple[SoapStack, Array, Array]:
-        """Take in a gradient, and make the update."""
-        real = contract.real_dtype(gradient.dtype)
-        # What began at this step has taken in the gradient already.
-        settings = self._settings(newly[label], real)
-
-        def move(old, gradient, direction, extents, settings):
-            wide = _widened(old)
-            rotated = self._rotated(wide.bases, gradient)
-            new = self._gather(wide, gradient, rotated, extents, settings)
-            if new.second_moment is not None:
-                beta = jnp.asarray(self.decay, real)
-                new = new._replace(
-                    second_moment=beta * new.second_moment
-                    + (1 - beta) * contract.squared_magnitude(rotated)
-                )
-            direction = self._rotated(wide.bases, direction)
-            update = self._update(new, direction, count, extents, settings)
-            new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
-            sound = guards.all_finite(new)
-            return guards.select(allowed & sound, new, old), update, ~sound
-
-        extents = _extents(plan, label, real)
-        block, update, failed = _blocks.mapping(stack.bases)(
-            move, _block_of(stack), gradient, direction, extents, settings
-        )
-        failures = jnp.sum(failed & allowed, dtype=jnp.int32)
-        return SoapStack(**block._asdict(), started=stack.started), update, failures
-
-    def _rotated(self, bases: Sequence[Array | None], x: Array) -> Array:
-        """`Qᴴ·X`."""
-        for axis, Q in enumerate(bases):
-            if Q is not None:
-                x = contract.apply_factor(Q, x, axis, adjoint=True, precision=self.precision)
-        return x
+            room = min(room, *(jnp.finfo(x.dtype).max for x in stack.values or ()))
+        for S in stack.statistics:
+            room = room if S is None else jnp.minimum(room, jnp.finfo(S.dtype).max)
+        elements = gradient[0].size
+        # No entry of any second moment is larger than the sum of all squares.
+        holds = largest < jnp.sqrt(room / elements).astype(largest.dtype)
+        informed = stack.started | (largest != 0)
+        return allowed & holds & informed, jnp.sum(allowed & ~holds, dtype=jnp.int32)
 
     def _gather(
-        self, old: _Block, gradient: Array, rotated: Array, extents: Array, settings: Array
-    ) -> _Block:
-        """The statistics with a gradient taken in, of which the second form is in the bases."""
-        rate, floor = settings
-        statistics = list(old.statistics)
-        if not self.is_kl:
-            for axis, S in enumerate(statistics):
-                if S is not None:
-                    own = contract.gram(gradient, axis, precision=self.precision)
-                    statistics[axis] = rate * S + (1 - rate) * own
-            return old._replace(statistics=tuple(statistics))
-        assert old.values is not None  # as they are, of KL variants
-        values = list(old.values)
-        roots = [_inverse_root(x, floor) for x in old.values]
+        self, stack: SoapStack, gradient: Array, extents: Array, takes: Array, newly: Array
+    ) -> SoapStack:
+        """The stack whose statistics have taken in a gradient."""
+        rate = jnp.asarray(self.factor_decay, contract.real_dtype(gradient.dtype))
+
+        def gather(statistics, bases, values, gradient, extents, takes, newly):
+            if not self.is_kl:
+                moments = [
+                    None if S is None else contract.gram(gradient, i, precision=self.precision)
+                    for i, S in enumerate(statistics)
+                ]
+                return _averaged(statistics, moments, rate, takes), None
+            assert values is not None  # as they are, of KL variants
+            # At a multiple of the identity that fits the gradient, the first factors are no larger
+            # or smaller than those to come.
+            scale = _scale(gradient, extents)
+            values = [jnp.where(newly, scale, contract.widen(x)) for x in values]
+            statistics = [
+                S if S is None else jnp.where(newly, scale * jnp.eye(len(S), dtype=S.dtype), S)
+                for S in _widened(statistics)
+            ]
+            moments, own = self._whitened_moments(_widened(bases), values, gradient, extents)
+            takes &= guards.all_finite(own)
+            return _averaged(statistics, moments, rate, takes), _averaged(values, own, rate, takes)
+
+        old = stack.statistics, stack.values
+        new = _blocks.mapping(stack.bases)(
+            gather, stack.statistics, stack.bases, stack.values, gradient, extents, takes, newly
+        )
+        statistics, values = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
+        return stack._replace(statistics=statistics, values=values)
+
+    def _whitened_moments(
+        self,
+        bases: Sequence[Array | None],
+        values: Sequence[Array],
+        gradient: Array,
+        extents: Array,
+    ) -> tuple[list[Array | None], list[Array]]:
+        """For each axis the second moment of a gradient whitened along the others; its diagonal.
+
+        The diagonal is that in the basis of the axis.
+        """
+        rotated = contract.into_bases(bases, gradient, precision=self.precision)
+        roots = [_inverse_root(x, self.floor) for x in values]
         shares = extents / jnp.prod(extents)
-        for axis, S in enumerate(statistics):
+        moments, own = [], []
+        for axis, Q in enumerate(bases):
             whitened = rotated
             for other, root in enumerate(roots):
                 if other != axis:
                     whitened = contract.apply_factor(root, whitened, other)
-            own = shares[axis] * contract.gram(whitened, axis, diagonal=True)
-            values[axis] = rate * values[axis] + (1 - rate) * own
-            Q = old.bases[axis]
-            if S is not None and Q is not None:
-                back = contract.apply_factor(Q, whitened, axis, precision=self.precision)
-                moment = shares[axis] * contract.gram(back, axis, precision=self.precision)
-                statistics[axis] = rate * S + (1 - rate) * moment
-        return old._replace(statistics=tuple(statistics), values=tuple(values))
+            share = shares[axis].astype(values[axis].dtype)
+            own.append(share * contract.gram(whitened, axis, diagonal=True))
+            if Q is None:
+                moments.append(None)
+                continue
+            back = contract.apply_factor(Q, whitened, axis, precision=self.precision)
+            moments.append(share * contract.gram(back, axis, precision=self.precision))
+        return moments, own
+
+    def _begin(
+        self, stacks: Mapping[str, SoapStack], newly: Mapping[str, Array]
+    ) -> tuple[dict[str, SoapStack], Array]:
+        """Set the bases of blocks that have got their first gradient; how many have failed."""
+
+        def begin(carry, statistics, newly):
+            old, failures = carry
+            new = {}
+            for label, (bases, values, started) in old.items():
+                bases, values, sound = _blocks.mapping(bases)(
+                    self._first_bases, bases, values, statistics[label], newly[label]
+                )
+                failures += jnp.sum(newly[label] & ~sound, dtype=jnp.int32)
+                new[label] = bases, values, started | (newly[label] & sound)
+            return new, failures
+
+        old = {label: (x.bases, x.values, x.started) for label, x in stacks.items()}
+        found, failures = guards.replaced_if(
+            begin,
+            jnp.any(jnp.concatenate(list(newly.values()))),
+            (old, jnp.zeros([], jnp.int32)),
+            {label: x.statistics for label, x in stacks.items()},
+            dict(newly),
+        )
+        begun = {
+            label: stack._replace(
+                bases=found[label][0], values=found[label][1], started=found[label][2]
+            )
+            for label, stack in stacks.items()
+        }
+        return begun, failures
+
+    def _first_bases(self, old_bases: Any, old_values: Any, statistics: Any, new: Array) -> Any:
+        """The eigenbases of one block, its eigenvalues, and whether they are sound."""
+        bases, values, sound = list(old_bases), old_values, jnp.ones([], bool)
+        values = None if old_values is None else list(old_values)
+        for axis, S in enumerate(_widened(statistics)):
+            if S is None:
+                continue
+            Q = eigenbases.descending(S)
+            sound &= guards.all_finite(Q)
+            bases[axis] = Q
+            if values is not None:
+                values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=self.precision)
+        old = old_bases, old_values
+        found = tuple(bases), None if values is None else tuple(values)
+        return *guards.select(new & sound, found, old), sound
+
+    # --------------------------------------------------------------------------------- the update
 
     def _update(
-        self, block: _Block, rotated: Array, count: Array, extents: Array, settings: Array
+        self,
+        stack: SoapStack,
+        gradient: Array,
+        direction: Array,
+        extents: Array,
+        count: Array,
+        takes: Array,
+    ) -> tuple[Array | None, Array]:
+        """The second moment after a gradient, and the update."""
+
+        def update(bases, values, second, gradient, direction, extents, takes):
+            bases = _widened(bases)
+            direction = contract.into_bases(bases, direction, precision=self.precision)
+            if second is None:
+                assert values is not None  # of KL variants
+                for axis, x in enumerate(_widened(values)):
+                    direction = contract.apply_factor(_inverse_root(x, self.floor), direction, axis)
+            else:
+                beta = jnp.asarray(self.decay, second.dtype)
+                rotated = contract.into_bases(bases, gradient, precision=self.precision)
+                squares = contract.squared_magnitude(rotated)
+                (second,) = _averaged([second], [squares], beta, takes)
+                direction = self._adam(bases, second, direction, extents, count)
+            return second, contract.out_of_bases(bases, direction, precision=self.precision)
+
+        return _blocks.mapping(stack.bases)(
+            update,
+            stack.bases,
+            stack.values,
+            stack.second_moment,
+            gradient,
+            direction,
+            extents,
+            takes,
+        )
+
+    def _adam(
+        self, bases: Any, second: Array, direction: Array, extents: Array, count: Array
     ) -> Array:
-        """What becomes of a momentum that is in the bases."""
-        if block.second_moment is not None:
-            real = block.second_moment.dtype
-            second = block.second_moment / moving_average.weight(self.decay, count, real)
-            divisor = jnp.sqrt(second) + jnp.asarray(self.epsilon, real)
-            scaled = rotated / jnp.where(divisor > 0, divisor, 1)
-            if any(Q is not None for Q in block.bases):
-                mean = jnp.sum(second) / jnp.prod(extents).astype(real)
-                noise = jnp.square(_NOISE * float(jnp.finfo(real).eps)) * mean
-                scaled = jnp.where(second > noise, scaled, 0)
-        else:
-            assert block.values is not None  # of KL variants
-            scaled = rotated
-            for axis, values in enumerate(block.values):
-                scaled = contract.apply_factor(_inverse_root(values, settings[1]), scaled, axis)
-        for axis, Q in enumerate(block.bases):
-            if Q is not None:
-                scaled = contract.apply_factor(Q, scaled, axis, precision=self.precision)
-        return scaled
+        """Adam's update of a momentum that is in the bases."""
+        real = second.dtype
+        second = second / moving_average.weight(self.decay, count, real)
+        divisor = jnp.sqrt(second) + jnp.asarray(self.epsilon, real)
+        scaled = direction / jnp.where(divisor > 0, divisor, 1)
+        if all(Q is None for Q in bases):
+            return scaled
+        mean = jnp.sum(second) / jnp.prod(extents).astype(real)
+        noise = jnp.square(_NOISE * float(jnp.finfo(real).eps)) * mean
+        return jnp.where(second > noise, scaled, 0)
 
     # --------------------------------------------------------------------------------- other bases
 
@@ -351,16 +342,10 @@ class Soap:
                         new_Q, S, precision=self.precision
                     )
             new = tuple(new_bases), None if new_values is None else tuple(new_values), second
-            new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, old)
-            sound = finite & guards.all_finite(new)
+            sound = finite & guards.all_finite(new[0])
             return guards.select(started & sound, new, old), started & ~sound
 
         return _blocks.mapping(old[0])(make, old, *read)
-
-
-def _block_of(stack: SoapStack) -> _Block:
-    """What is kept of the blocks, without whether they have started."""
-    return _Block(stack.statistics, stack.bases, stack.values, stack.second_moment)
 
 
 def _widened(tree: Any) -> Any:
@@ -368,12 +353,30 @@ def _widened(tree: Any) -> Any:
     return jax.tree.map(contract.widen, tree)
 
 
-def _extents(plan: BlockPlan, label: str, dtype: DTypeLike) -> Array:
-    """How long every block is along its axes without the padding, of a real dtype, [N, k]."""
+def _averaged(old: Any, new: Any, rate: Array, takes: Array) -> tuple[Any, ...]:
+    """`rate·old + (1 − rate)·new` of each pair, where the new is taken in; `None` stays so."""
+
+    def average(x, y):
+        x = contract.widen(x)
+        return jnp.where(takes, rate * x + (1 - rate) * y, x)
+
+    return tuple(None if x is None else average(x, y) for x, y in zip(old, new, strict=True))
+
+
+def _scale(gradient: Array, extents: Array) -> Array:
+    """Of factors whose product is the mean square of a gradient's elements."""
+    largest = guards.largest_magnitude(gradient)
+    unit = gradient / jnp.where(largest > 0, largest, 1)
+    mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents).astype(largest.dtype)
+    return (jnp.square(largest) * mean) ** (1 / gradient.ndim)
+
+
+def _extents(plan: BlockPlan, label: str) -> Array:
+    """How long every block is along its axes without the padding, [N, k]."""
     sizes = plan.sizes(label)
     if sizes is None:
-        return jnp.tile(jnp.asarray(plan.stacks[label].shape, dtype), (plan.count(label), 1))
-    return jnp.asarray(np.stack(sizes, axis=1), dtype)
+        return jnp.tile(jnp.asarray(plan.stacks[label].shape, float), (plan.count(label), 1))
+    return jnp.asarray(np.stack(sizes, axis=1), float)
 
 
 def _inverse_root(values: Array, floor: ArrayLike) -> Array:

@@ -372,6 +372,29 @@ _HAND = {
     "tunable": _KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
 }
 
+_STACK_TUNABLE = {
+    "learning_rate": 0.02,
+    "momentum": 0.5,
+    "decay": 0.5,
+    "refresh_every": 1,
+    "weight_decay": 0.1,
+}
+
+
+def _blockwise(method, name, **kwargs):
+    tunable = kwargs.pop("tunable", {})
+    return Row(
+        f"{method}-{name}",
+        getattr(ok, method),
+        getattr(ok, f"scale_by_{method}"),
+        targets=kwargs.pop("targets", _WHITENING_TARGETS),
+        tunable=_STACK_TUNABLE | tunable,
+        switched_on={"weight_decay": 0.01},
+        random=False,
+        **kwargs,
+    )
+
+
 ROWS = (
     _psgd("EQ", core=True),
     _psgd("QEP", settings={"geometry": "QEP"}, targets=_QEP_TARGETS),
@@ -397,6 +420,13 @@ ROWS = (
     _kfac("hand", **_HAND),
     _kfac("captured", method="ekfac", core=False, **_CAPTURED),
     _kfac("hand", method="ekfac", steps=2, **_HAND),
+    _blockwise("shampoo", "eigh", tunable={"epsilon": 0.1, "start_step": 3}, core=True),
+    _blockwise("shampoo", "newton", settings={"root_method": "newton", "stagger": True}),
+    _blockwise("shampoo", "sums", settings={"decay": None, "grafting": None, "momentum": None}),
+    _blockwise("soap", "soap", tunable={"epsilon": 1.0, "factor_decay": 0.5}, core=True),
+    _blockwise("soap", "eigh", settings={"basis": "eigh", "stagger": True}),
+    _blockwise("soap", "kl_shampoo", settings={"variant": "kl_shampoo"}),
+    _blockwise("soap", "kl_soap", settings={"variant": "kl_soap"}),
 )
 
 CORE_ROWS = tuple(row for row in ROWS if row.core)

@@ -269,9 +269,9 @@ def test_errors_name_what_differs():
         op + operators.kronecker(jnp.eye(3))
     with pytest.raises(ValueError, match="got an operator"):
         op @ op
-    with pytest.raises(ValueError, match=r"of shapes \[\(3, 2\)\]; got .* of shapes \[\(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"shapes \[\(3, 2\)\]; got one of shape \(2, 3\)"):
         (op + op).inverse(0.1) @ jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"of shapes \[\(2,\)\]; got .* of shapes \[\(3,\)\]"):
+    with pytest.raises(ValueError, match=r"shapes \[\(2,\)\]; got one of shape \(3,\)"):
         operators.identity(jnp.ones(2)) @ jnp.ones(3)
     with pytest.raises(ValueError, match=r"damping must be one number; got shape \(2,\)"):
         op.inverse(jnp.ones(2))
