@@ -44,17 +44,24 @@ def inverse_root(
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Guo and Higham (2006), doi:10.1137/050643374.
     """
-    if matrix.ndim == 1:
-        damped = jnp.maximum(matrix, 0) + epsilon * jnp.max(matrix, initial=0)
-        root = jnp.where(damped > 0, damped, jnp.nan) ** (-1 / order)
-        return root, jnp.max(jnp.abs(root**order * damped - 1), initial=0)
+    largest = jnp.max(jnp.abs(matrix))
+    # Relative to the largest entry nothing overflows, or vanishes beside it.
+    unit = matrix / jnp.where(largest == 0, jnp.nan, largest)
+    epsilon = jnp.asarray(epsilon, largest.dtype)
 
     def compute(matrix, epsilon):
         return _inverse_root(matrix, order, epsilon, method)
 
-    epsilon = jnp.asarray(epsilon, contract.real_dtype(matrix.dtype))
-    wide = _in_float64(compute)
-    return jax.lax.platform_dependent(matrix, epsilon, cpu=wide, cuda=wide, default=compute)
+    if matrix.ndim == 1:
+        damped = jnp.maximum(unit, 0) + epsilon
+        root = jnp.where(damped > 0, damped, jnp.nan) ** (-1 / order)
+        residual = jnp.max(jnp.abs(root**order * damped - 1))
+    else:
+        wide = _in_float64(compute)
+        root, residual = jax.lax.platform_dependent(
+            unit, epsilon, cpu=wide, cuda=wide, default=compute
+        )
+    return root * largest ** (-1 / order), residual
 
 
 def _in_float64(fn: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:

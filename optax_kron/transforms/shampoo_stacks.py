@@ -169,15 +169,19 @@ class Shampoo:
             sizes = [size for size in (S.shape[0] for S in statistics) if size > 1]
             order = self.root_order or 2 * max(len(sizes), 1)
             sound, found = jnp.ones([], bool), []
+            informed = started
             for S in map(contract.widen, statistics):
-                finite = guards.all_finite(S)
+                largest = guards.largest_magnitude(S)
+                finite = jnp.isfinite(largest)
+                # Where gradients have all but vanished, there is nothing to take a root of.
+                informed &= ~(largest < 4 * jnp.finfo(largest.dtype).tiny)
                 # LAPACK need not come to an end on what is not finite.
                 S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
                 root, residual = roots.inverse_root(S, order, epsilon, method=self.root_method)
                 sound &= finite & guards.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
                 found.append(root)
-            new = guards.select(started & sound, tuple(found), old)
-            return new, started & ~sound
+            new = guards.select(informed & sound, tuple(found), old)
+            return new, informed & ~sound
 
         return _blocks.mapping(old)(make, old, *read)
 

@@ -103,23 +103,27 @@ class Soap:
     ) -> Step:
         """See `Method`: in the bases that there are, then those are brought up to date."""
         moved, updates, failures = {}, {}, jnp.zeros([], jnp.int32)
-        newly = {}
+        newly, takes = {}, {}
         for label, stack in stacks.items():
-            takes, failed = self._takes(stack, gradients[label], allowed)
-            newly[label] = takes & ~stack.started
+            takes[label], failed = self._takes(stack, gradients[label], allowed)
+            newly[label] = takes[label] & ~stack.started
             moved[label] = self._gather(
-                stack, gradients[label], _extents(plan, label), takes, newly[label]
+                stack, gradients[label], _extents(plan, label), takes[label], newly[label]
             )
             failures += failed
         moved, failed = self._begin(moved, newly)
         failures += failed
         for label, stack in moved.items():
-            takes = stack.started & allowed
             second, updates[label] = self._update(
-                stack, gradients[label], direction[label], _extents(plan, label), count, takes
+                stack,
+                gradients[label],
+                direction[label],
+                _extents(plan, label),
+                count,
+                takes[label] & stack.started,
             )
             moved[label] = stack._replace(second_moment=second)
-        began = jnp.any(jnp.concatenate(list(newly.values())))
+        began = _any(newly)
         found, failed, refreshed = self.rota.refresh(
             plan,
             self._refresh,
@@ -234,7 +238,7 @@ class Soap:
         old = {label: (x.bases, x.values, x.started) for label, x in stacks.items()}
         found, failures = guards.replaced_if(
             begin,
-            jnp.any(jnp.concatenate(list(newly.values()))),
+            _any(newly),
             (old, jnp.zeros([], jnp.int32)),
             {label: x.statistics for label, x in stacks.items()},
             dict(newly),
@@ -351,6 +355,11 @@ class Soap:
 def _widened(tree: Any) -> Any:
     """Arrays in the dtype of the arithmetic."""
     return jax.tree.map(contract.widen, tree)
+
+
+def _any(blocks: Mapping[str, Array]) -> Array:
+    """Whether something holds for any block of any stack."""
+    return jnp.any(jnp.concatenate([*blocks.values(), jnp.zeros(0, bool)]))
 
 
 def _averaged(old: Any, new: Any, rate: Array, takes: Array) -> tuple[Any, ...]:

@@ -376,7 +376,6 @@ _STACK_TUNABLE = {
     "learning_rate": 0.02,
     "momentum": 0.5,
     "decay": 0.5,
-    "refresh_every": 1,
     "weight_decay": 0.1,
 }
 
@@ -420,10 +419,23 @@ ROWS = (
     _kfac("hand", **_HAND),
     _kfac("captured", method="ekfac", core=False, **_CAPTURED),
     _kfac("hand", method="ekfac", steps=2, **_HAND),
-    _blockwise("shampoo", "eigh", tunable={"epsilon": 0.1, "start_step": 3}, core=True),
+    _blockwise(
+        "shampoo",
+        "eigh",
+        # More damping than rounding makes of the null space of a few gradients.
+        settings={"refresh_every": 1, "epsilon": 1e-4},
+        tunable={"epsilon": 0.1, "start_step": 5, "refresh_every": 2},
+        core=True,
+    ),
     _blockwise("shampoo", "newton", settings={"root_method": "newton", "stagger": True}),
-    _blockwise("shampoo", "sums", settings={"decay": None, "grafting": None, "momentum": None}),
-    _blockwise("soap", "soap", tunable={"epsilon": 1.0, "factor_decay": 0.5}, core=True),
+    _blockwise(
+        "shampoo",
+        "sums",
+        settings={"decay": None, "grafting": None, "momentum": None},
+        # Sums grow, and steps shrink with their roots.
+        targets={name: Target(0.1, 4000, 0.02) for name in TARGETS if name not in ("rosenbrock",)},
+    ),
+    _blockwise("soap", "soap", tunable={"epsilon": 1.0}, core=True),
     _blockwise("soap", "eigh", settings={"basis": "eigh", "stagger": True}),
     _blockwise("soap", "kl_shampoo", settings={"variant": "kl_shampoo"}),
     _blockwise("soap", "kl_soap", settings={"variant": "kl_soap"}),
