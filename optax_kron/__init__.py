@@ -9,6 +9,11 @@ from optax_kron.capture.layers import Layer
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.transforms._blockwise import ScaleByBlocksState
+from optax_kron.transforms.branch_kfac import (
+    ScaleByBranchKfacState,
+    branch_kfac,
+    scale_by_branch_kfac,
+)
 from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
 from optax_kron.transforms.kfac import ScaleByKfacState, kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import (
@@ -27,10 +32,12 @@ __all__ = [
     "Layer",
     "Layers",
     "ScaleByBlocksState",
+    "ScaleByBranchKfacState",
     "ScaleByKfacState",
     "ScaleByKronPsgdState",
     "Tap",
     "Taps",
+    "branch_kfac",
     "ekfac",
     "find_layers",
     "ggn_vector_product",
@@ -39,6 +46,7 @@ __all__ = [
     "kron_psgd",
     "losses",
     "operators",
+    "scale_by_branch_kfac",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_kron_psgd",

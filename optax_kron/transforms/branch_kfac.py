@@ -1,0 +1,275 @@
+"""Branch-factored K-FAC: the curvature of a state, brought to the parameters by a random map."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from optax_kron import guards
+from optax_kron.capture.layers import is_inexact
+from optax_kron.kernels import branches as kernels
+from optax_kron.kernels import contract
+from optax_kron.transforms import _settings
+
+PyTree = Any
+
+
+class ScaleByBranchKfacState(NamedTuple):
+    """State of `scale_by_branch_kfac`.
+
+    `optax.tree.get(state, name)` finds a field inside the state of a chain or wrapper.
+
+    Attributes:
+      count: steps that were accepted, int32 [].
+      failed_refreshes: blocks of the covariance that could not be solved, int32 [].
+      skipped_steps: steps whose gradient or branches were not finite, int32 [].
+      update_norm: Euclidean norm of the last preconditioned gradient, float32 [].
+      key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `count`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> tx = ok.branch_kfac(1e-3)
+      >>> state = tx.init(jnp.ones(3))
+      >>> _, state = tx.update(jnp.array([3.0, 0.0, 4.0]), state)
+      >>> print(optax.tree.get(state, "update_norm"))
+      5.0
+    """
+
+    # "count" is Optax's name for the number of steps, though tuples have a method of that name.
+    count: Array  # pyright: ignore
+    failed_refreshes: Array
+    skipped_steps: Array
+    update_norm: Array
+    key: Array
+
+
+def scale_by_branch_kfac(
+    *,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    blocks: int = 4,
+    redraw: bool = True,
+    seed: int | Array = 2027,
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition gradients with the curvature of a state of the model, such as hidden units.
+
+    `branches` B [K, D] are samples of the state. With `C = cov(B) + δI`, cut into diagonal blocks,
+    and a random map P [n, D] from the state to all n parameters, normal with variance 1/D, the
+    update is `P C⁻¹ Pᵀ g`. The map is drawn in chunks whenever it is needed, and never held whole.
+
+    Args:
+      damping: δ ≥ 0, or a schedule of it.
+      blocks: number of contiguous diagonal blocks, from 1 to D, whose sizes differ by at most one,
+        the larger first.
+      redraw: draw another map at every step; otherwise it is the same throughout.
+      seed: an integer or a PRNG key; the map is drawn from it.
+
+    Returns:
+      A transformation. Its `update(grads, state, params=None, *, branches=None)` returns updates
+      with the structure, shapes and dtypes of the gradients. Without branches, or if they are no
+      matrix, those are the gradients. A gradient or branches that are not finite give a zero update
+      and leave the state as it was, but for the count of skipped steps. A block that cannot be
+      solved is replaced by its diagonal, and `failed_refreshes` counts it.
+
+    Raises:
+      ValueError: for a setting out of range, at construction, unless it is traced; in `update`, for
+        more blocks than dimensions, branches without elements, or gradients unlike the parameters.
+
+    Cost, for n parameters. State: five numbers. A step: 2·n·D normal numbers, 4·n·D operations,
+    and 2·D³/blocks² for the blocks. Memory: that of the gradients once more, and some MiB.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> tx = ok.scale_by_branch_kfac(blocks=2)
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> state = tx.init(params)
+      >>> hidden = jax.random.normal(jax.random.key(0), (10, 5))
+      >>> updates, state = tx.update(params, state, params, branches=hidden)
+    """
+    owner = "branch_kfac"
+    _settings.check_range(owner, "damping", damping, schedule=True)
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        raise ValueError(f"{owner}: blocks must be an int ≥ 1; got {blocks!r}.")
+    _settings.check_seed(owner, seed)
+
+    def init(params: PyTree) -> Any:
+        del params
+        # Each counter is a buffer of its own, so that the state can be donated.
+        return ScaleByBranchKfacState(
+            count=jnp.zeros([], jnp.int32),
+            failed_refreshes=jnp.zeros([], jnp.int32),
+            skipped_steps=jnp.zeros([], jnp.int32),
+            update_norm=jnp.zeros([], jnp.float32),
+            key=_settings.key_data(seed),
+        )
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        branches: Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        if params is not None:
+            _settings.check_like(owner, updates, params)
+        leaves, treedef = jax.tree.flatten(updates)
+        _check_leaves(owner, updates)
+        finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
+        if branches is not None and jnp.ndim(branches) == 2 and leaves:
+            known = _checked_branches(owner, branches, blocks)
+            finite &= guards.all_finite(known)
+            real = [contract.real_dtype(x.dtype) for x in leaves]
+            compute = jnp.promote_types(jnp.result_type(*real), jnp.float32)
+            strength = damping(state.count) if callable(damping) else damping
+            key = _settings.key_of(state.key)
+            key = jax.random.fold_in(key, state.count) if redraw else key
+            dimensions = known.shape[1]
+            projected = kernels.project(key, leaves, dimensions, compute)
+            known = jnp.where(finite, known.astype(compute), 0)
+            solved, failed = kernels.solve(known, projected, strength, blocks)
+            directions = kernels.bring_back(key, solved, leaves)
+        norm = _norm(directions)
+        accepted = finite & jnp.isfinite(norm)
+        one = accepted.astype(jnp.int32)
+        new_state = ScaleByBranchKfacState(
+            count=state.count + one,
+            failed_refreshes=state.failed_refreshes + jnp.where(accepted, failed, 0),
+            skipped_steps=state.skipped_steps + 1 - one,
+            update_norm=jnp.where(accepted, norm, state.update_norm),
+            key=state.key,
+        )
+        result = [jnp.where(accepted, x, 0).astype(x.dtype) for x in directions]
+        return treedef.unflatten(result), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def branch_kfac(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    blocks: int = 4,
+    clip: ArrayLike | None = None,
+    redraw: bool = True,
+    seed: int | Array = 2027,
+) -> optax.GradientTransformationExtraArgs:
+    """Branch-factored K-FAC: gradients preconditioned with the curvature of a state.
+
+    With a learning rate (5e-3 is a start) this is a complete optimizer; without, the bare
+    preconditioner, to chain.
+
+    Args:
+      learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
+      damping: see `scale_by_branch_kfac`, like all other arguments but `clip`.
+      blocks: number of diagonal blocks.
+      clip: bound of the parameters themselves: a step ends within [-clip, clip]. Needs a learning
+        rate, and `params` in `update`. `None`: no bound.
+      redraw: draw another map at every step.
+      seed: an integer or a PRNG key.
+
+    Returns:
+      A gradient transformation; its cost is that of `scale_by_branch_kfac`.
+
+    Raises:
+      ValueError: as `scale_by_branch_kfac`, for a negative learning rate, for a clip without one or
+        that is not positive; in `update`, for a clip without `params`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> def loss_fn(w, x, y):
+      ...     hidden = jnp.tanh(x @ w)
+      ...     return jnp.mean((hidden.sum(axis=1) - y) ** 2), hidden
+      >>> x, w = jax.random.normal(jax.random.key(0), (20, 3)), jnp.zeros((3, 4))
+      >>> y = x[:, 0]
+      >>> tx = ok.branch_kfac(0.02, damping=0.1)
+      >>> state = tx.init(w)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     (loss, hidden), grads = jax.value_and_grad(loss_fn, has_aux=True)(w, x, y)
+      ...     updates, state = tx.update(grads, state, w, branches=hidden)
+      ...     return optax.apply_updates(w, updates), state, loss
+      >>> for _ in range(200):
+      ...     w, state, loss = step(w, state)
+      >>> bool(loss < 0.1)
+      True
+    """
+    owner = "branch_kfac"
+    _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
+    _settings.check_range(owner, "clip", clip, open_left=True, optional=True)
+    preconditioner = scale_by_branch_kfac(damping=damping, blocks=blocks, redraw=redraw, seed=seed)
+    if clip is None:
+        return _settings.complete(preconditioner, learning_rate, 0.0, None)
+    if learning_rate is None:
+        raise ValueError(
+            f"{owner}: clip bounds the parameters after a whole step, so it needs learning_rate; "
+            "got None."
+        )
+    return optax.chain(
+        preconditioner, optax.scale_by_learning_rate(learning_rate), _within(owner, clip)
+    )
+
+
+def _within(owner: str, clip: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Cut updates so that the parameters end within [-clip, clip]; complex ones by part."""
+
+    def bound(p, u):
+        new = p + u
+        limit = jnp.asarray(clip, contract.real_dtype(new.dtype))
+        if jnp.iscomplexobj(new):
+            parts = (jnp.clip(x, -limit, limit) for x in (new.real, new.imag))
+            return (jax.lax.complex(*parts) - p).astype(u.dtype)
+        return (jnp.clip(new, -limit, limit) - p).astype(u.dtype)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(f"{owner}: clip needs params: tx.update(grads, state, params).")
+        return jax.tree.map(bound, params, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _check_leaves(owner: str, updates: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        if not is_inexact(leaf):
+            raise ValueError(
+                f"{owner}: parameters must be floating-point or complex; got "
+                f"{jnp.result_type(leaf)} at {jax.tree_util.keystr(path) or 'the root'}."
+            )
+
+
+def _checked_branches(owner: str, branches: Any, blocks: int) -> Array:
+    known = jnp.asarray(branches)
+    if not jnp.issubdtype(known.dtype, jnp.floating):
+        raise ValueError(f"{owner}: branches must be floating-point; got {known.dtype}.")
+    if not known.size:
+        raise ValueError(f"{owner}: branches must have elements; got shape {known.shape}.")
+    if blocks > known.shape[1]:
+        raise ValueError(
+            f"{owner}: blocks={blocks} is more than branches have dimensions, {known.shape[1]}; "
+            f"got branches of shape {known.shape}."
+        )
+    return known
+
+
+def _norm(leaves: list[Array]) -> Array:
+    """Euclidean norm of all leaves, float32; squares neither overflow nor vanish."""
+    largest = [guards.largest_magnitude(x).astype(jnp.float32) for x in leaves]
+    unit = jnp.max(jnp.stack([*largest, jnp.zeros([], jnp.float32)]))
+    safe = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+    total = jnp.zeros([], jnp.float32)
+    for x in map(contract.widen, leaves):
+        relative = x / safe.astype(contract.real_dtype(x.dtype))
+        total += jnp.sum(contract.squared_magnitude(relative)).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(unit), safe * jnp.sqrt(total), unit)
