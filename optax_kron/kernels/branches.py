@@ -18,56 +18,49 @@ from optax_kron.kernels import contract, positive
 _CHUNK = 2**20  # numbers of the map that are there at a time
 
 
-def group_sizes(dimensions: int, groups: int) -> list[int]:
-    """Sizes of contiguous groups that differ by at most one, the larger first.
+def groups(dimensions: int, count: ArrayLike) -> Array:
+    """The group of each dimension: contiguous, of sizes that differ by at most one, larger first.
 
     Args:
       dimensions: D.
-      groups: how many, from 1 to D.
+      count: number of groups, an int from 1 to D, which may be traced.
+
+    Returns:
+      int [D].
     """
-    small, larger = divmod(dimensions, groups)
-    return [small + (i < larger) for i in range(groups)]
+    index = jnp.arange(dimensions)
+    count = jnp.clip(jnp.round(jnp.asarray(count, jnp.float32)), 1, dimensions).astype(index.dtype)
+    small, larger = dimensions // count, dimensions % count
+    edge = larger * (small + 1)
+    return jnp.where(index < edge, index // (small + 1), larger + (index - edge) // small)
 
 
-def solve(branches: Array, vector: Array, damping: ArrayLike, groups: int) -> tuple[Array, Array]:
-    """`C⁻¹ v` with the diagonal blocks of `C = cov(branches) + damping·I`.
+def solve(
+    branches: Array, vector: Array, damping: ArrayLike, count: ArrayLike
+) -> tuple[Array, Array]:
+    """`C⁻¹ v` with the diagonal blocks of `C = cov(branches) + damping·I`, by Cholesky.
 
     Args:
       branches: [K, D]; of a single one the covariance is zero.
       vector: v [D].
       damping: ≥ 0.
-      groups: number of diagonal blocks, see `group_sizes`.
+      count: number of diagonal blocks, see `groups`.
 
     Returns:
-      [D]; and how many blocks could not be solved, int32 []. Those are replaced by their diagonal,
-      or by the identity where that is not positive. Cost: 2·K·D·s + 2·D·s² operations, with s the
-      size of a block.
+      [D]; and whether that was possible, bool []. If not, C is replaced by its diagonal, and that
+      by the identity where it is not positive. Cost: 2·K·D² + 2·D³ operations.
     """
-    count, dimensions = branches.shape
-    sizes = group_sizes(dimensions, groups)
-    longest = sizes[0]
-    # Columns of every group, filled up with one beyond the last.
-    columns = np.full((groups, longest), dimensions)
-    start = 0
-    for row, size in zip(columns, sizes, strict=True):
-        row[:size] = range(start, start + size)
-        start += size
+    samples, dimensions = branches.shape
+    group = groups(dimensions, count)
     centred = branches - jnp.mean(branches, axis=0)
-    padded = jnp.pad(centred, ((0, 0), (0, 1)))[:, columns]  # [K, groups, s]
-    covariance = jnp.einsum(
-        "kgi,kgj->gij", padded, padded, precision=jax.lax.Precision.HIGHEST
-    ) / max(count - 1, 1)
-    filled = jnp.asarray(columns == dimensions, branches.dtype)
-    covariance += filled[:, :, None] * jnp.eye(longest, dtype=branches.dtype)
-    shift = jnp.broadcast_to(jnp.asarray(damping, branches.dtype), groups)
-    (inverse,), (sound,) = positive.inverses([covariance], [shift])
-    diagonal = jnp.diagonal(covariance, axis1=1, axis2=2) + shift[:, None]
+    covariance = jnp.matmul(centred.T, centred, precision="highest") / max(samples - 1, 1)
+    covariance = jnp.where(group[:, None] == group, covariance, 0)
+    shift = jnp.asarray(damping, branches.dtype)
+    (inverse,), (sound,) = positive.inverses([covariance[None]], [shift[None]])
+    solved = jnp.matmul(inverse[0], vector, precision="highest")
+    diagonal = jnp.diagonal(covariance) + shift
     usable = jnp.isfinite(diagonal) & (diagonal > 0)
-    parts = jnp.pad(vector, (0, 1))[columns]
-    solved = jnp.einsum("gij,gj->gi", inverse, parts, precision=jax.lax.Precision.HIGHEST)
-    solved = jnp.where(sound[:, None], solved, parts / jnp.where(usable, diagonal, 1))
-    result = jnp.concatenate([part[:size] for part, size in zip(solved, sizes, strict=True)])
-    return result, jnp.sum(~sound, dtype=jnp.int32)
+    return jnp.where(sound[0], solved, vector / jnp.where(usable, diagonal, 1)), sound[0]
 
 
 def project(key: Array, leaves: Sequence[Array], dimensions: int, dtype: DTypeLike) -> Array:

@@ -1,9 +1,12 @@
 """Branch-factored K-FAC: the curvature of a state, brought to the parameters by a random map."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -24,7 +27,7 @@ class ScaleByBranchKfacState(NamedTuple):
 
     Attributes:
       count: steps that were accepted, int32 [].
-      failed_refreshes: blocks of the covariance that could not be solved, int32 [].
+      failed_refreshes: covariances that had no inverse, int32 [].
       skipped_steps: steps whose gradient or branches were not finite, int32 [].
       update_norm: Euclidean norm of the last preconditioned gradient, float32 [].
       key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `count`.
@@ -51,7 +54,7 @@ class ScaleByBranchKfacState(NamedTuple):
 def scale_by_branch_kfac(
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
-    blocks: int = 4,
+    blocks: ArrayLike = 4,
     redraw: bool = True,
     seed: int | Array = 2027,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,15 +75,15 @@ def scale_by_branch_kfac(
       A transformation. Its `update(grads, state, params=None, *, branches=None)` returns updates
       with the structure, shapes and dtypes of the gradients. Without branches, or if they are no
       matrix, those are the gradients. A gradient or branches that are not finite give a zero update
-      and leave the state as it was, but for the count of skipped steps. A block that cannot be
-      solved is replaced by its diagonal, and `failed_refreshes` counts it.
+      and leave the state as it was, but for the count of skipped steps. A covariance without an
+      inverse is replaced by its diagonal, and `failed_refreshes` counts it.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; in `update`, for
         more blocks than dimensions, branches without elements, or gradients unlike the parameters.
 
     Cost, for n parameters. State: five numbers. A step: 2·n·D normal numbers, 4·n·D operations,
-    and 2·D³/blocks² for the blocks. Memory: that of the gradients once more, and some MiB.
+    and 2·K·D² + 2·D³ for the covariance. Memory: that of the gradients once more, and some MiB.
 
     Examples:
       >>> import jax
@@ -94,8 +97,7 @@ def scale_by_branch_kfac(
     """
     owner = "branch_kfac"
     _settings.check_range(owner, "damping", damping, schedule=True)
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
-        raise ValueError(f"{owner}: blocks must be an int ≥ 1; got {blocks!r}.")
+    _settings.check_interval(owner, "blocks", blocks)
     _settings.check_seed(owner, seed)
 
     def init(params: PyTree) -> Any:
@@ -126,15 +128,16 @@ def scale_by_branch_kfac(
         if branches is not None and jnp.ndim(branches) == 2 and leaves:
             known = _checked_branches(owner, branches, blocks)
             finite &= guards.all_finite(known)
-            real = [contract.real_dtype(x.dtype) for x in leaves]
-            compute = jnp.promote_types(jnp.result_type(*real), jnp.float32)
+            wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
+            compute = max(wide, key=lambda dtype: dtype.itemsize)
             strength = damping(state.count) if callable(damping) else damping
             key = _settings.key_of(state.key)
             key = jax.random.fold_in(key, state.count) if redraw else key
             dimensions = known.shape[1]
             projected = kernels.project(key, leaves, dimensions, compute)
             known = jnp.where(finite, known.astype(compute), 0)
-            solved, failed = kernels.solve(known, projected, strength, blocks)
+            solved, sound = kernels.solve(known, projected, strength, blocks)
+            failed = (~sound).astype(jnp.int32)
             directions = kernels.bring_back(key, solved, leaves)
         norm = _norm(directions)
         accepted = finite & jnp.isfinite(norm)
@@ -156,8 +159,10 @@ def branch_kfac(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
-    blocks: int = 4,
+    blocks: ArrayLike = 4,
     clip: ArrayLike | None = None,
+    weight_decay: ArrayLike = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     redraw: bool = True,
     seed: int | Array = 2027,
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,10 +173,12 @@ def branch_kfac(
 
     Args:
       learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      damping: see `scale_by_branch_kfac`, like all other arguments but `clip`.
+      damping: see `scale_by_branch_kfac`, as for all arguments that are not listed here.
       blocks: number of diagonal blocks.
       clip: bound of the parameters themselves: a step ends within [-clip, clip]. Needs a learning
         rate, and `params` in `update`. `None`: no bound.
+      weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
+      mask: which parameters decay, as in `optax.add_decayed_weights`.
       redraw: draw another map at every step.
       seed: an integer or a PRNG key.
 
@@ -207,17 +214,16 @@ def branch_kfac(
     owner = "branch_kfac"
     _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     _settings.check_range(owner, "clip", clip, open_left=True, optional=True)
+    _settings.check_range(owner, "weight_decay", weight_decay)
+    _settings.check_mask(owner, mask)
     preconditioner = scale_by_branch_kfac(damping=damping, blocks=blocks, redraw=redraw, seed=seed)
-    if clip is None:
-        return _settings.complete(preconditioner, learning_rate, 0.0, None)
-    if learning_rate is None:
+    if clip is not None and learning_rate is None:
         raise ValueError(
             f"{owner}: clip bounds the parameters after a whole step, so it needs learning_rate; "
             "got None."
         )
-    return optax.chain(
-        preconditioner, optax.scale_by_learning_rate(learning_rate), _within(owner, clip)
-    )
+    complete = _settings.complete(preconditioner, learning_rate, weight_decay, mask)
+    return complete if clip is None else optax.chain(complete, _within(owner, clip))
 
 
 def _within(owner: str, clip: ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -249,13 +255,13 @@ def _check_leaves(owner: str, updates: PyTree) -> None:
             )
 
 
-def _checked_branches(owner: str, branches: Any, blocks: int) -> Array:
+def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array:
     known = jnp.asarray(branches)
     if not jnp.issubdtype(known.dtype, jnp.floating):
         raise ValueError(f"{owner}: branches must be floating-point; got {known.dtype}.")
     if not known.size:
         raise ValueError(f"{owner}: branches must have elements; got shape {known.shape}.")
-    if blocks > known.shape[1]:
+    if not isinstance(blocks, jax.core.Tracer) and int(np.asarray(blocks)) > known.shape[1]:
         raise ValueError(
             f"{owner}: blocks={blocks} is more than branches have dimensions, {known.shape[1]}; "
             f"got branches of shape {known.shape}."

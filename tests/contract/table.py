@@ -237,6 +237,10 @@ def _spoilt_hand_taps(loss_fn, params, *args):
     return _hand_taps(loss_fn, params, *args, size=1e30)
 
 
+def _branches(loss_fn, params, *args):
+    return {"branches": jnp.asarray(np.random.default_rng(8).normal(size=(16, 8)), jnp.float32)}
+
+
 class Target(NamedTuple):
     """How fast, how long and how close an optimizer is to approach the solution of a target."""
 
@@ -274,6 +278,8 @@ class Row:
     supports_complex: bool = True
     # Draws random numbers that reach the updates.
     random: bool = True
+    # The update of a parameter depends on the gradients of others, and on the scale of the loss.
+    mixes: bool = False
     core: bool = False
 
     def __str__(self):
@@ -439,6 +445,24 @@ ROWS = (
     _blockwise("soap", "eigh", settings={"basis": "eigh", "stagger": True}),
     _blockwise("soap", "kl_shampoo", settings={"variant": "kl_shampoo"}),
     _blockwise("soap", "kl_soap", settings={"variant": "kl_soap"}),
+    Row(
+        "branch_kfac",
+        ok.branch_kfac,
+        ok.scale_by_branch_kfac,
+        # Random directions, whose steps are those of gradient descent in the mean.
+        targets={
+            "parabola": Target(0.02, 4000, 0.02),
+            "least_squares": Target(0.02, 8000, 0.02),
+            "complex_parabola": Target(0.02, 2000, 0.02),
+        },
+        settings={"damping": 0.5},
+        extras=_branches,
+        curvature=(),
+        tunable={"learning_rate": 0.02, "damping": 2.0, "blocks": 2, "weight_decay": 0.1},
+        switched_on={"weight_decay": 0.01},
+        mixes=True,
+        core=True,
+    ),
 )
 
 CORE_ROWS = tuple(row for row in ROWS if row.core)
