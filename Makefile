@@ -25,7 +25,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-cg soak clean
+.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -64,8 +64,11 @@ bench-ekfac: $(VENV)/.installed-examples ## EKFAC beside K-FAC
 bench-cg: $(VENV)/.installed-examples ## Conjugate gradients, preconditioned by curvature of layers
 	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/curvature.py $(ARGS)
 
-soak: $(VENV)/.installed-examples ## Run 300 updates with every geometry, under a time limit
-	$(call within,3600) $(RUN) benchmarks/soak.py $(ARGS)
+bench-family: $(VENV)/.installed-examples ## SOAP and Shampoo beside figures of their peers
+	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/family.py $(ARGS)
+
+soak: $(VENV)/.installed-examples ## Run 200 updates of every optimizer, under a time limit
+	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/soak.py $(ARGS)
 
 clean: ## Remove the environments and everything that the other targets made
 	rm -rf $(VENV) $(PEER_VENV) $(KFAC_VENV) out site dist .pytest_cache .ruff_cache .hypothesis

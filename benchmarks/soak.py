@@ -1,6 +1,7 @@
-"""Endurance: hundreds of consecutive updates of model T with every geometry; a hang is a failure.
+"""Endurance: hundreds of consecutive updates of model T by every optimizer; a hang is a failure.
 
-Each geometry runs in a process of its own, factors updated at every step, state donated. The
+Each runs in a process of its own, with its state donated: `kron_psgd` in each geometry with factors
+that move at every step, the others with roots and bases made anew at every second step. The
 process reports every finished step. It is stopped and counted as failed when no step finishes for
 `--stall` seconds or when all of it takes longer than `--limit`; also when it crashes, when a number
 in the last update or the state is not finite, or when the last update is zero (which is how a step
@@ -19,20 +20,47 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
+BRANCHES = (64, 16)  # samples and dimensions of the state that branch_kfac is given
+# Those without geometry: the name in the library, and settings.
+OTHERS = {
+    "shampoo": ("shampoo", {"refresh_every": 2}),
+    "shampoo-newton": ("shampoo", {"refresh_every": 10, "stagger": True, "root_method": "newton"}),
+    "soap": ("soap", {"refresh_every": 2}),
+    "soap-eigh": ("soap", {"refresh_every": 10, "stagger": True, "basis": "eigh"}),
+    "kl_shampoo": ("soap", {"refresh_every": 2, "variant": "kl_shampoo"}),
+    "kl_soap": ("soap", {"refresh_every": 2, "variant": "kl_soap"}),
+    "branch_kfac": ("branch_kfac", {}),
+}
+OPTIMIZERS = (*GEOMETRIES, *OTHERS)
 
 
-def run_updates(geometry, steps):
-    """In the child process: print each finished step, then the verdict."""
+def make_optimizer(name):
+    """The transformation, and the extra arguments of its update."""
     import jax
     import measure
+
+    import optax_kron
+
+    if name in GEOMETRIES:
+        return measure.make_optimizer("optax_kron", 1e-3, 1.0, name), {}
+    method, settings = OTHERS[name]
+    extras = {}
+    if method == "branch_kfac":
+        extras["branches"] = jax.random.normal(jax.random.key(0), BRANCHES)
+    return getattr(optax_kron, method)(1e-3, **settings), extras
+
+
+def run_updates(name, steps):
+    """In the child process: print each finished step, then the verdict."""
+    import jax
     import models
     import timing
 
     shapes = models.model_t_shapes()
     params, *gradients = (models.random_tree(i, shapes) for i in range(5))
-    tx = measure.make_optimizer("optax_kron", 1e-3, 1.0, geometry)
+    tx, extras = make_optimizer(name)
     state = jax.jit(tx.init)(params)
-    update = jax.jit(tx.update, donate_argnums=(1,))
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, **extras), donate_argnums=(1,))
     for i in range(steps):
         updates, state = jax.block_until_ready(update(gradients[i % 4], state, params))
         print(i + 1, flush=True)
@@ -73,9 +101,9 @@ def follow(lines, limit, stall, on_step):
             verdict = line
 
 
-def soak(geometry, args, on_step):
-    """Run one geometry in a child process; returns (passed, what happened)."""
-    command = [sys.executable, str(Path(__file__)), "--child", geometry, "--steps", str(args.steps)]
+def soak(name, args, on_step):
+    """Run one optimizer in a child process; returns (passed, what happened)."""
+    command = [sys.executable, str(Path(__file__)), "--child", name, "--steps", str(args.steps)]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     verdict, stopped = "", None
@@ -98,30 +126,30 @@ def soak(geometry, args, on_step):
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=GEOMETRIES)
-    parser.add_argument("--limit", type=float, default=700, help="seconds for one geometry")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument("--limit", type=float, default=700, help="seconds for one optimizer")
     parser.add_argument("--stall", type=float, default=180, help="seconds without a step")
-    parser.add_argument("--child", choices=GEOMETRIES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=OPTIMIZERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main():
-    """Run all geometries; the exit code says whether every one passed."""
+    """Run all of them; the exit code says whether every one passed."""
     args = parse_arguments()
     if args.child:
         run_updates(args.child, args.steps)
         return 0
     console = Console(soft_wrap=True)
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn())
     failures = 0
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        for geometry in args.geometry:
-            task = progress.add_task(geometry, total=args.steps)
-            passed, story = soak(geometry, args, lambda n, t=task: progress.update(t, completed=n))
+        for name in args.optimizer:
+            task = progress.add_task(name, total=args.steps)
+            passed, story = soak(name, args, lambda n, t=task: progress.update(t, completed=n))
             failures += not passed
             mark = "[green]pass[/]" if passed else "[bold red]FAIL[/]"
-            progress.console.print(f"{mark} {geometry}: {story}")
+            progress.console.print(f"{mark} {name}: {story}")
     return int(failures > 0)
 
 

@@ -137,14 +137,16 @@ class Contestant:
       make: from a schedule to the optimizer.
       rates: peak learning rates.
       colour: of its curves.
-      layers: of the loss, if the optimizer's updates take taps.
+      layers: of the loss, if something of what they saw goes into the updates.
+      extras: what goes into the updates, from the taps.
     """
 
     name: str
     make: Callable[[optax.Schedule], optax.GradientTransformation]
     rates: tuple[float, ...]
     colour: str
-    layers: ok.Layers | None = None
+    layers: Iterable[ok.Layer] | None = None
+    extras: Callable[[ok.Taps], dict[str, Any]] = lambda taps: {"taps": taps}
 
 
 @dataclass
@@ -186,7 +188,8 @@ class Trainer:
         else:
             key = jax.random.fold_in(jax.random.key(self.task.seed), i)
             with_taps = ok.value_and_grad_with_taps(self.task.loss_fn, layers)
-            _, grads, extra["taps"] = with_taps(params, *batch, key=key)
+            _, grads, taps = with_taps(params, *batch, key=key)
+            extra = self.contestant.extras(taps)
         optimizer = self._optimizer(learning_rate)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state

@@ -277,15 +277,15 @@ class BlockPlan:
           dtype: real dtype of the stacks; complex blocks get the complex dtype of that precision.
         """
         leaves = self.treedef.flatten_up_to(tree)
-        return {
-            label: jnp.concatenate(
-                [
-                    plan.split(leaves[i].astype(complex_like(dtype, signature.is_complex)))
-                    for i, plan in self.members(label)
-                ]
-            )
-            for label, signature in self.stacks.items()
-        }
+        found = {}
+        for label, signature in self.stacks.items():
+            own = complex_like(dtype, signature.is_complex)
+            members = [(plan, leaves[i].astype(own)) for i, plan in self.members(label)]
+            if len(signature.shape) == 1 and all(plan.pieces == (1,) for plan, _ in members):
+                found[label] = _split_vectors(members, signature.size)
+            else:
+                found[label] = jnp.concatenate([plan.split(leaf) for plan, leaf in members])
+        return found
 
     def join(self, stacks: Mapping[str, Array], like: PyTree) -> PyTree:
         """Put stacks back together.
@@ -322,6 +322,21 @@ def plan_blocks(tree: PyTree, blocking: Blocking) -> BlockPlan:
     plans = _pad_vectors(plans)
     stacks = {plan.signature.label: plan.signature for plan in plans if plan is not None}
     return BlockPlan(jax.tree.structure(tree), tuple(plans), stacks)
+
+
+def _split_vectors(members: list[tuple[LeafPlan, Array]], longest: int) -> Array:
+    """Whole vectors as rows [N, longest], with zeros behind the shorter ones.
+
+    All at once, as to pad them one by one takes a kernel for each, and long to compile.
+    """
+    lengths = np.concatenate([[plan.merged[0]] * plan.stacked for plan, _ in members])
+    if (lengths == longest).all():
+        return jnp.concatenate([leaf.reshape(-1, longest) for _, leaf in members])
+    flat = jnp.concatenate([leaf.ravel() for _, leaf in members])
+    starts = np.cumsum(lengths) - lengths
+    inside = np.arange(longest) < lengths[:, None]
+    index = np.where(inside, starts[:, None] + np.arange(longest), flat.size)
+    return jnp.take(flat, index, mode="fill", fill_value=0)
 
 
 def _pad_vectors(plans: list[LeafPlan | None]) -> list[LeafPlan | None]:

@@ -31,6 +31,9 @@ PAGES = [
     "docs/quickstart.md",
     "docs/kfac.md",
     "docs/ekfac.md",
+    "docs/shampoo.md",
+    "docs/soap.md",
+    "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
 ]

@@ -84,9 +84,9 @@ class Rota:
         def take_turn(turn, carry):
             old, failures = carry
             new = {}
-            for label, table in turns.items():
+            for label in old:
                 new[label], failed = _refresh_rows(
-                    refresh, label, old[label], read[label], jnp.asarray(table)[turn]
+                    refresh, label, old[label], read[label], jnp.asarray(turns[label])[turn]
                 )
                 failures += failed
             return new, failures

@@ -124,21 +124,18 @@ class Soap:
             )
             moved[label] = stack._replace(second_moment=second)
         began = _any(newly)
+        turned = {label: stack for label, stack in moved.items() if _has_basis(stack)}
         found, failed, refreshed = self.rota.refresh(
             plan,
             self._refresh,
-            {label: (x.bases, x.values, x.second_moment) for label, x in moved.items()},
-            {label: (x.statistics, x.started) for label, x in moved.items()},
+            {label: (x.bases, x.values, x.second_moment) for label, x in turned.items()},
+            {label: (x.statistics, x.started) for label, x in turned.items()},
             count,
             allowed=allowed & (count > 1),
             all_due=jnp.zeros([], bool),
         )
-        moved = {
-            label: stack._replace(
-                bases=found[label][0], values=found[label][1], second_moment=found[label][2]
-            )
-            for label, stack in moved.items()
-        }
+        for label, (bases, values, second) in found.items():
+            moved[label] = moved[label]._replace(bases=bases, values=values, second_moment=second)
         return Step(updates, moved, failures + failed, refreshed | began)
 
     # ------------------------------------------------------------------------------- the statistics
@@ -235,20 +232,21 @@ class Soap:
                 new[label] = bases, values, started | (newly[label] & sound)
             return new, failures
 
-        old = {label: (x.bases, x.values, x.started) for label, x in stacks.items()}
+        turned = {label: stack for label, stack in stacks.items() if _has_basis(stack)}
+        own = {label: newly[label] for label in turned}
         found, failures = guards.replaced_if(
             begin,
-            _any(newly),
-            (old, jnp.zeros([], jnp.int32)),
-            {label: x.statistics for label, x in stacks.items()},
-            dict(newly),
+            _any(own),
+            (
+                {label: (x.bases, x.values, x.started) for label, x in turned.items()},
+                jnp.zeros([], jnp.int32),
+            ),
+            {label: x.statistics for label, x in turned.items()},
+            own,
         )
-        begun = {
-            label: stack._replace(
-                bases=found[label][0], values=found[label][1], started=found[label][2]
-            )
-            for label, stack in stacks.items()
-        }
+        begun = {label: x._replace(started=x.started | newly[label]) for label, x in stacks.items()}
+        for label, (bases, values, started) in found.items():
+            begun[label] = begun[label]._replace(bases=bases, values=values, started=started)
         return begun, failures
 
     def _first_bases(self, old_bases: Any, old_values: Any, statistics: Any, new: Array) -> Any:
@@ -355,6 +353,11 @@ class Soap:
 def _widened(tree: Any) -> Any:
     """Arrays in the dtype of the arithmetic."""
     return jax.tree.map(contract.widen, tree)
+
+
+def _has_basis(stack: SoapStack) -> bool:
+    """Whether any axis has a dense factor."""
+    return any(Q is not None for Q in stack.bases)
 
 
 def _any(blocks: Mapping[str, Array]) -> Array:
