@@ -19,6 +19,7 @@ blockings = st.builds(
     block_size=st.none() | st.integers(1, 5),
     merge_below=st.none() | st.integers(1, 40),
     stacked_axes=st.none() | st.integers(0, 2),
+    dense_axes=st.none() | st.integers(0, 3),
 )
 
 
@@ -129,3 +130,26 @@ def test_stacked_axes_of_another_structure():
 def test_integer_parameters_are_refused_by_path():
     with pytest.raises(ValueError, match=r"Parameter \['steps'\] has dtype int32"):
         plan_blocks({"steps": jnp.zeros(3, jnp.int32)}, ok.Blocking())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dense", "expected"),
+    [
+        ((4, 3), 1, (True, False)),
+        ((3, 3), 1, (True, False)),
+        ((5, 4, 3), 2, (True, False, False)),
+        ((4, 3), 0, (True, True)),
+        ((4, 3), 5, (False, False)),
+        ((4,), 1, (True,)),
+    ],
+)
+def test_the_shortest_axes_get_the_dense_factors(shape, dense, expected):
+    plan = plan_blocks(jnp.zeros(shape), ok.Blocking(dense_axes=dense))
+    (signature,) = plan.stacks.values()
+    assert signature.diagonal == expected
+
+
+@pytest.mark.parametrize("dense", [-1, 1.5, "one"])
+def test_the_number_of_dense_axes_is_whole(dense):
+    with pytest.raises(ValueError, match="dense_axes must be"):
+        ok.Blocking(dense_axes=dense)

@@ -1,10 +1,16 @@
 """SOAP and its variants: their numbers against a reference, their bases and guards."""
 
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from optax_kron import scale_by_soap
+from optax_kron import Blocking, scale_by_soap, soap
 from tests.reference import shampoo as reference
-from tests.test_shampoo import assert_close, gradients, run
+from tests.test_shampoo import assert_close, gradients, many_blocks, run
 
 EXACT = {"factor_dtype": "float64", "momentum": 0.9, "decay": 0.8, "factor_decay": 0.7}
 VARIANTS = ("soap", "kl_shampoo", "kl_soap")
@@ -25,3 +31,112 @@ def test_ten_steps_are_those_of_the_reference(shape, every, variant, is_complex)
         # In its own basis a first gradient is diagonal but for rounding, 1e-16 or so, and Adam
         # divides what is beside the diagonal by √V + 1e-8.
         assert_close(actual, stage.step(G), rtol=1e-5)
+
+
+def adam(**settings):
+    return optax.scale_by_adam(b1=0.95, b2=0.95, eps=1e-8, **settings)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (7,), (2, 3, 4), ()], ids=str)
+def test_without_bases_it_is_adam(shape):
+    stream = gradients(shape).astype(np.float32)
+    expected, _ = run(adam(), stream)
+    updates, _ = run(scale_by_soap(blocking=Blocking(max_size=0)), stream)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_with_bases_held_at_the_identity_it_is_adam():
+    stream = gradients((4, 3), steps=8).astype(np.float32)
+    tx = scale_by_soap(refresh_every=1000)
+    state = tx.init(stream[0])
+    (label,) = state.stacks
+    held = state.stacks[label]._replace(started=jnp.ones(1, bool))
+    state = state._replace(stacks={label: held})
+    reference_state, update = adam().init(stream[0]), jax.jit(tx.update)
+    for G in stream:
+        updates, state = update(G, state)
+        expected, reference_state = adam().update(G, reference_state)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_of_the_first_gradient_only_what_is_no_rounding_is_scaled_up():
+    G = gradients((12, 5), steps=1).astype(np.float32)
+    (update,), _ = run(scale_by_soap(), G)
+    # In its own bases it is diagonal, and Adam takes the diagonal to one.
+    left, _, right = np.linalg.svd(G[0].astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(update, left @ right, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("basis", ["qr", "eigh"])
+def test_a_change_of_basis_keeps_the_norm_of_the_momentum(basis, variant):
+    stream = gradients((6, 4), steps=12).astype(np.float32)
+    _, states = run(scale_by_soap(variant=variant, basis=basis, refresh_every=2), stream)
+    for state in states:
+        (stack,), (M,) = state.stacks.values(), state.momentum.values()
+        rotated = M[0]
+        for axis, Q in enumerate(stack.bases):
+            np.testing.assert_allclose(Q[0].T @ Q[0], np.eye(len(Q[0])), atol=1e-5)
+            rotated = reference.psgd.along(np.asarray(Q[0]).T, axis, rotated)
+        np.testing.assert_allclose(np.linalg.norm(rotated), np.linalg.norm(M), rtol=1e-5)
+
+
+def test_the_second_moment_changes_places_with_the_columns_of_the_basis():
+    tx = scale_by_soap(refresh_every=2, decay=1 - 1e-6, momentum=None)
+    state = tx.init(jnp.zeros((3, 3)))
+    update = jax.jit(tx.update)
+    _, state = update(jnp.diag(jnp.array([3.0, 2.0, 1.0])), state)
+    before = state.stacks["3x3"].second_moment[0]
+    # The last axis becomes the largest: its column comes first, and its second moment with it.
+    _, state = update(jnp.diag(jnp.array([0.0, 0.0, 100.0])), state)
+    after = state.stacks["3x3"].second_moment[0]
+    grown = np.asarray(before).copy()
+    grown[2, 2] += float(1 - jnp.float32(1 - 1e-6)) * 1e4
+    order = [2, 0, 1]
+    np.testing.assert_allclose(after, grown[order][:, order], rtol=1e-3, atol=1e-9)
+
+
+def test_one_sided():
+    tx = scale_by_soap(blocking=Blocking(dense_axes=1))
+    state = jax.eval_shape(tx.init, {"a": jnp.zeros((4, 3)), "b": jnp.zeros((3, 3))})
+    assert state.stacks["4diagx3"].bases[0] is None
+    assert state.stacks["4diagx3"].bases[1].shape == (1, 3, 3)
+    assert state.stacks["3diagx3"].bases[0] is None
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
+    stream = many_blocks()
+    tx = scale_by_soap(variant=variant, refresh_every=1, stagger=stagger)
+    state, update = tx.init(stream[0]), jax.jit(tx.update)
+    for grads in stream[:3]:
+        _, state = update(grads, state)
+    stack = state.stacks["4x3"]
+    S = stack.statistics[0].at[0, 1, 1].set(jnp.nan)
+    stack = stack._replace(statistics=(S, *stack.statistics[1:]))
+    updates, new = update(stream[3], state._replace(stacks={**state.stacks, "4x3": stack}))
+    assert int(new.failed_refreshes) == 1
+    for old, kept in zip(stack.bases, new.stacks["4x3"].bases, strict=True):
+        np.testing.assert_array_equal(kept, old)
+    assert not np.array_equal(new.stacks["6x6"].bases[0], state.stacks["6x6"].bases[0])
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "sop"}, "soap: variant must be one of soap, kl_shampoo, kl_soap; got 'sop'"),
+        ({"basis": "svd"}, "soap: basis must be one of qr, eigh; got 'svd'"),
+        ({"decay": 1.0}, "soap: decay must be a number in [0, 1)"),
+        ({"factor_decay": -0.1}, "soap: factor_decay must be a number in [0, 1)"),
+        ({"floor": 2.0}, "soap: floor must be a number in [0, 1]"),
+        ({"refresh_every": 0}, "soap: refresh_every must be a number in [1, inf]"),
+        ({"mask": True}, "soap: mask must be a tree of bools or a function"),
+        ({"weight_decay": -1.0}, "soap: weight_decay must be a number in [0, inf]"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        soap(**settings)

@@ -68,7 +68,8 @@ def scale_by_soap(
       that is not finite gives a zero update and leaves the state as it was, but for the count of
       skipped steps. A block whose bases would not be finite keeps the last ones. When columns of a
       basis change places, so does the second moment that is kept along them. Where the second
-      moment is no more than rounding of the rotation, the update is zero.
+      moment is no more than rounding of the rotation, or at a block's first gradient than 1e-3 of
+      its root mean square, the update is zero.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; for a parameter

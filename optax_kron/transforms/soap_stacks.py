@@ -31,6 +31,8 @@ BASES = ("qr", "eigh")
 
 # A second moment below the rounding of the rotation is none: to divide by it would blow up noise.
 _NOISE = 8.0  # in units of rounding, relative to the root mean square of the block
+# In its own bases a first gradient is diagonal; beside that it is what errors of the bases make.
+_FIRST_NOISE = 1e-3  # relative to the same
 
 
 class SoapStack(NamedTuple):
@@ -121,6 +123,7 @@ class Soap:
                 _extents(plan, label),
                 count,
                 takes[label] & stack.started,
+                newly[label],
             )
             moved[label] = stack._replace(second_moment=second)
         began = _any(newly)
@@ -275,10 +278,11 @@ class Soap:
         extents: Array,
         count: Array,
         takes: Array,
+        newly: Array,
     ) -> tuple[Array | None, Array]:
         """The second moment after a gradient, and the update."""
 
-        def update(bases, values, second, gradient, direction, extents, takes):
+        def update(bases, values, second, gradient, direction, extents, takes, newly):
             bases = _widened(bases)
             direction = contract.into_bases(bases, direction, precision=self.precision)
             if second is None:
@@ -290,7 +294,8 @@ class Soap:
                 rotated = contract.into_bases(bases, gradient, precision=self.precision)
                 squares = contract.squared_magnitude(rotated)
                 (second,) = _averaged([second], [squares], beta, takes)
-                direction = self._adam(bases, second, direction, extents, count)
+                noise = jnp.where(newly, _FIRST_NOISE, _NOISE * jnp.finfo(second.dtype).eps)
+                direction = self._adam(bases, second, direction, extents, count, noise)
             return second, contract.out_of_bases(bases, direction, precision=self.precision)
 
         return _blocks.mapping(stack.bases)(
@@ -302,10 +307,17 @@ class Soap:
             direction,
             extents,
             takes,
+            newly,
         )
 
     def _adam(
-        self, bases: Any, second: Array, direction: Array, extents: Array, count: Array
+        self,
+        bases: Any,
+        second: Array,
+        direction: Array,
+        extents: Array,
+        count: Array,
+        noise: Array,
     ) -> Array:
         """Adam's update of a momentum that is in the bases."""
         real = second.dtype
@@ -315,8 +327,7 @@ class Soap:
         if all(Q is None for Q in bases):
             return scaled
         mean = jnp.sum(second) / jnp.prod(extents).astype(real)
-        noise = jnp.square(_NOISE * float(jnp.finfo(real).eps)) * mean
-        return jnp.where(second > noise, scaled, 0)
+        return jnp.where(second > jnp.square(noise.astype(real)) * mean, scaled, 0)
 
     # --------------------------------------------------------------------------------- other bases
 
