@@ -79,7 +79,7 @@ def contestants(task: Task) -> dict[str, Callable[[], Contestant]]:
         ),
         "kfac": lambda: by_layers("kfac", task, (1e-1, 3e-1), "#2e8b57"),
         "ekfac": lambda: by_layers("ekfac", task, (1e-1, 3e-1), "#83c59f"),
-        "branch_kfac": lambda: by_branches(task, (1e-2, 1e-1), "#888888"),
+        "branch_kfac": lambda: by_branches(task, (3e-3, 1e-2), "#888888"),
     }
 
 
