@@ -90,11 +90,12 @@ def test_comparisons_with_kfac(script, names, texts, tmp_path):
     assert len(set(pixels)) > 50
 
 
-def test_comparison_of_all(tmp_path):
-    result = run("compare.py", "--steps", "1", "--optimizer", "branch_kfac", cwd=tmp_path)
+@pytest.mark.parametrize("script", ["compare.py", "state_space.py"])
+def test_comparisons_with_branch_kfac(script, tmp_path):
+    result = run(script, "--steps", "1", "--optimizer", "branch_kfac", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("branch_kfac *") == 1
-    read_png(tmp_path / "compare.png")
+    read_png(tmp_path / script.replace(".py", ".png"))
 
 
 def test_layers_are_found_only_for_kfac(tmp_path):
