@@ -421,7 +421,7 @@ ROWS = (
         core=True,
     ),
     _psgd("no_momentum", settings={"momentum": None}),
-    _kfac("captured", **_CAPTURED),
+    _kfac("captured", core=False, **_CAPTURED),
     _kfac("hand", **_HAND),
     _kfac("captured", method="ekfac", core=False, **_CAPTURED),
     _kfac("hand", method="ekfac", steps=2, **_HAND),

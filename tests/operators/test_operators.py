@@ -273,7 +273,9 @@ def test_errors_name_what_differs():
         (op + op).inverse(0.1) @ jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"shapes \[\(2,\)\]; got one of shape \(3,\)"):
         operators.identity(jnp.ones(2)) @ jnp.ones(3)
-    with pytest.raises(ValueError, match=r"damping must be one number; got shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"damping must be one finite number, at least 0; got shape \(2,\)"
+    ):
         op.inverse(jnp.ones(2))
     with pytest.raises(TypeError):
         op * 1j
