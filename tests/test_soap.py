@@ -140,3 +140,39 @@ def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
 def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         soap(**settings)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zero_gradients_for_long_kill_nothing(variant):
+    G = jnp.asarray(gradients((4, 3), steps=1)[0], jnp.float32)
+    tx = scale_by_soap(variant=variant)
+
+    def body(state, scale):
+        update, state = tx.update(G * scale, state)
+        return state, jnp.max(jnp.abs(update))
+
+    scales = jnp.concatenate([jnp.ones(20), jnp.zeros(2500), jnp.ones(60)])
+    _, largest = jax.jit(lambda s: jax.lax.scan(body, tx.init(G), s))(scales)
+    assert largest[-1] > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_tiny_first_gradient_does_not_end_it(variant):
+    G = jnp.asarray(gradients((4, 3), steps=1)[0], jnp.float32)
+    tx = scale_by_soap(variant=variant)
+    state = tx.init(G)
+    for scale in (1e-25, 1.0, 1.0):
+        update, state = jax.jit(tx.update)(G * scale, state)
+    assert np.any(update != 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_of_the_bases_is_not_blown_up(dtype):
+    G = jnp.asarray(gradients((4, 3), steps=1)[0], jnp.float32)
+    tx = scale_by_soap(factor_dtype=dtype)
+    state, update = tx.init(G), jax.jit(tx.update)
+    for _ in range(22):
+        updates, state = update(G, state)
+        # Of a constant gradient, as its polar factor: of columns of length one.
+        assert np.max(np.abs(updates)) < 1.1

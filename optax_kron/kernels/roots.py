@@ -37,7 +37,8 @@ def inverse_root(
       method: "eigh" or "newton"; of a diagonal neither.
 
     Returns:
-      The root, in the shape of the matrix; and how far it is from one, `max |Xᵖ(S + ελI) − I|`,
+      The root, in the shape of the matrix, which is zero on eigenvectors whose damped eigenvalue is
+      zero, as it can be with ε = 0 and "eigh"; and how far it is from one, `max |Xᵖ(S + ελI) − I|`,
       which is large or not finite if the computation failed. Cost: for "eigh" about 11·d³
       operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60 steps; for the check
       2·d³·(1 + log₂ p).
@@ -54,8 +55,9 @@ def inverse_root(
 
     if matrix.ndim == 1:
         damped = jnp.maximum(unit, 0) + epsilon
-        root = jnp.where(damped > 0, damped, jnp.nan) ** (-1 / order)
-        residual = jnp.max(jnp.abs(root**order * damped - 1))
+        null = damped == 0
+        root = jnp.where(null, 0, jnp.where(null, 1, damped) ** (-1 / order))
+        residual = jnp.max(jnp.abs(root**order * damped - ~null))
     else:
         wide = _in_float64(compute)
         root, residual = jax.lax.platform_dependent(
@@ -101,8 +103,11 @@ def _inverse_root(matrix: Array, order: int, epsilon: Array, method: str) -> tup
         shift = epsilon * jnp.max(values)
         damped = matrix + shift.astype(matrix.dtype) * identity
         shifted = jnp.maximum(values, 0) + shift
-        powers = jnp.where(shifted > 0, shifted, jnp.nan) ** (-1 / order)
+        rounding = matrix.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
+        null = shifted <= jnp.where(epsilon > 0, 0, rounding)
+        powers = jnp.where(null, 0, jnp.where(null, 1, shifted) ** (-1 / order))
         root = _multiply(basis * powers, basis.conj().T)
+        identity = _multiply(jnp.where(null, 0, basis), basis.conj().T)
     return root, jnp.max(jnp.abs(_multiply(_power(root, order), damped) - identity))
 
 

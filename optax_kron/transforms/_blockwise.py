@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -136,7 +137,13 @@ class Blockwise:
         if params is not None:
             _settings.check_like(self.owner, updates, params)
         plan = plan_blocks(updates, self.blocking)
-        _settings.check_stacks(self.owner, plan, state.stacks, "blocking")
+        _settings.check_stacks(self.owner, plan, getattr(state, "stacks", None), "blocking")
+        made = jax.eval_shape(self.init, updates)
+        if jax.tree.structure(made) != jax.tree.structure(state):
+            raise ValueError(
+                f"{self.owner}: the state was made by another optimizer, or with other settings; "
+                "start from tx.init(params)."
+            )
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
@@ -144,12 +151,11 @@ class Blockwise:
         average, direction = None, gradients
         if self._has_momentum and self.momentum is not None:
             average = moving_average.step(gradients, state.momentum, self.momentum)
-            # A gradient that is not finite shows in the average.
-            finite = guards.all_finite(average)
+            finite = guards.all_finite(average) & _squares_are_finite(gradients)
             count = state.count + finite.astype(jnp.int32)
             direction = moving_average.correct(average, self.momentum, count, compute)
         else:
-            finite = guards.all_finite(gradients)
+            finite = _squares_are_finite(gradients)
             count = state.count + finite.astype(jnp.int32)
         done = self.method.step(plan, state.stacks, gradients, direction, count, finite)
         new_state = ScaleByBlocksState(
@@ -162,6 +168,16 @@ class Blockwise:
         )
         blocks = clipping.clip_leaves(plan, done.updates, finite, None, None)
         return plan.join(blocks, like=updates), new_state
+
+
+def _squares_are_finite(gradients: Mapping[str, Array]) -> Array:
+    """Whether the sum of a block's squares is finite, as whatever is kept is made of squares."""
+    sound = jnp.ones([], bool)
+    for x in gradients.values():
+        largest = guards.largest_magnitude(x)
+        room = jnp.sqrt(jnp.finfo(largest.dtype).max / x[0].size).astype(largest.dtype)
+        sound &= largest < room  # not if it is NaN
+    return sound
 
 
 def blockwise(

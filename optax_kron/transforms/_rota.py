@@ -92,7 +92,8 @@ class Rota:
             return new, failures
 
         new, failures = jax.lax.fori_loop(first, last, take_turn, (dict(old), none))
-        return new, failures, allowed
+        busy = [any(t[i, 0] < plan.count(x) for x, t in turns.items()) for i in range(every)]
+        return new, failures, allowed & (all_due | jnp.asarray(busy)[turn])
 
 
 def _refresh_rows(

@@ -125,7 +125,7 @@ def scale_by_branch_kfac(
         leaves, treedef = jax.tree.flatten(updates)
         _check_leaves(owner, updates)
         finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
-        if branches is not None and jnp.ndim(branches) == 2 and leaves:
+        if branches is not None and jnp.ndim(branches) == 2 and any(x.size for x in leaves):
             known = _checked_branches(owner, branches, blocks)
             finite &= guards.all_finite(known)
             wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]

@@ -148,13 +148,14 @@ class Soap:
         largest = _blocks.largest(gradient)[:, 0]
         room = jnp.finfo(largest.dtype).max
         if self.is_kl:
-            room = min(room, *(jnp.finfo(x.dtype).max for x in stack.values or ()))
+            room = min([room, *(jnp.finfo(x.dtype).max for x in stack.values or ())])
         for S in stack.statistics:
             room = room if S is None else jnp.minimum(room, jnp.finfo(S.dtype).max)
         elements = gradient[0].size
         # No entry of any second moment is larger than the sum of all squares.
         holds = largest < jnp.sqrt(room / elements).astype(largest.dtype)
-        informed = stack.started | (largest != 0)
+        # Zeros would shrink the statistics of a KL variant to nothing, which divides by them.
+        informed = (largest != 0) if self.is_kl else stack.started | (largest != 0)
         return allowed & holds & informed, jnp.sum(allowed & ~holds, dtype=jnp.int32)
 
     def _gather(
@@ -281,6 +282,8 @@ class Soap:
         newly: Array,
     ) -> tuple[Array | None, Array]:
         """The second moment after a gradient, and the update."""
+        kept = [Q.dtype for Q in stack.bases if Q is not None]
+        rounding = _NOISE * max([float(jnp.finfo(dtype).eps) for dtype in kept], default=0.0)
 
         def update(bases, values, second, gradient, direction, extents, takes, newly):
             bases = _widened(bases)
@@ -294,7 +297,7 @@ class Soap:
                 rotated = contract.into_bases(bases, gradient, precision=self.precision)
                 squares = contract.squared_magnitude(rotated)
                 (second,) = _averaged([second], [squares], beta, takes)
-                noise = jnp.where(newly, _FIRST_NOISE, _NOISE * jnp.finfo(second.dtype).eps)
+                noise = jnp.where(newly, jnp.maximum(_FIRST_NOISE, rounding), rounding)
                 direction = self._adam(bases, second, direction, extents, count, noise)
             return second, contract.out_of_bases(bases, direction, precision=self.precision)
 
@@ -391,7 +394,7 @@ def _scale(gradient: Array, extents: Array) -> Array:
     largest = guards.largest_magnitude(gradient)
     unit = gradient / jnp.where(largest > 0, largest, 1)
     mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents).astype(largest.dtype)
-    return (jnp.square(largest) * mean) ** (1 / gradient.ndim)
+    return largest ** (2 / gradient.ndim) * mean ** (1 / gradient.ndim)
 
 
 def _extents(plan: BlockPlan, label: str) -> Array:
