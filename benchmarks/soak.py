@@ -23,8 +23,11 @@ GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
 BRANCHES = (64, 16)  # samples and dimensions of the state that branch_kfac is given
 # Those without geometry: the name in the library, and settings.
 OTHERS = {
-    "shampoo": ("shampoo", {"refresh_every": 2}),
-    "shampoo-newton": ("shampoo", {"refresh_every": 10, "stagger": True, "root_method": "newton"}),
+    "shampoo": ("shampoo", {"refresh_every": 2, "block_size": 256}),
+    "shampoo-newton": (
+        "shampoo",
+        {"refresh_every": 10, "stagger": True, "root_method": "newton", "block_size": 256},
+    ),
     "soap": ("soap", {"refresh_every": 2}),
     "soap-eigh": ("soap", {"refresh_every": 10, "stagger": True, "basis": "eigh"}),
     "kl_shampoo": ("soap", {"refresh_every": 2, "variant": "kl_shampoo"}),
@@ -44,7 +47,9 @@ def make_optimizer(name):
     if name in GEOMETRIES:
         return measure.make_optimizer("optax_kron", 1e-3, 1.0, name), {}
     method, settings = OTHERS[name]
-    extras = {}
+    settings, extras = dict(settings), {}
+    if "block_size" in settings:
+        settings["blocking"] = optax_kron.Blocking(block_size=settings.pop("block_size"))
     if method == "branch_kfac":
         extras["branches"] = jax.random.normal(jax.random.key(0), BRANCHES)
     return getattr(optax_kron, method)(1e-3, **settings), extras
