@@ -57,7 +57,7 @@ def inverse_root(
         damped = jnp.maximum(unit, 0) + epsilon
         null = damped == 0
         root = jnp.where(null, 0, jnp.where(null, 1, damped) ** (-1 / order))
-        residual = jnp.max(jnp.abs(root**order * damped - ~null))
+        residual = jnp.max(jnp.abs(root**order * damped - (~null).astype(unit.dtype)))
     else:
         wide = _in_float64(compute)
         root, residual = jax.lax.platform_dependent(
