@@ -29,7 +29,7 @@ def groups(dimensions: int, count: ArrayLike) -> Array:
       int [D].
     """
     index = jnp.arange(dimensions)
-    count = jnp.clip(jnp.round(jnp.asarray(count, jnp.float32)), 1, dimensions).astype(index.dtype)
+    count = jnp.minimum(jnp.asarray(count, index.dtype), dimensions)
     small, larger = dimensions // count, dimensions % count
     edge = larger * (small + 1)
     return jnp.where(index < edge, index // (small + 1), larger + (index - edge) // small)

@@ -15,8 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
-from optax_kron.transforms import _settings, clipping, moving_average
+from optax_kron.blocking import Blocking, BlockPlan, Signature, plan_blocks
+from optax_kron.transforms import _blocks, _settings, clipping, moving_average
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -68,8 +68,8 @@ class Step(NamedTuple):
 class Method(Protocol):
     """What is kept of the gradients, and what is made of it."""
 
-    def init(self, plan: BlockPlan, dtype: DTypeLike) -> Stacks | Array:
-        """The stacks before the first step; each has an array `started`, bool [N]."""
+    def start(self, count: int, signature: Signature, dtype: DTypeLike) -> Any:
+        """A stack of so many blocks before the first step, with an array `started`, bool [N]."""
         ...
 
     def step(
@@ -85,7 +85,7 @@ class Method(Protocol):
 
         Args:
           plan: of the blocks.
-          stacks: what `init` or the last step returned.
+          stacks: what `start` or the last step returned, by label.
           gradients: blocks [N, ...].
           direction: their bias-corrected average, or themselves.
           count: accepted gradients, this one included, int [].
@@ -126,8 +126,16 @@ class Blockwise:
         return ScaleByBlocksState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
             momentum=moving_average.init(plan, self.momentum_dtype) if self._has_momentum else None,
-            stacks=self.method.init(plan, self.factor_dtype),
+            stacks=self._start(plan),
         )
+
+    def _start(self, plan: BlockPlan) -> Stacks | Array:
+        if not plan.leaves:
+            return jnp.zeros([])  # One leaf where the stacks would be, as tree.map_params needs.
+        return {
+            label: self.method.start(plan.count(label), signature, self.factor_dtype)
+            for label, signature in plan.stacks.items()
+        }
 
     def update(
         self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -138,12 +146,7 @@ class Blockwise:
             _settings.check_like(self.owner, updates, params)
         plan = plan_blocks(updates, self.blocking)
         _settings.check_stacks(self.owner, plan, getattr(state, "stacks", None), "blocking")
-        made = jax.eval_shape(self.init, updates)
-        if jax.tree.structure(made) != jax.tree.structure(state):
-            raise ValueError(
-                f"{self.owner}: the state was made by another optimizer, or with other settings; "
-                "start from tx.init(params)."
-            )
+        _settings.check_state(self.owner, jax.eval_shape(self.init, updates), state)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
@@ -174,9 +177,9 @@ def _squares_are_finite(gradients: Mapping[str, Array]) -> Array:
     """Whether the sum of a block's squares is finite, as whatever is kept is made of squares."""
     sound = jnp.ones([], bool)
     for x in gradients.values():
-        largest = guards.largest_magnitude(x)
+        largest = _blocks.largest(x)  # which the methods need too
         room = jnp.sqrt(jnp.finfo(largest.dtype).max / x[0].size).astype(largest.dtype)
-        sound &= largest < room  # not if it is NaN
+        sound &= jnp.all(largest < room)  # not if it is NaN
     return sound
 
 
@@ -192,8 +195,7 @@ def blockwise(
     """The transformation, with its settings checked; arguments as `Blockwise`."""
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
-    if not isinstance(blocking, Blocking):
-        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
+    _settings.check_blocking(owner, blocking)
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     made = Blockwise(owner, method, momentum, momentum_dtype, blocking, dtype)
     return optax.GradientTransformationExtraArgs(made.init, made.update)

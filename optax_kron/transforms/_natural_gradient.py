@@ -147,7 +147,8 @@ class NaturalGradient:
             _settings.check_like(self.owner, updates, params)
         plan = plans.plan_layers(self.owner, self.layers, updates)
         _settings.check_stacks(self.owner, plan, state.stacks, "layers")
-        self._check_kind(plan, state.stacks)
+        made = jax.eval_shape(lambda: self.curvature.init(plan, self.factor_dtype))
+        _settings.check_state(self.owner, made, state.stacks)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         seen = plan.read_taps(taps)
@@ -178,15 +179,6 @@ class NaturalGradient:
             fallback=guards.select(accepted, fallback, state.fallback),
         )
         return jax.tree.map(lambda u: jnp.where(accepted, u, 0), result), new_state
-
-    def _check_kind(self, plan: LayerPlan, stacks: Any) -> None:
-        """Raise for the stacks of another curvature."""
-        made = jax.eval_shape(lambda: self.curvature.init(plan, self.factor_dtype))
-        if jax.tree.structure(made) != jax.tree.structure(stacks):
-            raise ValueError(
-                f"{self.owner}: the state was made by another optimizer, or with other settings; "
-                "start from tx.init(params)."
-            )
 
     def _learn(
         self, plan: LayerPlan, state: Any, taps: Taps, finite: Array, damping: ArrayLike

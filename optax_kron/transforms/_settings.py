@@ -11,6 +11,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron.blocking import Blocking
+
 _KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
 
 
@@ -99,6 +101,21 @@ def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:
             f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
             f"init made {expected}. Pass gradients of the parameters, and the {source}, of init."
         )
+
+
+def check_state(owner: str, made: Any, state: Any) -> None:
+    """Raise unless a state has the structure of one that `init` makes, or would make."""
+    if jax.tree.structure(made) != jax.tree.structure(state):
+        raise ValueError(
+            f"{owner}: the state was made by another optimizer, or with other settings; start from "
+            "tx.init(params)."
+        )
+
+
+def check_blocking(owner: str, blocking: Any) -> None:
+    """Raise unless a setting is an `ok.Blocking`."""
+    if not isinstance(blocking, Blocking):
+        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
 
 
 def _known_dtype(dtype: Any) -> jnp.dtype | None:

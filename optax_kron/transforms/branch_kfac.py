@@ -136,7 +136,8 @@ def scale_by_branch_kfac(
             dimensions = known.shape[1]
             projected = kernels.project(key, leaves, dimensions, compute)
             known = jnp.where(finite, known.astype(compute), 0)
-            solved, sound = kernels.solve(known, projected, strength, blocks)
+            count = _settings.interval(blocks)
+            solved, sound = kernels.solve(known, projected, strength, count)
             failed = (~sound).astype(jnp.int32)
             directions = kernels.bring_back(key, solved, leaves)
         norm = _norm(directions)

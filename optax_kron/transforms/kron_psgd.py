@@ -189,8 +189,7 @@ def scale_by_kron_psgd(
     _settings.check_range(owner, "init_scale", init_scale, open_left=True, optional=True)
     _settings.check_range(owner, "rms_clip", rms_clip, open_left=True, optional=True)
     _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True, optional=True)
-    if not isinstance(blocking, Blocking):
-        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
+    _settings.check_blocking(owner, blocking)
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
     _settings.check_seed(owner, seed)

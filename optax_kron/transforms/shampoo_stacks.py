@@ -16,7 +16,6 @@ from optax_kron.transforms import _blocks, moving_average
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
-Stacks = Mapping[str, "ShampooStack"]
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 
 # A root that is farther from one than this is worse than an old one.
@@ -48,16 +47,8 @@ class Shampoo:
     graft_epsilon: ArrayLike
     precision: jax.lax.PrecisionLike
 
-    def init(self, plan: BlockPlan, dtype: DTypeLike) -> Stacks | Array:
+    def start(self, count: int, signature: Signature, dtype: DTypeLike) -> ShampooStack:
         """See `Method`: statistics of zero, roots of the identity."""
-        if not plan.leaves:
-            return jnp.zeros([])  # One leaf where the stacks would be.
-        return {
-            label: self._start(plan.count(label), signature, dtype)
-            for label, signature in plan.stacks.items()
-        }
-
-    def _start(self, count: int, signature: Signature, dtype: DTypeLike) -> ShampooStack:
         statistics, found = [], []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
             if diagonal:

@@ -25,7 +25,6 @@ from optax_kron.transforms import _blocks, moving_average
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
-Stacks = Mapping[str, "SoapStack"]
 VARIANTS = ("soap", "kl_shampoo", "kl_soap")
 BASES = ("qr", "eigh")
 
@@ -71,16 +70,8 @@ class Soap:
         """Whether there is a second moment in the bases."""
         return self.variant != "kl_shampoo"
 
-    def init(self, plan: BlockPlan, dtype: DTypeLike) -> Stacks | Array:
+    def start(self, count: int, signature: Signature, dtype: DTypeLike) -> SoapStack:
         """See `Method`: statistics of zero, bases of the identity."""
-        if not plan.leaves:
-            return jnp.zeros([])  # One leaf where the stacks would be.
-        return {
-            label: self._start(plan.count(label), signature, dtype)
-            for label, signature in plan.stacks.items()
-        }
-
-    def _start(self, count: int, signature: Signature, dtype: DTypeLike) -> SoapStack:
         own = complex_like(dtype, signature.is_complex)
         axes = list(zip(signature.shape, signature.diagonal, strict=True))
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -255,7 +246,7 @@ class Soap:
 
     def _first_bases(self, old_bases: Any, old_values: Any, statistics: Any, new: Array) -> Any:
         """The eigenbases of one block, its eigenvalues, and whether they are sound."""
-        bases, values, sound = list(old_bases), old_values, jnp.ones([], bool)
+        bases, sound = list(old_bases), jnp.ones([], bool)
         values = None if old_values is None else list(old_values)
         for axis, S in enumerate(_widened(statistics)):
             if S is None:
