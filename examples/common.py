@@ -128,6 +128,47 @@ class Task:
         return "  ".join(f"{m.name} {m.pattern.format(v)}" for m, v in pairs)
 
 
+def digits_task(
+    arguments: argparse.Namespace,
+    net: Any,
+    loss_fn: Callable[..., jax.Array],
+    title: str,
+    accuracy: Metric = ACCURACY,
+    goal: float = 0.97,
+) -> Task:
+    """Minibatches of the training digits.
+
+    Args:
+      arguments: with steps, batch_size and seed.
+      net: a Flax module, from images [batch, 8, 8, 1] to logits [batch, 10].
+      loss_fn: of its parameters, images and labels.
+      title: of the picture.
+      accuracy: the second metric, on the test images.
+      goal: the accuracy whose time is told.
+    """
+    data = load_data()
+    steps, seed = arguments.steps, arguments.seed
+    order = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
+    data, order = jax.device_put((data, order))
+
+    def evaluate(params):
+        predictions = net.apply(params, data.test_images).argmax(axis=-1)
+        loss = loss_fn(params, data.train_images, data.train_labels)
+        return loss, (predictions == data.test_labels).mean()
+
+    return Task(
+        title=title,
+        init=lambda: net.init(jax.random.key(seed), data.train_images[:1]),
+        loss_fn=loss_fn,
+        batch=lambda i: (data.train_images[order[i]], data.train_labels[order[i]]),
+        evaluate=evaluate,
+        metrics=(LOSS, accuracy),
+        target=(f"{goal:.0%}", lambda values: values[1] >= goal),
+        steps=steps,
+        seed=seed,
+    )
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An optimizer and the learning rates that it gets.

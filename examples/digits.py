@@ -12,20 +12,15 @@ compilation is listed on its own and evaluation is not counted. The time per ste
 import argparse
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import optax
 from common import (
-    ACCURACY,
-    LOSS,
     Contestant,
     Task,
     add_batch_size,
     add_comparison,
-    batch_order,
     compare,
+    digits_task,
     draw,
-    load_data,
     make_parser,
 )
 from rich.console import Console
@@ -53,27 +48,7 @@ def loss_fn(params, images, labels):
 
 def make_task(arguments: argparse.Namespace) -> Task:
     """Returns the task: minibatches of the training images."""
-    data = load_data()
-    steps, seed = arguments.steps, arguments.seed
-    order = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
-    data, order = jax.device_put((data, jnp.asarray(order)))
-
-    def evaluate(params):
-        predictions = ConvNet().apply(params, data.test_images).argmax(axis=-1)
-        loss = loss_fn(params, data.train_images, data.train_labels)
-        return loss, (predictions == data.test_labels).mean()
-
-    return Task(
-        title="Digits: a small convolutional net",
-        init=lambda: ConvNet().init(jax.random.key(seed), data.train_images[:1]),
-        loss_fn=loss_fn,
-        batch=lambda i: (data.train_images[order[i]], data.train_labels[order[i]]),
-        evaluate=evaluate,
-        metrics=(LOSS, ACCURACY),
-        target=("97%", lambda values: values[1] >= 0.97),
-        steps=steps,
-        seed=seed,
-    )
+    return digits_task(arguments, ConvNet(), loss_fn, "Digits: a small convolutional net")
 
 
 # In steps of about three around the best: less and more are both worse.

@@ -12,22 +12,21 @@ the comparison are those of digits.py.
 """
 
 import argparse
+import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from common import (
-    LOSS,
+    ACCURACY,
     Contestant,
-    Metric,
     Task,
     add_batch_size,
     add_comparison,
-    batch_order,
     compare,
+    digits_task,
     draw,
-    load_data,
     make_parser,
 )
 from rich.console import Console
@@ -58,26 +57,13 @@ def loss_fn(params, images, labels):
 
 def make_task(arguments: argparse.Namespace) -> Task:
     """Returns the task: minibatches of the training images."""
-    data = load_data()
-    steps, seed = arguments.steps, arguments.seed
-    order = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
-    data, order = jax.device_put((data, jnp.asarray(order)))
-
-    def evaluate(params):
-        predictions = StateSpace().apply(params, data.test_images).argmax(axis=-1)
-        loss = loss_fn(params, data.train_images, data.train_labels)
-        return loss, (predictions == data.test_labels).mean()
-
-    return Task(
-        title="Digits, row by row: a state-space model",
-        init=lambda: StateSpace().init(jax.random.key(seed), data.train_images[:1]),
-        loss_fn=loss_fn,
-        batch=lambda i: (data.train_images[order[i]], data.train_labels[order[i]]),
-        evaluate=evaluate,
-        metrics=(LOSS, Metric("test accuracy", "final\naccuracy", "{:.1%}", (0, 1), percent=True)),
-        target=("90%", lambda values: values[1] >= 0.9),
-        steps=steps,
-        seed=seed,
+    return digits_task(
+        arguments,
+        StateSpace(),
+        loss_fn,
+        "Digits, row by row: a state-space model",
+        dataclasses.replace(ACCURACY, limits=(0, 1)),
+        goal=0.9,
     )
 
 
