@@ -50,8 +50,7 @@ from scipy.stats import spearmanr
 
 import optax_kron as ok
 
-SETTLE_STEPS = 300  # of L-BFGS after K-FAC
-RETRAIN_STEPS = 100  # of L-BFGS, from the optimum of all images to that without some
+RETRAIN_SHARE = 3  # from the optimum of all images to that without some it is a third of the way
 AT_ONCE = 16  # nets that are trained anew side by side
 SHARE = 0.1  # of the training images in a random group
 LEFT_OUT = 10  # images that help or hurt most, left out together
@@ -115,7 +114,7 @@ class Problem:
 
 
 def train(problem: Problem, steps: int, seed: int, bars: Progress) -> Params:
-    """Trains from scratch with K-FAC, and on to the optimum."""
+    """Trains from scratch with K-FAC, and as many steps on to the optimum."""
     optimizer = optax.chain(
         optax.add_decayed_weights(problem.decay),
         ok.kfac(optax.cosine_decay_schedule(0.1, steps), layers=problem.layers, damping=1e-2),
@@ -138,7 +137,7 @@ def train(problem: Problem, steps: int, seed: int, bars: Progress) -> Params:
             bars.update(bar, completed=i + 1, metrics=f"loss {loss:.3f}")
     half = jax.jit(problem.curvature)(params).inverse_sqrt(problem.decay)
     everything = jnp.ones(len(problem.labels))
-    return jax.jit(partial(settle, problem, steps=SETTLE_STEPS))(params, everything, half)
+    return jax.jit(partial(settle, problem, steps=steps))(params, everything, half)
 
 
 def settle(
@@ -176,6 +175,7 @@ def retrain(
     half: ok.operators.Operator,
     groups: np.ndarray,
     losses: Callable[[Params], jax.Array],
+    steps: int,
     bars: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains once without each group of images.
@@ -186,6 +186,7 @@ def retrain(
       half: as in `settle`.
       groups: whether an image is in a group, [groups, images].
       losses: of the test images, [tests].
+      steps: of L-BFGS.
       bars: for the progress.
 
     Returns:
@@ -196,7 +197,7 @@ def retrain(
     @jax.vmap
     def without(group):
         weights = 1.0 - group
-        settled = settle(problem, params, weights, half, RETRAIN_STEPS)
+        settled = settle(problem, params, weights, half, steps)
         slope = optax.tree.norm(jax.grad(problem.objective)(settled, weights))
         return losses(settled), slope
 
@@ -327,6 +328,7 @@ def validate(
     tests: Tests,
     scores: Mapping[str, np.ndarray],
     count: int,
+    steps: int,
     seed: int,
     bars: Progress,
 ) -> Validation:
@@ -341,6 +343,7 @@ def validate(
         curvature.inverse_sqrt(problem.decay),
         everything,
         lambda settled: losses_of(settled, tests.images, tests.labels),
+        -(-steps // RETRAIN_SHARE),
         bars,
     )
     number = len(tests.labels)
@@ -492,9 +495,8 @@ def main() -> None:
         curvature = jax.jit(problem.curvature)(params)
         tests = choose(params, data)
         scores = influences(problem, params, curvature, tests)
-        found = validate(
-            problem, params, curvature, tests, scores, arguments.groups, arguments.seed, bars
-        )
+        numbers = arguments.groups, arguments.steps, arguments.seed
+        found = validate(problem, params, curvature, tests, scores, *numbers, bars)
     slope = optax.tree.norm(jax.grad(problem.objective)(params, jnp.ones(len(labels))))
     said = Net().apply(params, data.test_images).argmax(axis=-1)
     console.print(

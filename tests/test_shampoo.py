@@ -173,7 +173,7 @@ def test_staggered_refreshes_come_once_for_each_block():
     for grads in stream:
         _, state = update(grads, state)
         stacks = optax.tree.get(state, "stacks")
-        roots.append({label: np.asarray(x.roots[0]) for label, x in stacks.items()})
+        roots.append({x: np.asarray(s.roots[0]) for x, s in stacks.items() if s.roots[0].ndim > 2})
     assert optax.tree.get(state, "refreshes") == 7
     for label in roots[0]:
         changed = np.array(
@@ -185,8 +185,23 @@ def test_staggered_refreshes_come_once_for_each_block():
         # In any three steps every block's roots are made anew, and once.
         np.testing.assert_array_equal(changed[:3].sum(axis=0), 1)
         np.testing.assert_array_equal(changed[3:].sum(axis=0), 1)
-    # Eight blocks in all, dealt out to three steps.
-    assert max(int(x) for x in _per_step(roots)) <= 4
+    # Six blocks with dense statistics, dealt out to three steps.
+    assert max(int(x) for x in _per_step(roots)) <= 2
+
+
+def test_blocks_of_different_shapes_take_turns():
+    params = {str(d): jnp.ones((d, d)) for d in range(2, 8)}
+    tx = shampoo(0.1, refresh_every=3, stagger=True)
+    state, update = tx.init(params), jax.jit(tx.update)
+    roots = []
+    for step in range(4):
+        _, state = update(jax.tree.map(lambda x, step=step: x * (step + 1), params), state)
+        stacks = optax.tree.get(state, "stacks")
+        roots.append({label: np.asarray(x.roots[0]) for label, x in stacks.items()})
+    # The first gradient sets all of them.
+    for label, found in roots[0].items():
+        assert not np.array_equal(found[0], np.eye(len(found[0]))), label
+    assert [int(x) for x in _per_step(roots)] == [2, 2, 2]
 
 
 def _per_step(roots):
@@ -214,6 +229,80 @@ def test_a_spoilt_statistic_keeps_the_last_root_and_counts(method, stagger):
         np.testing.assert_array_equal(kept, old)
     assert not np.array_equal(new.stacks["6x6"].roots[0], state.stacks["6x6"].roots[0])
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_gradient_whose_square_the_statistics_cannot_hold_is_not_taken_in():
+    tx = scale_by_shampoo(factor_dtype="float16")
+    state = tx.init(jnp.zeros((4, 3)))
+    G = jnp.asarray(gradients((4, 3))[0], jnp.float32)
+    _, state = jax.jit(tx.update)(G, state)
+    updates, new = jax.jit(tx.update)(G * 1e4, state)
+    assert int(new.failed_refreshes) == 1
+    assert int(new.skipped_steps) == 0  # The momentum has taken it in.
+    for x, y in zip(new.stacks["4x3"].statistics, state.stacks["4x3"].statistics, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-12])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_noise_in_the_statistics_spoils_no_root(dtype, epsilon, method):
+    # Of rank 2 and 8: but for rounding, most eigenvalues are zero.
+    rng = np.random.default_rng(3)
+    fixed = rng.normal(size=(16, 2))
+    stream = [jnp.asarray(fixed @ rng.normal(size=(2, 16)), jnp.float32) for _ in range(8)]
+    tx = scale_by_shampoo(
+        factor_dtype=dtype, epsilon=epsilon, root_method=method, refresh_every=1, grafting=None
+    )
+    updates, states = run(tx, stream)
+    assert int(states[-1].failed_refreshes) == 0
+    assert np.isfinite(updates).all()
+    assert np.max(np.abs(updates)) < 10
+
+
+@pytest.mark.parametrize("shift", [0.1, 10.0])
+def test_a_root_that_is_none_is_dropped(shift):
+    tx = scale_by_shampoo(refresh_every=1)
+    G = jnp.asarray(gradients((3, 3))[0], jnp.float32)
+    _, state = tx.update(G, tx.init(G))
+    stack = state.stacks["3x3"]
+    spoilt = stack._replace(
+        statistics=(stack.statistics[0] - shift * jnp.eye(3), stack.statistics[1])
+    )
+    _, new = tx.update(G, state._replace(stacks={"3x3": spoilt}))
+    assert int(new.failed_refreshes) == 1
+    np.testing.assert_array_equal(new.stacks["3x3"].roots[0], stack.roots[0])
+
+
+def test_a_gradient_whose_square_vanishes_is_no_failure():
+    G = jnp.full((3, 3), 1e-25)
+    tx = scale_by_shampoo(refresh_every=1)
+    updates, state = tx.update(G, tx.init(G))
+    assert int(state.failed_refreshes) == 0
+    assert np.isfinite(updates).all()
+
+
+def test_roots_of_diagonals_are_never_old():
+    g, h = jnp.array([1.0, 1e-3, 3.0]), jnp.array([1.0, 1.0, -1.0])
+    tx = scale_by_shampoo(grafting=None, momentum=None, refresh_every=100, decay=0.5)
+    updates, _ = run(tx, [g, h])
+    # The mean square, where both count alike as the average is corrected for its start.
+    mean = np.square(g) / 3 + 2 * np.square(h) / 3
+    np.testing.assert_allclose(updates[1], h / np.sqrt(mean), rtol=1e-5)
+
+
+def test_a_failure_in_turn_is_counted_once():
+    params = {name: jnp.ones((2, 2)) for name in "abc"}
+    tx = scale_by_shampoo(refresh_every=2, stagger=True)
+    _, state = tx.update(params, tx.init(params))
+    stack = state.stacks["2x2"]
+    # The last block of three: its turn has two rows, and so has the other, of which one is empty.
+    spoilt = stack._replace(statistics=tuple(x.at[2].set(jnp.nan) for x in stack.statistics))
+    state = state._replace(stacks={"2x2": spoilt})
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(params, state)
+    assert int(state.failed_refreshes) == 1
 
 
 def test_a_gradient_whose_square_overflows_is_not_taken_in():

@@ -176,3 +176,26 @@ def test_rounding_of_the_bases_is_not_blown_up(dtype):
         updates, state = update(G, state)
         # Of a constant gradient, as its polar factor: of columns of length one.
         assert np.max(np.abs(updates)) < 1.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gradient_whose_square_the_statistics_cannot_hold_is_not_taken_in(variant):
+    tx = scale_by_soap(factor_dtype="float16", variant=variant)
+    state = tx.init(jnp.zeros((4, 3)))
+    G = jnp.asarray(gradients((4, 3))[0], jnp.float32)
+    _, state = jax.jit(tx.update)(G, state)
+    updates, new = jax.jit(tx.update)(G * 1e3, state)
+    assert int(new.failed_refreshes) == 1
+    assert int(new.skipped_steps) == 0  # The momentum has taken it in.
+    for x, y in zip(new.stacks["4x3"].statistics, state.stacks["4x3"].statistics, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.isfinite(updates).all()
+
+
+def test_what_is_rounding_is_measured_without_the_padding():
+    tx = scale_by_soap(blocking=Blocking(block_size=3))
+    # Rows 3 and 4 are a block of 6 elements, stored as 9; the small one is 9e-4 of the root mean
+    # square of the former, which is taken for rounding, and 1.1e-3 of that of the latter.
+    G = jnp.zeros((5, 3)).at[3, 0].set(1.0).at[4, 1].set(3.7e-4)
+    updates, _ = tx.update(G, tx.init(G))
+    np.testing.assert_allclose(updates, jnp.zeros((5, 3)).at[3, 0].set(1.0), atol=1e-5)

@@ -19,6 +19,8 @@ from optax_kron.kernels import contract, eigenbases
 
 METHODS = ("eigh", "newton")
 
+# Eigenvalues that rounding of the entries has made negative are no farther from zero than this.
+_INDEFINITE = 0.1  # relative to the largest
 _STEPS = 100  # of Newton's method, at most; it stops by itself
 _SQUARINGS = 8
 # A power of a root loses the digits that the condition number takes; so does the check of it.
@@ -38,10 +40,11 @@ def inverse_root(
 
     Returns:
       The root, in the shape of the matrix, which is zero on eigenvectors whose damped eigenvalue is
-      zero, as it can be with ε = 0 and "eigh"; and how far it is from one, `max |Xᵖ(S + ελI) − I|`,
-      which is large or not finite if the computation failed. Cost: for "eigh" about 11·d³
-      operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60 steps; for the check
-      2·d³·(1 + log₂ p).
+      zero, as it can be with ε = 0 and "eigh"; with that eigenvalues down to -λ_max/10 count as
+      zero, while "newton" needs a positive definite matrix. And how far it is from one,
+      `max |Xᵖ(S + ελI) − I|`, which is large or not finite if the computation failed. Cost: for
+      "eigh" about 11·d³ operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60 steps; for
+      the check 2·d³·(1 + log₂ p).
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Guo and Higham (2006), doi:10.1137/050643374.
     """
@@ -104,10 +107,13 @@ def _inverse_root(matrix: Array, order: int, epsilon: Array, method: str) -> tup
         damped = matrix + shift.astype(matrix.dtype) * identity
         shifted = jnp.maximum(values, 0) + shift
         rounding = matrix.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
-        null = shifted <= jnp.where(epsilon > 0, 0, rounding)
+        near = values > -_INDEFINITE * jnp.max(values)
+        null = near & (shifted <= jnp.where(epsilon > 0, 0, rounding))
         powers = jnp.where(null, 0, jnp.where(null, 1, shifted) ** (-1 / order))
         root = _multiply(basis * powers, basis.conj().T)
-        identity = _multiply(jnp.where(null, 0, basis), basis.conj().T)
+        # What the root would make of the matrix, were both exact.
+        expected = jnp.where(near, (values + shift) / jnp.where(null, 1, shifted), 1)
+        identity = _multiply(basis * jnp.where(null, 0, expected), basis.conj().T)
     return root, jnp.max(jnp.abs(_multiply(_power(root, order), damped) - identity))
 
 

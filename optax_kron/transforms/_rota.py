@@ -1,7 +1,7 @@
 """When which blocks are refreshed: all at once now and then, or some of them at every step."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -61,6 +61,8 @@ class Rota:
           at all, bool [].
         """
         none = jnp.zeros([], jnp.int32)
+        if not old:
+            return {}, none, jnp.zeros([], bool)
         if not self.staggered:
             due = allowed & (all_due | (count % _settings.interval(self.every) == 0))
 
@@ -76,7 +78,7 @@ class Rota:
             return new, failures, due
 
         every = int(np.asarray(self.every))
-        turns = _deal(plan, every)
+        turns = _deal(plan, old, every)
         turn = count % every
         first = jnp.where(all_due, 0, turn)
         last = jnp.where(allowed, jnp.where(all_due, every, turn + 1), first)
@@ -92,7 +94,9 @@ class Rota:
             return new, failures
 
         new, failures = jax.lax.fori_loop(first, last, take_turn, (dict(old), none))
-        busy = [any(t[i, 0] < plan.count(x) for x, t in turns.items()) for i in range(every)]
+        busy = np.array(
+            [any(t[i, 0] < plan.count(x) for x, t in turns.items()) for i in range(every)]
+        )
         return new, failures, allowed & (all_due | jnp.asarray(busy)[turn])
 
 
@@ -114,12 +118,12 @@ def _refresh_rows(
     )
 
 
-def _deal(plan: BlockPlan, turns: int) -> dict[str, np.ndarray]:
+def _deal(plan: BlockPlan, stacks: Iterable[str], turns: int) -> dict[str, np.ndarray]:
     """Whose turn is when: for each stack the rows [turns, n], filled up with a row beyond it.
 
     The blocks are dealt one by one, the largest first, so that all turns cost about as much.
     """
-    labels = sorted(plan.stacks, key=lambda label: -prod(plan.stacks[label].shape))
+    labels = sorted(stacks, key=lambda label: -prod(plan.stacks[label].shape))
     table, dealt = {}, 0
     for label in labels:
         count = plan.count(label)

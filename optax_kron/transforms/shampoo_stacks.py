@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 
 # A root that is farther from one than this is worse than an old one.
 _LARGEST_RESIDUAL = 0.5
+# Eigenvalues below so many roundings of the stored statistics, relative to the largest, are noise.
+_NOISE = 8.0
 
 
 class ShampooStack(NamedTuple):
@@ -83,21 +86,29 @@ class Shampoo:
             moved[label], failed = self._gather(stack, gradients[label], allowed)
             failures += failed
             newly |= jnp.any(moved[label].started & ~stack.started)
+        read = {label: self._to_read(plan, label, stack, count) for label, stack in moved.items()}
+        dense = {label: stack.roots for label, stack in moved.items() if _has_dense(stack)}
         found, failed, refreshed = self.rota.refresh(
             plan,
-            self._refresh,
-            {label: stack.roots for label, stack in moved.items()},
-            {label: self._to_read(plan, label, stack, count) for label, stack in moved.items()},
+            partial(self._refresh, diagonal=False),
+            dense,
+            {label: read[label] for label in dense},
             count,
             allowed=allowed,
             all_due=newly,
         )
-        moved = {label: stack._replace(roots=found[label]) for label, stack in moved.items()}
+        failures += failed
+        # Roots of diagonals cost no more than their use.
+        for label, stack in moved.items():
+            old = found.get(label, stack.roots)
+            new, failed = self._refresh(label, old, read[label], diagonal=True)
+            moved[label] = stack._replace(roots=guards.select(allowed, new, old))
+            failures += jnp.sum(allowed & failed, dtype=jnp.int32)
         updates = {
             label: self._precondition(stack, direction[label], count)
             for label, stack in moved.items()
         }
-        return Step(updates, moved, failures + failed, refreshed)
+        return Step(updates, moved, failures, refreshed)
 
     def _gather(
         self, stack: ShampooStack, gradient: Array, allowed: Array
@@ -148,12 +159,17 @@ class Shampoo:
         weight = jnp.ones([], real)
         if self.decay is not None and self.bias_correction:
             weight = moving_average.weight(self.decay, count, real)
-        settings = jnp.stack([weight, jnp.asarray(self.epsilon, real)])
+        rounding = float(jnp.finfo(stack.statistics[0].dtype).eps)
+        epsilon = jnp.maximum(jnp.asarray(self.epsilon, real), _NOISE * rounding)
+        settings = jnp.stack([weight, epsilon])
         settings = jnp.broadcast_to(settings, (plan.count(label), 2))
         return stack.statistics, stack.started, settings
 
-    def _refresh(self, label: str, old: Any, read: Any) -> tuple[Any, Array]:
-        """New roots of some blocks, and whether those of a block have failed."""
+    def _refresh(self, label: str, old: Any, read: Any, *, diagonal: bool) -> tuple[Any, Array]:
+        """New roots of some blocks, along axes with diagonal statistics or along all others.
+
+        And whether those of a block have failed.
+        """
 
         def make(old, statistics, started, settings):
             weight, epsilon = settings
@@ -161,7 +177,10 @@ class Shampoo:
             order = self.root_order or 2 * max(len(sizes), 1)
             sound, found = jnp.ones([], bool), []
             informed = started
-            for S in map(contract.widen, statistics):
+            for S, last in zip(map(contract.widen, statistics), old, strict=True):
+                if diagonal != (S.ndim == 1):
+                    found.append(last)
+                    continue
                 largest = guards.largest_magnitude(S)
                 finite = jnp.isfinite(largest)
                 # Where gradients have all but vanished, there is nothing to take a root of.
@@ -198,6 +217,11 @@ class Shampoo:
         if self.grafting == "adam":
             second = second / moving_average.weight(self.graft_decay, count, second.dtype)
         return x / (jnp.sqrt(second) + jnp.asarray(self.graft_epsilon, second.dtype))
+
+
+def _has_dense(stack: ShampooStack) -> bool:
+    """Whether any axis has a dense statistic."""
+    return any(S.ndim > 2 for S in stack.statistics)
 
 
 def _norms(x: Array) -> Array:

@@ -36,10 +36,15 @@ class Shampoo:
             S = self.statistics[i]
             new = S + C if self.decay is None else self.decay * S + (1 - self.decay) * C
             self.statistics[i] = new
-        if self.roots is None or self.steps % self.every == 0:
-            correct = self.decay is not None and self.corrected
-            weight = 1 - self.decay**self.steps if correct else 1.0
-            self.roots = [power(S / weight, -1 / self.order, self.epsilon) for S in self.statistics]
+        correct = self.decay is not None and self.corrected
+        weight = 1 - self.decay**self.steps if correct else 1.0
+        due = self.roots is None or self.steps % self.every == 0
+        new = [power(S / weight, -1 / self.order, self.epsilon) for S in self.statistics]
+        # Those of diagonals are never old.
+        self.roots = [
+            root if due or diag else self.roots[i]
+            for i, (root, diag) in enumerate(zip(new, self.diagonal, strict=True))
+        ]
         return psgd.apply(self.roots, G)
 
 
