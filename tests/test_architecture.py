@@ -66,6 +66,7 @@ def test_core_needs_only_its_declared_dependencies(path):
         "pathlib",
         "re",
         "typing",
+        "warnings",
     }
     allowed = standard | {"jax", "numpy", "optax", "optax_kron"}
     allowed |= OPTIONAL.get(path.name, set())

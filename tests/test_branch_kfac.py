@@ -1,5 +1,6 @@
 """Branch-factored K-FAC against its reference, its memory, its fallback and its guards."""
 
+import contextlib
 import re
 
 import jax
@@ -71,14 +72,27 @@ def test_groups_are_contiguous_and_differ_by_one_at_most(dimensions):
         np.testing.assert_array_equal(kernels.groups(dimensions, blocks), expected)
 
 
-@pytest.mark.parametrize("branches", [None, np.ones(3), np.ones((2, 2, 2)), 1.0], ids=str)
+@pytest.mark.parametrize("branches", [None, np.ones(3), np.ones((2, 2, 2)), 1.0], ids=np.shape)
 def test_without_a_matrix_the_gradient_is_used(branches):
     params = tree(0, np.float32)
     tx = scale_by_branch_kfac()
-    updates, state = tx.update(tree(1, np.float32), tx.init(params), params, branches=branches)
+    told = pytest.warns(UserWarning, match=r"are not a matrix.*branches\.reshape\(-1, D\)")
+    with contextlib.nullcontext() if branches is None else told:
+        updates, state = tx.update(tree(1, np.float32), tx.init(params), params, branches=branches)
     for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(tree(1, np.float32)), strict=True):
         np.testing.assert_array_equal(x, y)
     assert int(state.count) == 1
+
+
+def test_damping_may_follow_a_schedule():
+    params, branches = {"w": jnp.ones((2, 3))}, jnp.asarray(draw(6, 4), jnp.float32)
+    tx = scale_by_branch_kfac(damping=lambda count: 0.1 * (count + 1))
+    state = tx.init(params)
+    for damping in (0.1, 0.2):
+        fixed = scale_by_branch_kfac(damping=damping)
+        expected, _ = fixed.update(params, state, branches=branches)
+        updates, state = tx.update(params, state, branches=branches)
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -185,6 +199,7 @@ def test_a_setting_out_of_range_is_refused(settings, message):
         (np.ones((5, 3), np.float32), "blocks=4 is more than branches have dimensions, 3"),
         (np.ones((5, 4), int), "branches must be floating-point; got int"),
         (np.ones((0, 4), np.float32), "branches must have elements; got shape (0, 4)"),
+        ({"h": np.ones((5, 4), np.float32)}, "branches must be one array [K, D]; got a dict"),
     ],
     ids=str,
 )

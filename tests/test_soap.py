@@ -142,6 +142,18 @@ def test_a_setting_out_of_range_is_refused(settings, message):
         soap(**settings)
 
 
+def test_inverted_eigenvalues_have_a_floor():
+    G = np.diag([1.0, 1e-3]).astype(np.float32)
+    for floor in (0.0, 0.25):
+        tx = scale_by_soap(variant="kl_shampoo", floor=floor, factor_decay=0.0, momentum=None)
+        (update,), (state,) = run(tx, [G])
+        # Both statistics are G² / (2 c), of the start c I.
+        values = np.asarray(state.stacks["2x2"].values[0][0])
+        raised = np.maximum(values, floor * values.max())
+        np.testing.assert_allclose(values / values.max(), [1.0, 1e-6], rtol=1e-5)
+        np.testing.assert_allclose(np.diag(update), np.diag(G) / raised, rtol=1e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_zero_gradients_for_long_kill_nothing(variant):
     G = jnp.asarray(gradients((4, 3), steps=1)[0], jnp.float32)

@@ -52,7 +52,12 @@ def check_range(
     expected = f"{owner}: {name} must be a number in {interval}"
     if isinstance(value, jax.Array) and np.iscomplexobj(value) and np.imag(value) == 0:
         value = np.real(value)  # optax.inject_hyperparams gives them the dtype of a parameter
-    if value is None or isinstance(value, bool | str) or callable(value):
+    if callable(value):
+        raise ValueError(
+            f"{expected}; got a function. Where schedules are not taken as they are, "
+            "optax.inject_hyperparams takes them."
+        )
+    if value is None or isinstance(value, bool | str):
         raise ValueError(f"{expected}; got {value!r}.")
     if np.ndim(value) or np.iscomplexobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
@@ -75,10 +80,13 @@ def interval(value: ArrayLike) -> Array:
     return jnp.maximum(jnp.round(jnp.asarray(value, jnp.float32)), 1).astype(jnp.int32)
 
 
-def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless a setting is one of the given strings."""
-    if value not in choices:
-        raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}; got {value!r}.")
+def check_choice(
+    owner: str, name: str, value: Any, choices: tuple[str, ...], *, optional: bool = False
+) -> None:
+    """Raise unless a setting is one of the given strings, or `None` if that is optional."""
+    if value not in choices and not (optional and value is None):
+        among = f"{', '.join(choices)}{', None' if optional else ''}"
+        raise ValueError(f"{owner}: {name} must be one of {among}; got {value!r}.")
 
 
 def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:

@@ -1,5 +1,6 @@
 """Branch-factored K-FAC: the curvature of a state, brought to the parameters by a random map."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,17 +74,20 @@ def scale_by_branch_kfac(
 
     Returns:
       A transformation. Its `update(grads, state, params=None, *, branches=None)` returns updates
-      with the structure, shapes and dtypes of the gradients. Without branches, or if they are no
-      matrix, those are the gradients. A gradient or branches that are not finite give a zero update
-      and leave the state as it was, but for the count of skipped steps. A covariance without an
-      inverse is replaced by its diagonal, and `failed_refreshes` counts it.
+      with the structure, shapes and dtypes of the gradients. Without branches those are the
+      gradients; so they are, with a warning, if branches are no matrix. A gradient or branches that
+      are not finite give a zero update and leave the state as it was, but for the count of skipped
+      steps. A covariance without an inverse is replaced by its diagonal, and `failed_refreshes`
+      counts it.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; in `update`, for
-        more blocks than dimensions, branches without elements, or gradients unlike the parameters.
+        more blocks than dimensions, branches that are no array or without elements, or gradients
+        unlike the parameters.
 
-    Cost, for n parameters. State: five numbers. A step: 2·n·D normal numbers, 4·n·D operations,
-    and 2·K·D² + 2·D³ for the covariance. Memory: that of the gradients once more, and some MiB.
+    Cost, for n parameters. State: four numbers and a key. A step: 2·n·D normal numbers, 4·n·D
+    operations, and 2·K·D² + 2·D³ for the covariance. Memory: that of the gradients once more, and
+    some MiB.
 
     Examples:
       >>> import jax
@@ -125,8 +129,8 @@ def scale_by_branch_kfac(
         leaves, treedef = jax.tree.flatten(updates)
         _check_leaves(owner, updates)
         finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
-        if branches is not None and jnp.ndim(branches) == 2 and any(x.size for x in leaves):
-            known = _checked_branches(owner, branches, blocks)
+        known = None if branches is None else _checked_branches(owner, branches, blocks)
+        if known is not None and any(x.size for x in leaves):
             finite &= guards.all_finite(known)
             wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
             compute = max(wide, key=lambda dtype: dtype.itemsize)
@@ -256,8 +260,21 @@ def _check_leaves(owner: str, updates: PyTree) -> None:
             )
 
 
-def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array:
+def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array | None:
+    """The matrix of branches, or `None` if they are not one."""
+    if not jax.tree_util.all_leaves([branches]):
+        raise ValueError(
+            f"{owner}: branches must be one array [K, D]; got a {type(branches).__name__}. Put "
+            "several states side by side by jnp.concatenate along their last axis."
+        )
     known = jnp.asarray(branches)
+    if known.ndim != 2:
+        warnings.warn(
+            f"{owner}: branches of shape {known.shape} are not a matrix [K, D], so the update is "
+            "the plain gradient. Samples [..., D] become one by branches.reshape(-1, D).",
+            stacklevel=2,
+        )
+        return None
     if not jnp.issubdtype(known.dtype, jnp.floating):
         raise ValueError(f"{owner}: branches must be floating-point; got {known.dtype}.")
     if not known.size:
@@ -265,7 +282,7 @@ def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array:
     if not isinstance(blocks, jax.core.Tracer) and int(np.asarray(blocks)) > known.shape[1]:
         raise ValueError(
             f"{owner}: blocks={blocks} is more than branches have dimensions, {known.shape[1]}; "
-            f"got branches of shape {known.shape}."
+            f"got branches of shape {known.shape}. Set blocks to a number up to {known.shape[1]}."
         )
     return known
 

@@ -51,11 +51,14 @@ def scale_by_shampoo(
       root_order: p, an int ≥ 1. `None`: twice the number of axes longer than one.
       root_method: "eigh", an eigendecomposition, the faster on a CPU; or "newton", a coupled Newton
         iteration made of matrix products.
-      epsilon: ε, what is added to the eigenvalues relative to the largest; ≥ 0.
-      refresh_every: steps from one computation of the roots to the next. They are also made at the
-        first gradient that is not zero.
+      epsilon: ε, what is added to the eigenvalues relative to the largest; ≥ 0. It counts as no
+        less than eight roundings of the factors, 1e-6 in float32: what lies below is noise.
+      refresh_every: steps from one computation of the roots to the next: it comes before the
+        updates of its multiples, and before the first with a gradient other than zero. Roots of
+        diagonal statistics are made anew at every step.
       stagger: deal the blocks out to the steps between two refreshes, so that each step computes
-        the roots of some blocks, and none those of all. `refresh_every` must then be a number.
+        the roots of some blocks, and none but the first those of all. `refresh_every` must then be
+        a number.
       start_step: before this step the update is that of the grafted optimizer, or the momentum.
       grafting: whose update gives each block its length: "sgd" (the momentum itself), "adagrad",
         "rmsprop", "adam"; `None`: Shampoo's own.
@@ -81,7 +84,7 @@ def scale_by_shampoo(
         match the state.
 
     Cost, for an m×n parameter with dense statistics. State: 2·(m² + n²) + mn numbers, and mn more
-    with grafting other than "sgd". A step: 4·mn·(m + n) operations. A refresh: about
+    with grafting other than "sgd" or `None`. A step: 4·mn·(m + n) operations. A refresh: about
     20·(m³ + n³), on CPUs and CUDA in float64, by LAPACK on a CPU one matrix after the other.
 
     Examples:
@@ -100,12 +103,14 @@ def scale_by_shampoo(
     _settings.check_range(owner, "decay", decay, most=1, open_right=True, optional=True)
     whole = isinstance(root_order, int) and not isinstance(root_order, bool)
     if root_order is not None and not (whole and root_order >= 1):
-        raise ValueError(f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}.")
+        raise ValueError(
+            f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}. It cannot be "
+            'traced: with optax.inject_hyperparams, pass static_args=("root_order",).'
+        )
     _settings.check_choice(owner, "root_method", root_method, roots.METHODS)
     _settings.check_range(owner, "epsilon", epsilon)
     _settings.check_range(owner, "start_step", start_step)
-    if grafting is not None:
-        _settings.check_choice(owner, "grafting", grafting, shampoo_stacks.GRAFTS)
+    _settings.check_choice(owner, "grafting", grafting, shampoo_stacks.GRAFTS, optional=True)
     _settings.check_range(owner, "graft_decay", graft_decay, most=1, open_right=True)
     _settings.check_range(owner, "graft_epsilon", graft_epsilon)
     method = shampoo_stacks.Shampoo(

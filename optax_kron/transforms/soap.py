@@ -38,7 +38,8 @@ def scale_by_soap(
     Each block of a parameter has one statistic `S_i` per axis with a dense factor, a moving
     average, and a basis `Q_i` that follows its eigenvectors. Gradient and momentum are rotated into
     the bases, Adam is run there, and its update is rotated back. Along axes with a diagonal factor
-    nothing is rotated; a parameter without dense factors, such as a vector, gets Adam.
+    nothing is rotated; a parameter without dense factors, such as a vector, gets Adam (but with
+    "kl_shampoo", which has none).
 
     Args:
       variant: "soap": `S_i` averages `unfold_i(G) unfold_i(G)ᴴ`. "kl_soap": that of the gradient
@@ -52,9 +53,10 @@ def scale_by_soap(
       floor: of the eigenvalues that are inverted, relative to the largest; KL variants only.
       basis: "qr", one power iteration at every refresh; or "eigh", an eigendecomposition. The first
         basis is always one of the latter.
-      refresh_every: steps from one refresh of the bases to the next.
+      refresh_every: steps from one refresh of the bases to the next: they come after the updates of
+        its multiples. The first bases come before the first update.
       stagger: deal the blocks out to the steps between two refreshes, so that each step refreshes
-        some blocks, and none all. `refresh_every` must then be a number.
+        some blocks, and none but the first all. `refresh_every` must then be a number.
       blocking: how parameters become blocks, and which axes get a diagonal factor. The one-sided
         variant is `ok.Blocking(dense_axes=1)`; merged axes are `ok.Blocking(merge_below=...)`.
       factor_dtype: real dtype of statistics and bases, float32 by default also for bfloat16 and
@@ -76,9 +78,10 @@ def scale_by_soap(
         that is neither floating-point nor complex, in `init`; in `update`, if gradients do not
         match the state.
 
-    Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + 2·mn numbers. A step:
-    8·mn·(m + n) operations; 10·mn·(m + n) in the KL variants. A refresh: 2·(m³ + n³) and two QR
-    decompositions, of about 8/3·d³, by LAPACK on a CPU.
+    Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + 2·mn numbers, without the
+    second moment of mn for "kl_shampoo". A step: 8·mn·(m + n) operations for "soap", 12·mn·(m + n)
+    for "kl_soap", 10·mn·(m + n) for "kl_shampoo". A refresh: 2·(m³ + n³) and two QR decompositions,
+    of about 8/3·d³, by LAPACK on a CPU; 2·(m³ + n³) more for the KL variants.
 
     Examples:
       >>> import jax.numpy as jnp
