@@ -87,7 +87,7 @@ class Shampoo:
             failures += failed
             newly |= jnp.any(moved[label].started & ~stack.started)
         read = {label: self._to_read(plan, label, stack, count) for label, stack in moved.items()}
-        dense = {label: stack.roots for label, stack in moved.items() if _has_dense(stack)}
+        dense = {label: stack.roots for label, stack in moved.items() if _has(stack, dense=True)}
         found, failed, refreshed = self.rota.refresh(
             plan,
             partial(self._refresh, diagonal=False),
@@ -98,12 +98,15 @@ class Shampoo:
             all_due=newly,
         )
         failures += failed
-        # Roots of diagonals cost no more than their use.
         for label, stack in moved.items():
-            old = found.get(label, stack.roots)
-            new, failed = self._refresh(label, old, read[label], diagonal=True)
-            moved[label] = stack._replace(roots=guards.select(allowed, new, old))
-            failures += jnp.sum(allowed & failed, dtype=jnp.int32)
+            new = found.get(label, stack.roots)
+            # Roots of diagonals cost no more than their use: they are never old.
+            if _has(stack, dense=False):
+                old = new
+                new, failed = self._refresh(label, old, read[label], diagonal=True)
+                new = guards.select(allowed, new, old)
+                failures += jnp.sum(allowed & failed, dtype=jnp.int32)
+            moved[label] = stack._replace(roots=new)
         updates = {
             label: self._precondition(stack, direction[label], count)
             for label, stack in moved.items()
@@ -219,9 +222,9 @@ class Shampoo:
         return x / (jnp.sqrt(second) + jnp.asarray(self.graft_epsilon, second.dtype))
 
 
-def _has_dense(stack: ShampooStack) -> bool:
-    """Whether any axis has a dense statistic."""
-    return any(S.ndim > 2 for S in stack.statistics)
+def _has(stack: ShampooStack, *, dense: bool) -> bool:
+    """Whether any axis has a dense statistic, or a diagonal one."""
+    return any((S.ndim > 2) == dense for S in stack.statistics)
 
 
 def _norms(x: Array) -> Array:
