@@ -420,11 +420,12 @@ def draw(runs: Runs, path: Path, scale: str = "log", third: Drawing | None = Non
     draw_metric(by_second, runs, 0, over="seconds")
     for axes in (by_step, by_second):
         axes.set_yscale(scale)
-        axes.legend(frameon=False)
     if third is None:
         draw_metric(last, runs, 1)
     else:
         third(last, runs)
+    named = by_step.get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
     figure.suptitle(f"{task.title}; each optimizer's best learning rate (others faint)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
