@@ -292,6 +292,15 @@ def test_roots_of_diagonals_are_never_old():
     np.testing.assert_allclose(updates[1], h / np.sqrt(mean), rtol=1e-5)
 
 
+def test_beside_a_diagonal_dense_roots_wait_for_their_refresh():
+    tx = scale_by_shampoo(refresh_every=3, blocking=Blocking(max_size=4))
+    _, states = run(tx, gradients((6, 3), steps=5))
+    roots = [next(iter(state.stacks.values())).roots for state in states]
+    for axis, expected in enumerate(([True] * 4, [False, True, False, False])):
+        pairs = itertools.pairwise(x[axis] for x in roots)
+        assert [not np.array_equal(*pair) for pair in pairs] == expected
+
+
 def test_a_failure_in_turn_is_counted_once():
     params = {name: jnp.ones((2, 2)) for name in "abc"}
     tx = scale_by_shampoo(refresh_every=2, stagger=True)

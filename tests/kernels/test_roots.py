@@ -55,6 +55,17 @@ def test_damping_is_relative_to_the_largest_eigenvalue(method, scale):
     np.testing.assert_allclose(X, reference.power(S, -1 / 4, 1e-3), rtol=1e-2 / 4 + 1e-9)
 
 
+def test_eigenvalues_that_rounding_made_negative_count_as_zero():
+    values = np.array([1.0, 0.5, -1e-3])
+    S = hermitian(values, np.float64)
+    X, residual = roots.inverse_root(jnp.asarray(S), 4, 1e-6)
+    Q = np.linalg.eigh(S)[1][:, ::-1]
+    np.testing.assert_allclose(X, (Q * (np.maximum(values, 0) + 1e-6) ** -0.25) @ Q.T, rtol=1e-9)
+    assert residual < 1e-9
+    _, residual = roots.inverse_root(jnp.asarray(hermitian([1, 0.5, -0.3], np.float64)), 4, 1e-6)
+    assert residual > 0.5
+
+
 @pytest.mark.parametrize("method", roots.METHODS)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_small_roots_and_those_of_diagonals(method, size):
