@@ -200,6 +200,7 @@ def test_a_setting_out_of_range_is_refused(settings, message):
         (np.ones((5, 4), int), "branches must be floating-point; got int"),
         (np.ones((0, 4), np.float32), "branches must have elements; got shape (0, 4)"),
         ({"h": np.ones((5, 4), np.float32)}, "branches must be one array [K, D]; got a dict"),
+        ("hidden", "branches must be one array [K, D]; got 'hidden'"),
     ],
     ids=str,
 )

@@ -261,6 +261,17 @@ def test_noise_in_the_statistics_spoils_no_root(dtype, epsilon, method):
     assert np.max(np.abs(updates)) < 10
 
 
+@pytest.mark.usefixtures("x64")
+def test_newton_roots_of_low_rank_in_float64():
+    rng = np.random.default_rng(3)
+    stream = [np.outer(rng.normal(size=64), rng.normal(size=64)) for _ in range(2)]
+    tx = scale_by_shampoo(
+        factor_dtype="float64", epsilon=0.0, root_method="newton", root_order=8, refresh_every=1
+    )
+    _, states = run(tx, stream)
+    assert int(states[-1].failed_refreshes) == 0
+
+
 @pytest.mark.parametrize("shift", [0.1, 10.0])
 def test_a_root_that_is_none_is_dropped(shift):
     tx = scale_by_shampoo(refresh_every=1)
@@ -290,6 +301,37 @@ def test_roots_of_diagonals_are_never_old():
     # The mean square, where both count alike as the average is corrected for its start.
     mean = np.square(g) / 3 + 2 * np.square(h) / 3
     np.testing.assert_allclose(updates[1], h / np.sqrt(mean), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (1, 4, 1)], ids=str)
+def test_axes_of_length_one_make_no_difference(shape):
+    G = 100 * gradients((4,)).astype(np.float32)
+    settings = {"grafting": None, "momentum": None}
+    expected, _ = run(scale_by_shampoo(**settings), G)
+    updates, _ = run(scale_by_shampoo(**settings), G.reshape(-1, *shape))
+    np.testing.assert_allclose(np.reshape(updates, np.shape(expected)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)], ids=str)
+def test_a_root_that_overflows_where_it_is_kept_is_dropped(shape):
+    G = 1e-3 * gradients(shape).astype(np.float32)
+    tx = scale_by_shampoo(
+        factor_dtype="float16", root_order=1, refresh_every=1, grafting=None, momentum=None
+    )
+    updates, states = run(tx, G)
+    assert int(states[-1].failed_refreshes) == len(G)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(states[-1].stacks))
+    # The first roots, of the identity, are kept.
+    np.testing.assert_allclose(updates, G)
+
+
+def test_a_late_vector_makes_no_dense_root():
+    tx = scale_by_shampoo()
+    stream = [{"k": jnp.ones((4, 3)), "b": jnp.full(3, x)} for x in (0.0, 0.0, 1.0)]
+    state = tx.init(stream[0])
+    for grads in stream:
+        _, state = tx.update(grads, state)
+    assert int(state.refreshes) == 1
 
 
 def test_beside_a_diagonal_dense_roots_wait_for_their_refresh():

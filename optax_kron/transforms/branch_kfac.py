@@ -267,12 +267,17 @@ def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array | N
             f"{owner}: branches must be one array [K, D]; got a {type(branches).__name__}. Put "
             "several states side by side by jnp.concatenate along their last axis."
         )
-    known = jnp.asarray(branches)
+    try:
+        known = jnp.asarray(branches)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}: branches must be one array [K, D]; got {branches!r}."
+        ) from error
     if known.ndim != 2:
         warnings.warn(
             f"{owner}: branches of shape {known.shape} are not a matrix [K, D], so the update is "
             "the plain gradient. Samples [..., D] become one by branches.reshape(-1, D).",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
     if not jnp.issubdtype(known.dtype, jnp.floating):

@@ -48,11 +48,13 @@ def scale_by_shampoo(
         [0, 1). `None` or 0: the gradient itself.
       decay: β of the statistics, in [0, 1). `None`: they are sums, as in the original.
       bias_correction: whether averaged statistics are divided by `1 − βᵗ`.
-      root_order: p, an int ≥ 1. `None`: twice the number of axes longer than one.
+      root_order: p, an int ≥ 1. `None`: twice the number of axes longer than one. Axes of length
+        one have no root beside longer ones.
       root_method: "eigh", an eigendecomposition, the faster on a CPU; or "newton", a coupled Newton
         iteration made of matrix products.
       epsilon: ε, what is added to the eigenvalues relative to the largest; ≥ 0. It counts as no
-        less than eight roundings of the factors, 1e-6 in float32: what lies below is noise.
+        less than eight roundings of the factors, 1e-6 in float32: what lies below is noise. With
+        "newton" the least is 1e-12.
       refresh_every: steps from one computation of the roots to the next: it comes before the
         updates of its multiples, and before the first with a gradient other than zero. Roots of
         diagonal statistics are made anew at every step.
@@ -75,8 +77,8 @@ def scale_by_shampoo(
       A transformation. Its updates have the structure, shapes and dtypes of the gradients. A
       gradient that is not finite gives a zero update and leaves the state as it was, but for the
       count of skipped steps. A root that is not finite, or whose p-th power times the statistic is
-      not near the identity, is dropped: its block keeps the roots that it had, and
-      `failed_refreshes` counts it.
+      not near the identity, is dropped: its block keeps the roots that it had, of dense statistics
+      or of diagonal ones, and `failed_refreshes` counts it.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; for a parameter

@@ -23,6 +23,8 @@ GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 _LARGEST_RESIDUAL = 0.5
 # Eigenvalues below so many roundings of the stored statistics, relative to the largest, are noise.
 _NOISE = 8.0
+# Below this, also in float64, Newton's iteration need not come to an end.
+_LEAST_FOR_NEWTON = 1e-12
 
 
 class ShampooStack(NamedTuple):
@@ -85,7 +87,8 @@ class Shampoo:
         for label, stack in stacks.items():
             moved[label], failed = self._gather(stack, gradients[label], allowed)
             failures += failed
-            newly |= jnp.any(moved[label].started & ~stack.started)
+            if _has(stack, dense=True):
+                newly |= jnp.any(moved[label].started & ~stack.started)
         read = {label: self._to_read(plan, label, stack, count) for label, stack in moved.items()}
         dense = {label: stack.roots for label, stack in moved.items() if _has(stack, dense=True)}
         found, failed, refreshed = self.rota.refresh(
@@ -162,8 +165,10 @@ class Shampoo:
         weight = jnp.ones([], real)
         if self.decay is not None and self.bias_correction:
             weight = moving_average.weight(self.decay, count, real)
-        rounding = float(jnp.finfo(stack.statistics[0].dtype).eps)
-        epsilon = jnp.maximum(jnp.asarray(self.epsilon, real), _NOISE * rounding)
+        least = _NOISE * float(jnp.finfo(stack.statistics[0].dtype).eps)
+        if self.root_method == "newton":
+            least = max(least, _LEAST_FOR_NEWTON)
+        epsilon = jnp.maximum(jnp.asarray(self.epsilon, real), least)
         settings = jnp.stack([weight, epsilon])
         settings = jnp.broadcast_to(settings, (plan.count(label), 2))
         return stack.statistics, stack.started, settings
@@ -176,12 +181,15 @@ class Shampoo:
 
         def make(old, statistics, started, settings):
             weight, epsilon = settings
-            sizes = [size for size in (S.shape[0] for S in statistics) if size > 1]
-            order = self.root_order or 2 * max(len(sizes), 1)
+            # Along an axis of length one all is known from the others: its root is one.
+            acting = [axis for axis, S in enumerate(statistics) if S.shape[0] > 1] or [0]
+            order = self.root_order or 2 * len(acting)
             sound, found = jnp.ones([], bool), []
             informed = started
-            for S, last in zip(map(contract.widen, statistics), old, strict=True):
-                if diagonal != (S.ndim == 1):
+            for axis, (S, last) in enumerate(
+                zip(map(contract.widen, statistics), old, strict=True)
+            ):
+                if diagonal != (S.ndim == 1) or axis not in acting:
                     found.append(last)
                     continue
                 largest = guards.largest_magnitude(S)
@@ -191,6 +199,7 @@ class Shampoo:
                 # LAPACK need not come to an end on what is not finite.
                 S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
                 root, residual = roots.inverse_root(S, order, epsilon, method=self.root_method)
+                root = root.astype(last.dtype)  # where it may overflow
                 sound &= finite & guards.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
                 found.append(root)
             new = guards.select(informed & sound, tuple(found), old)

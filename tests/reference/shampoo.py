@@ -40,6 +40,8 @@ class Shampoo:
         weight = 1 - self.decay**self.steps if correct else 1.0
         due = self.roots is None or self.steps % self.every == 0
         new = [power(S / weight, -1 / self.order, self.epsilon) for S in self.statistics]
+        if max(G.shape) > 1:
+            new = [np.ones(1) if d == 1 else root for root, d in zip(new, G.shape, strict=True)]
         # Those of diagonals are never old.
         self.roots = [
             root if due or diag else self.roots[i]
