@@ -50,7 +50,7 @@ from scipy.stats import spearmanr
 
 import optax_kron as ok
 
-RETRAIN_SHARE = 3  # from the optimum of all images to that without some it is a third of the way
+RETRAIN_SHARE = 3  # from the optimum of all images to that without some take a third of the steps
 AT_ONCE = 16  # nets that are trained anew side by side
 SHARE = 0.1  # of the training images in a random group
 LEFT_OUT = 10  # images that help or hurt most, left out together
@@ -495,8 +495,17 @@ def main() -> None:
         curvature = jax.jit(problem.curvature)(params)
         tests = choose(params, data)
         scores = influences(problem, params, curvature, tests)
-        numbers = arguments.groups, arguments.steps, arguments.seed
-        found = validate(problem, params, curvature, tests, scores, *numbers, bars)
+        found = validate(
+            problem,
+            params,
+            curvature,
+            tests,
+            scores,
+            count=arguments.groups,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            bars=bars,
+        )
     slope = optax.tree.norm(jax.grad(problem.objective)(params, jnp.ones(len(labels))))
     said = Net().apply(params, data.test_images).argmax(axis=-1)
     console.print(

@@ -39,12 +39,11 @@ def inverse_root(
       method: "eigh" or "newton"; of a diagonal neither.
 
     Returns:
-      The root, in the shape of the matrix, which is zero on eigenvectors whose damped eigenvalue is
-      zero, as it can be with ε = 0 and "eigh"; with that eigenvalues down to -λ_max/10 count as
-      zero, while "newton" needs a positive definite matrix. And how far it is from one,
-      `max |Xᵖ(S + ελI) − I|`, which is large or not finite if the computation failed. Cost: for
-      "eigh" about 11·d³ operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60 steps; for
-      the check 2·d³·(1 + log₂ p).
+      The root, in the shape of the matrix. With "eigh" eigenvalues down to -λ_max/10 count as zero,
+      while "newton" needs a positive definite matrix; with ε = 0 both do. And how far it is from
+      one, `max |Xᵖ(S + ελI) − I|`, which is large or not finite if the computation failed. Cost:
+      for "eigh" about 11·d³ operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60 steps;
+      for the check 2·d³·(1 + log₂ p).
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Guo and Higham (2006), doi:10.1137/050643374.
     """
@@ -58,9 +57,8 @@ def inverse_root(
 
     if matrix.ndim == 1:
         damped = jnp.maximum(unit, 0) + epsilon
-        null = damped == 0
-        root = jnp.where(null, 0, jnp.where(null, 1, damped) ** (-1 / order))
-        residual = jnp.max(jnp.abs(root**order * damped - (~null).astype(unit.dtype)))
+        root = damped ** (-1 / order)
+        residual = jnp.max(jnp.abs(root**order * damped - 1))
     else:
         wide = _in_float64(compute)
         root, residual = jax.lax.platform_dependent(
@@ -106,14 +104,11 @@ def _inverse_root(matrix: Array, order: int, epsilon: Array, method: str) -> tup
         shift = epsilon * jnp.max(values)
         damped = matrix + shift.astype(matrix.dtype) * identity
         shifted = jnp.maximum(values, 0) + shift
-        rounding = matrix.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
-        near = values > -_INDEFINITE * jnp.max(values)
-        null = near & (shifted <= jnp.where(epsilon > 0, 0, rounding))
-        powers = jnp.where(null, 0, jnp.where(null, 1, shifted) ** (-1 / order))
-        root = _multiply(basis * powers, basis.conj().T)
+        root = _multiply(basis * shifted ** (-1 / order), basis.conj().T)
         # What the root would make of the matrix, were both exact.
-        expected = jnp.where(near, (values + shift) / jnp.where(null, 1, shifted), 1)
-        identity = _multiply(basis * jnp.where(null, 0, expected), basis.conj().T)
+        near = values > -_INDEFINITE * jnp.max(values)
+        expected = jnp.where(near, (values + shift) / shifted, 1)
+        identity = _multiply(basis * expected, basis.conj().T)
     return root, jnp.max(jnp.abs(_multiply(_power(root, order), damped) - identity))
 
 

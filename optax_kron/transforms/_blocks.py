@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from optax_kron import guards
 from optax_kron.kernels import contract, linalg
@@ -33,6 +34,13 @@ def finite_rows(rows: Sequence[Array]) -> list[Array]:
 def largest(x: Array) -> Array:
     """The largest magnitude of every block [N, ...], [N, 1]."""
     return guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))[:, None]
+
+
+def squares_fit(x: Array, dtypes: Iterable[DTypeLike] = ()) -> Array:
+    """Whether the sum of a block's squares is finite, also in other real dtypes, bool [N]."""
+    magnitude = largest(x)[:, 0]
+    room = min(float(jnp.finfo(dtype).max) for dtype in (magnitude.dtype, *dtypes))
+    return magnitude < np.sqrt(room / x[0].size).astype(magnitude.dtype)  # not if it is NaN
 
 
 def select_blocks(condition: Array, new: Array, old: Array) -> Array:

@@ -120,7 +120,9 @@ class Blockwise:
 
     def init(self, params: PyTree) -> Any:
         """The state before the first step."""
-        plan = plan_blocks(params, self.blocking)
+        return self._initial(plan_blocks(params, self.blocking))
+
+    def _initial(self, plan: BlockPlan) -> Any:
         # Each counter is a buffer of its own, so that the state can be donated.
         counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
         return ScaleByBlocksState(
@@ -146,7 +148,7 @@ class Blockwise:
             _settings.check_like(self.owner, updates, params)
         plan = plan_blocks(updates, self.blocking)
         _settings.check_stacks(self.owner, plan, getattr(state, "stacks", None), "blocking")
-        _settings.check_state(self.owner, jax.eval_shape(self.init, updates), state)
+        _settings.check_state(self.owner, jax.eval_shape(lambda: self._initial(plan)), state)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
@@ -154,11 +156,11 @@ class Blockwise:
         average, direction = None, gradients
         if self._has_momentum and self.momentum is not None:
             average = moving_average.step(gradients, state.momentum, self.momentum)
-            finite = guards.all_finite(average) & _squares_are_finite(gradients)
+            finite = guards.all_finite(average) & _squares_fit(gradients)
             count = state.count + finite.astype(jnp.int32)
             direction = moving_average.correct(average, self.momentum, count, compute)
         else:
-            finite = _squares_are_finite(gradients)
+            finite = _squares_fit(gradients)
             count = state.count + finite.astype(jnp.int32)
         done = self.method.step(plan, state.stacks, gradients, direction, count, finite)
         new_state = ScaleByBlocksState(
@@ -173,14 +175,9 @@ class Blockwise:
         return plan.join(blocks, like=updates), new_state
 
 
-def _squares_are_finite(gradients: Mapping[str, Array]) -> Array:
-    """Whether the sum of a block's squares is finite, as whatever is kept is made of squares."""
-    sound = jnp.ones([], bool)
-    for x in gradients.values():
-        largest = _blocks.largest(x)  # which the methods need too
-        room = jnp.sqrt(jnp.finfo(largest.dtype).max / x[0].size).astype(largest.dtype)
-        sound &= jnp.all(largest < room)  # not if it is NaN
-    return sound
+def _squares_fit(gradients: Mapping[str, Array]) -> Array:
+    """Whether the squares of all blocks are finite, as whatever is kept is made of squares."""
+    return jnp.all(jnp.concatenate([_blocks.squares_fit(x) for x in gradients.values()]))
 
 
 def blockwise(

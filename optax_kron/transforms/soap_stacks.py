@@ -136,17 +136,13 @@ class Soap:
 
     def _takes(self, stack: SoapStack, gradient: Array, allowed: Array) -> tuple[Array, Array]:
         """Which blocks take in a gradient, bool [N], and how many cannot hold its square."""
-        largest = _blocks.largest(gradient)[:, 0]
-        room = jnp.finfo(largest.dtype).max
-        if self.is_kl:
-            room = min([room, *(jnp.finfo(x.dtype).max for x in stack.values or ())])
-        for S in stack.statistics:
-            room = room if S is None else jnp.minimum(room, jnp.finfo(S.dtype).max)
-        elements = gradient[0].size
         # No entry of any second moment is larger than the sum of all squares.
-        holds = largest < jnp.sqrt(room / elements).astype(largest.dtype)
+        kept = [x.dtype for x in jax.tree.leaves((stack.statistics, stack.values))]
+        holds = _blocks.squares_fit(gradient, kept)
+        informed = _blocks.largest(gradient)[:, 0] != 0
         # Zeros would shrink the statistics of a KL variant to nothing, which divides by them.
-        informed = (largest != 0) if self.is_kl else stack.started | (largest != 0)
+        if not self.is_kl:
+            informed |= stack.started
         return allowed & holds & informed, jnp.sum(allowed & ~holds, dtype=jnp.int32)
 
     def _gather(
