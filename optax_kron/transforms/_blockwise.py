@@ -177,7 +177,8 @@ class Blockwise:
 
 def _squares_fit(gradients: Mapping[str, Array]) -> Array:
     """Whether the squares of all blocks are finite, as whatever is kept is made of squares."""
-    return jnp.all(jnp.concatenate([_blocks.squares_fit(x) for x in gradients.values()]))
+    fits = [jnp.all(_blocks.squares_fit(x)) for x in gradients.values()]
+    return jnp.all(jnp.array(fits, bool))  # there is no block if all leaves are empty
 
 
 def blockwise(
