@@ -142,7 +142,7 @@ class _Assembly:
         values = (use.output, use.reading.operand)
         if any(v is not None and jnp.issubdtype(v.dtype, jnp.complexfloating) for v in values):
             return "meets complex values"
-        if any(scan.params["length"] == 0 for scan in use.scans):
+        if any(scan.loop.length == 0 for scan in use.scans):
             return "is used in a loop without steps"
         return None if fits(use, self.labels.data(use.output)) else "is not shared by data"
 

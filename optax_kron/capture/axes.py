@@ -7,7 +7,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from optax_kron.capture.graph import ELEMENTWISE, Node, Value, is_literal
+from optax_kron.capture.equations import is_literal
+from optax_kron.capture.graph import ELEMENTWISE, Node, Value
 from optax_kron.capture.labels import Coupled, Data, Label, meet
 
 _ALONG_ONE_AXIS = {

@@ -89,7 +89,7 @@ class Canonical:
     def _scan_parts(self, depth: int, label: Data) -> list[_Part]:
         scan = self.use.scans[depth]
         steps = dict(self.use.view.steps)
-        length = scan.params["length"]
+        length = scan.loop.length
         if scan in steps:
             return [_digit("block", d) for d in steps[scan]]
         if label.axis is scan:

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.graph import Graph, Node, Value, is_literal
+from optax_kron.capture import equations
+from optax_kron.capture.equations import is_literal
+from optax_kron.capture.graph import Graph, Node, Value
 
 Key = tuple[str, int]
 
@@ -127,17 +129,14 @@ class _Run:
         def run(operands, perturbations):
             return self.graph(body, operands, perturbations)
 
-        run = jax.checkpoint(
-            run, policy=node.params["policy"], prevent_cse=node.params["prevent_cse"]
-        )
+        run = jax.checkpoint(run, **equations.checkpointing(node.eqn))
         return run(operands, perturbations)
 
     def scan(self, node, operands, perturbations):
         (body,) = node.bodies
-        params = node.params
-        first = params["num_consts"]
-        last = first + params["num_carry"]
-        split = params["num_carry"]
+        loop = node.loop
+        first, split = loop.constants, loop.carries
+        last = first + split
         shared = {k: x for k, x in perturbations.items() if self.probes.is_summed(k, node)}
         sliced = {k: x for k, x in perturbations.items() if k not in shared}
 
@@ -162,9 +161,9 @@ class _Run:
             step,
             (init, zeros),
             scanned,
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
+            length=loop.length,
+            reverse=loop.reverse,
+            unroll=loop.unroll,
         )
         return [*carry, *ys], records | sums
 

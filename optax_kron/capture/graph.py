@@ -3,23 +3,20 @@
 Jaxprs are shared between call sites (a function that is jitted once and called twice is one jaxpr),
 so that their variables don't say which call is meant. Here calls are inlined, and every other
 equation that holds jaxprs (loops, branches, checkpoints) gets copies of its own, so that a value
-stands for one place of the program. Equations are told apart by what they hold, not by name: names
-change from one release of JAX to the next.
+stands for one place of the program.
 """
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.core
-import jax.extend as jex
 import jax.numpy as jnp
 
-from optax_kron.distributions import MARK_PREFIX
-
-_PACKAGE = str(pathlib.Path(__file__).parent.parent)
+from optax_kron.capture import equations
+from optax_kron.capture.equations import is_literal
 
 ELEMENTWISE = frozenset(
     """
@@ -83,27 +80,22 @@ class Node:
     @property
     def name(self) -> str:
         """Of the primitive."""
-        return self.eqn.primitive.name
+        return equations.name(self.eqn)
 
     @property
-    def params(self) -> dict[str, Any]:
-        """Of the equation."""
-        return self.eqn.params
+    def params(self) -> Mapping[str, Any]:
+        """Settings of an equation that holds no program."""
+        return equations.settings(self.eqn)
+
+    @functools.cached_property
+    def loop(self) -> equations.Loop:
+        """Of a scan: how many constants and carries it has, and how many steps."""
+        return equations.loop(self.eqn)
 
     @property
     def place(self) -> str:
         """Where the user's code made this equation: "file.py:12 (function)", or empty."""
-        summary = jex.source_info_util.summarize(self.eqn.source_info)
-        if not summary.startswith(_PACKAGE):
-            return summary
-        # A marked loss was made here: the user's line is the one that called it.
-        frames = getattr(self.eqn.source_info.traceback, "frames", ())
-        ours = [frame.file_name.startswith(_PACKAGE) for frame in frames]
-        callers = [i for i in range(1, len(ours)) if ours[i - 1] and not ours[i]]
-        if not callers:
-            return summary
-        frame = frames[callers[0]]
-        return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+        return equations.place(self.eqn)
 
     @property
     def has_marks(self) -> bool:
@@ -117,12 +109,7 @@ class Node:
 
     def bind(self, *arguments: Any) -> list[Any]:
         """Evaluate the equation on arrays for its values."""
-        variables = [x for x in self.eqn.invars if not is_literal(x)]
-        given = dict(zip(variables, arguments, strict=True))
-        jaxpr = self.jaxpr.replace(
-            constvars=[], invars=list(given), outvars=self.eqn.outvars, eqns=[self.eqn]
-        )
-        return jax.core.eval_jaxpr(jaxpr, (), *given.values())
+        return equations.bind(self.eqn, self.jaxpr, *arguments)
 
 
 # The branches around something, from the outside: equations, and the number of the branch.
@@ -133,7 +120,7 @@ class Broadcast(Node):
     """What an elementwise equation does silently to a scalar, or to axes of length one."""
 
     def __init__(self, operand: Value, eqn: Any, shape: tuple[int, ...]):
-        output = Value(operand.aval.update(shape=shape))
+        output = Value(jax.core.ShapedArray(shape, operand.dtype))
         super().__init__("plain", eqn, None, [operand], [output])
 
     @property
@@ -203,7 +190,7 @@ def _expand(jaxpr, consts, inputs, constants):
         known[variable] = constant(variable.aval, array)
     nodes: list[Node] = []
     for eqn in jaxpr.eqns:
-        kind, bodies = _kind(eqn)
+        kind, bodies = equations.recognise(eqn)
         if kind == "call":
             (body,) = bodies
             operands = [read(x) for x in eqn.invars]
@@ -212,7 +199,7 @@ def _expand(jaxpr, consts, inputs, constants):
         else:
             operands = [x if is_literal(x) else known[x] for x in eqn.invars]
             outputs = [Value(v.aval) for v in eqn.outvars]
-            if eqn.primitive.name in ELEMENTWISE:
+            if equations.name(eqn) in ELEMENTWISE:
                 operands = [_stretch(x, eqn, outputs[0], nodes) for x in operands]
             nodes.append(Node(kind, eqn, jaxpr, operands, outputs, tuple(map(build, bodies))))
         known.update(zip(eqn.outvars, outputs, strict=True))
@@ -227,51 +214,3 @@ def _stretch(operand, eqn, output, nodes):
         return operand
     nodes.append(Broadcast(operand, eqn, output.shape))
     return nodes[-1].outputs[0]
-
-
-def _kind(eqn) -> tuple[str, tuple[Any, ...]]:
-    """What an equation is, and the closed jaxprs that it holds."""
-    params = eqn.params
-    if "branches" in params:
-        return "cond", tuple(params["branches"])
-    if "cond_jaxpr" in params and "body_jaxpr" in params:
-        return "while", (params["cond_jaxpr"], params["body_jaxpr"])
-    if "num_carry" in params and "length" in params:
-        return "scan", (params["jaxpr"],)
-    held = [x for x in params.values() if isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)]
-    held = [_close(x) for x in held]
-    if not held:
-        return "plain", ()
-    if len(held) == 1 and _is_call(eqn, held[0].jaxpr):
-        if any(word in key for key in params for word in ("jvp", "fwd", "bwd", "transpose")):
-            # With a derivative of its own; that of a mark is known.
-            inner = held[0].jaxpr.eqns
-            return "call" if len(inner) == 1 and _is_mark(inner[0]) else "opaque", tuple(held)
-        if "prevent_cse" in params:
-            return "remat", tuple(held)
-        return "mark" if _is_mark(eqn) else "call", tuple(held)
-    return "opaque", ()
-
-
-def _is_mark(eqn) -> bool:
-    return str(eqn.params.get("name", "")).startswith(MARK_PREFIX)
-
-
-def _is_call(eqn, body) -> bool:
-    """Whether an equation is its body on its operands: not a reduction by it, nor a part of it."""
-    outer, inner = ((*x.invars, *x.outvars) for x in (eqn, body))
-    if len(outer) != len(inner) or not {"dimensions", "mesh"}.isdisjoint(eqn.params):
-        return False
-    shapes = [[getattr(x.aval, "shape", None) for x in side] for side in (outer, inner)]
-    return shapes[0] == shapes[1]
-
-
-def _close(jaxpr):
-    if isinstance(jaxpr, jex.core.ClosedJaxpr):
-        return jaxpr
-    return jex.core.ClosedJaxpr(jaxpr, ())
-
-
-def is_literal(x: Any) -> bool:
-    """Whether an operand is a literal of its equation."""
-    return isinstance(x, jex.core.Literal)

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from optax_kron.capture import equations
 from optax_kron.capture.axes import back
-from optax_kron.capture.graph import Graph, Node, Value, is_literal
+from optax_kron.capture.equations import is_literal
+from optax_kron.capture.graph import Graph, Node, Value
 from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
 
 
@@ -61,7 +63,7 @@ class Labels:
     def _mark_labels(self, node: Node) -> list[Label]:
         mark, place = frozenset([self._numbers[node]]), self._marks[node]
         if isinstance(place.axis, Node):
-            size = place.axis.params["length"]
+            size = place.axis.loop.length
         elif place.axis is None:
             size = 1
         else:
@@ -76,18 +78,17 @@ class Labels:
             return self._back_scan(node, labels)
         if node.kind == "while":
             return self._back_while(node, labels)
-        if node.kind == "cond":
-            merged: list[Label] = [None] * (len(node.operands) - 1)
-            for body in node.bodies:
-                inner = self._through(body, labels)
-                merged = [meet(a, b, node) for a, b in zip(merged, inner, strict=True)]
-            return [_couple(labels, node), *merged]
         if node.kind == "mark":
             # The curvature is that of the logits; targets and variances are given numbers.
             logits, *others = node.operands
             return [_of_mark(node, logits, labels[0]), *(None for _ in others)]
-        if len(node.bodies) == 1:
-            return self._through(node.bodies[0], labels)
+        if node.bodies:
+            # A program, or one of several, runs once: on all operands but the index of a branch.
+            merged: list[Label] = [None] * len(node.bodies[0].inputs)
+            for body in node.bodies:
+                inner = self._through(body, labels)
+                merged = [meet(a, b, node) for a, b in zip(merged, inner, strict=True)]
+            return [*[None] * (len(node.operands) - len(merged)), *merged]
         return back(node, labels, selections=self._selections)
 
     def _through(self, body: Graph, labels: Sequence[Label]) -> list[Label]:
@@ -98,7 +99,7 @@ class Labels:
 
     def _back_scan(self, node: Node, labels: list[Label]) -> list[Label]:
         (body,) = node.bodies
-        constants, carries = node.params["num_consts"], node.params["num_carry"]
+        constants, carries, *_ = node.loop
 
         def enter(label):  # from stacked outputs to those of one step
             if not (isinstance(label, Data) and label.on_axis):
@@ -139,7 +140,7 @@ class Labels:
 
     def _back_while(self, node: Node, labels: list[Label]) -> list[Label]:
         body = node.bodies[1]
-        tests, constants = node.params["cond_nconsts"], node.params["body_nconsts"]
+        tests, constants = equations.while_constants(node.eqn)
         outputs = list(labels)
         while True:
             inputs = self._through(body, outputs)
@@ -157,11 +158,3 @@ def _of_mark(node: Node, operand: Any, label: Label) -> Label:
     if axis < operand.ndim and operand.shape[axis] == losses.shape[axis]:
         return label
     return Coupled(label.marks, node)
-
-
-def _couple(labels: Sequence[Label], node: Node) -> Label:
-    """What reaches all that any of the outputs reaches."""
-    marks = [label.marks for label in labels if label is not None]
-    if not marks:
-        return None
-    return Coupled(frozenset().union(*marks), node)

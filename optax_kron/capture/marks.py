@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from optax_kron.capture import equations
 from optax_kron.capture.graph import Branch, Graph, Node, Value
 from optax_kron.capture.labels import Place
 
@@ -33,7 +34,7 @@ class Mark:
     @property
     def name(self) -> str:
         """Of the loss, which says its distribution."""
-        return self.node.params["name"]
+        return equations.loss_name(self.node.eqn)
 
     @property
     def alike(self) -> Any:
@@ -59,7 +60,7 @@ class Mark:
     def length(self, place: Place) -> int:
         """The number of elements along a place of the recorded losses."""
         if not place.on_axis:
-            return place.axis.params["length"]
+            return place.axis.loop.length
         return self.node.outputs[0].shape[place.axis] // (place.before * place.after)
 
     def by_digit(self, x: Any) -> Any:
@@ -86,7 +87,7 @@ class Mark:
     @property
     def data(self) -> np.ndarray:
         """For each datum, the numbers [N, E] of its E per-example losses."""
-        steps = tuple(scan.params["length"] for scan in self.scans)
+        steps = tuple(scan.loop.length for scan in self.scans)
         shape = (*steps, *self.node.outputs[0].shape)
         return self.by_datum(np.arange(math.prod(shape)).reshape(shape))
 

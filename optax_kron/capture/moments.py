@@ -170,7 +170,7 @@ class InsideMoments:
 
     def dummy(self) -> Array:
         """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out]."""
-        steps = [scan.params["length"] for scan in self.use.scans if scan in self.stacked]
+        steps = [scan.loop.length for scan in self.use.scans if scan in self.stacked]
         d_out = self.layer.d_out
         shape = jax.eval_shape(self.form.output_grads, self._output())
         return jnp.zeros((*steps, shape.shape[0], d_out, d_out), contract.wide_dtype(shape.dtype))

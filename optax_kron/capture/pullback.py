@@ -116,12 +116,12 @@ def _add(table: dict[Value, list], value: Value, key: Any) -> None:
 
 
 def _stacked(value: Value, scans: Sequence[Any]) -> jax.ShapeDtypeStruct:
-    steps = tuple(scan.params["length"] for scan in scans)
+    steps = tuple(scan.loop.length for scan in scans)
     return jax.ShapeDtypeStruct((*steps, *value.shape), value.dtype)
 
 
 def _operands(m: int, mark: Mark, records: Mapping[Any, Any]) -> list[Any]:
-    steps = tuple(scan.params["length"] for scan in mark.scans)
+    steps = tuple(scan.loop.length for scan in mark.scans)
     return [
         records[f"mark{m}", j]
         if isinstance(operand, Value)

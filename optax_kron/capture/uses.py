@@ -150,8 +150,8 @@ class Uses:
 
     def _scan(self, node, env, scans, branch):
         (body,) = node.bodies
-        first = node.params["num_consts"]
-        last = first + node.params["num_carry"]
+        first = node.loop.constants
+        last = first + node.loop.carries
         self._stop(node, node.operands[first:last], env)
         inner = self._without_pending(node, self._into(body, node.operands, env))
         for value in body.inputs[first:last]:

@@ -1,0 +1,292 @@
+"""The one place that reads JAX's equations: what an equation is, what it holds, and how to run it.
+
+Primitives and their parameters change from one release of JAX to the next: a scan counts its
+constants and carries in `num_consts` and `num_carry` up to 0.10 and in the trees `ft_in` and
+`ft_out` since 0.11, and with the upgrade flags of 0.12 a checkpoint keeps its program inside of its
+primitive. So each question about an equation has one function here, and the rest of the room asks
+no other way.
+
+An equation is interpreted (inlined, looped, branched) only if it is recognised: its primitive is
+JAX's own, it has the parameters that are known and no others, and its program fits its operands.
+Every other equation that holds a program is opaque, and bound whole, as it came: a loop that was
+taken for a call would run once, and give the loss of another function.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.extend as jex
+import jax.extend.core.primitives as primitives
+
+from optax_kron.distributions import MARK_PREFIX
+
+_PACKAGE = str(pathlib.Path(__file__).parent.parent)
+
+# Primitives by name, of those that JAX shows to the public.
+_SHOWN = {
+    value.name: value
+    for key, value in vars(primitives).items()
+    if key.endswith("_p") and hasattr(value, "name")
+}
+_COMMON_SCAN = {"jaxpr", "length", "reverse", "unroll"}
+_SCAN = (  # up to JAX 0.9, 0.10, and since 0.11
+    _COMMON_SCAN | {"num_consts", "num_carry", "linear", "_split_transpose"},
+    _COMMON_SCAN | {"num_consts", "num_carry"},
+    _COMMON_SCAN | {"ft_in", "ft_out"},
+)
+_WHILE = {"cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts"}
+_COND = {"branches", "branches_platforms"}
+_REMAT = {"jaxpr", "policy", "prevent_cse", "differentiated"}
+# Equations that run their program once on their operands, but have a rule of their own for
+# derivatives or batches, which inlining would drop; by the parameter that holds the program.
+_WITH_RULES = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "linear_call": "callee",
+}
+_CALLS = ("jit", "pjit", "closed_call", "core_call")
+
+
+class Loop(NamedTuple):
+    """What a scan does.
+
+    Its operands, and the inputs of its program, are constants, then carries, then what is scanned
+    over; its outputs are carries, then what is stacked.
+    """
+
+    constants: int
+    carries: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+class _Recognised(NamedTuple):
+    """The kind of an equation, and the closed programs that are known to be its."""
+
+    kind: str
+    bodies: tuple[Any, ...] = ()
+
+
+def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
+    """What an equation is, and the closed programs that it holds.
+
+    Returns:
+      The kind, and programs with the inputs and outputs that it implies:
+
+      - "call": the program on the operands, once;
+      - "scan", "while" (the test, then the body), "cond" (a program for each branch; the first
+        operand is the index), "remat" (a checkpoint);
+      - "mark": a loss of `ok.losses`;
+      - "opaque": any other equation that holds a program. With programs if it is known to run one
+        of them, once, on its last operands;
+      - "plain": it holds none.
+    """
+    for look in (_as_scan, _as_while, _as_cond, _as_remat, _with_rules, _as_call):
+        found = look(eqn)
+        if found is not None:
+            return found
+    return _Recognised("opaque" if _holds_program(eqn) else "plain")
+
+
+def name(eqn: Any) -> str:
+    """Of the primitive; one of another library that bears the name of JAX's gets another."""
+    own = eqn.primitive.name
+    if _upgraded(eqn) is not None:
+        return _UPGRADED[type(eqn.params["_prim"]).__name__]
+    return own if _SHOWN.get(own, eqn.primitive) is eqn.primitive else f"{own} (not of JAX)"
+
+
+def settings(eqn: Any) -> Mapping[str, Any]:
+    """The parameters of an equation without a program, as its primitive names them."""
+    return eqn.params
+
+
+def loop(eqn: Any) -> Loop:
+    """What a scan does."""
+    params = eqn.params
+    if "ft_in" in params:
+        constants, carries, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    else:
+        constants, carries = params["num_consts"], params["num_carry"]
+    return Loop(constants, carries, params["length"], params["reverse"], params["unroll"])
+
+
+def while_constants(eqn: Any) -> tuple[int, int]:
+    """How many of the operands of a while loop its test and its body close over."""
+    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def checkpointing(eqn: Any) -> dict[str, Any]:
+    """The arguments of `jax.checkpoint` that make a checkpoint again."""
+    held = _upgraded(eqn)
+    params = eqn.params if held is None else vars(held)
+    return {"policy": params["policy"], "prevent_cse": params["prevent_cse"]}
+
+
+def loss_name(eqn: Any) -> str:
+    """The name of a mark, which says its distribution."""
+    return eqn.params["name"]
+
+
+def is_literal(x: Any) -> bool:
+    """Whether an operand is a literal of its equation."""
+    return isinstance(x, jex.core.Literal)
+
+
+def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
+    """Evaluate one equation of a program, whatever it is, on arrays for its variables."""
+    variables = [x for x in eqn.invars if not is_literal(x)]
+    given = dict(zip(variables, arguments, strict=True))
+    alone = jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
+    return jax.core.eval_jaxpr(alone, (), *given.values())
+
+
+def place(eqn: Any) -> str:
+    """Where the user's code made an equation: "file.py:12 (function)", or empty."""
+    summary = jex.source_info_util.summarize(eqn.source_info)
+    if not summary.startswith(_PACKAGE):
+        return summary
+    # A marked loss was made here: the user's line is the one that called it.
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    ours = [frame.file_name.startswith(_PACKAGE) for frame in frames]
+    callers = [i for i in range(1, len(ours)) if ours[i - 1] and not ours[i]]
+    if not callers:
+        return summary
+    frame = frames[callers[0]]
+    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+
+
+# -------------------------------------------------------------------------------------- recognition
+
+
+def _is(eqn: Any, *names: str) -> bool:
+    """Whether an equation's primitive is JAX's own of one of these names."""
+    own = eqn.primitive.name
+    return own in names and _SHOWN.get(own, eqn.primitive) is eqn.primitive
+
+
+def _as_scan(eqn: Any) -> _Recognised | None:
+    if not _is(eqn, "scan") or set(eqn.params) not in _SCAN:
+        return None
+    body, (constants, carries, length, _, _) = _closed(eqn.params["jaxpr"]), loop(eqn)
+    inner = [_shape(x) for x in body.jaxpr.invars], [_shape(x) for x in body.jaxpr.outvars]
+    outer = [_shape(x) for x in eqn.invars], [_shape(x) for x in eqn.outvars]
+    if [len(x) for x in inner] != [len(x) for x in outer]:
+        return None
+    whole = constants + carries
+    slices = [(length, *shape) for shape in inner[0][whole:]]
+    stacks = [(length, *shape) for shape in inner[1][carries:]]
+    if outer[0] != [*inner[0][:whole], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
+        return None
+    return _Recognised("scan", (body,))
+
+
+def _as_while(eqn: Any) -> _Recognised | None:
+    if not _is(eqn, "while") or set(eqn.params) != _WHILE:
+        return None
+    return _Recognised(
+        "while", (_closed(eqn.params["cond_jaxpr"]), _closed(eqn.params["body_jaxpr"]))
+    )
+
+
+def _as_cond(eqn: Any) -> _Recognised | None:
+    if not _is(eqn, "cond") or "branches" not in eqn.params or not set(eqn.params) <= _COND:
+        return None
+    bodies = tuple(map(_closed, eqn.params["branches"]))
+    if not all(_fits(eqn.invars[1:], eqn.outvars, body) for body in bodies):
+        return None
+    # A branch for each kind of device is not ours to choose.
+    return _Recognised("cond" if eqn.params.get("branches_platforms") is None else "opaque", bodies)
+
+
+def _as_remat(eqn: Any) -> _Recognised | None:
+    held = _upgraded(eqn, "RematTraced")
+    if held is not None:
+        body = _closed(held.jaxpr)
+    elif _is(eqn, "checkpoint", "remat", "remat2") and set(eqn.params) == _REMAT:
+        body = _closed(eqn.params["jaxpr"])
+    else:
+        return None
+    return _Recognised("remat", (body,)) if _fits(eqn.invars, eqn.outvars, body) else None
+
+
+def _with_rules(eqn: Any) -> _Recognised | None:
+    held = _upgraded(eqn, "CustomJVPTraced", "CustomVJPTraced")
+    if held is not None:
+        body = _closed(held.traced.jaxpr)
+    elif _is(eqn, *_WITH_RULES) and _WITH_RULES[eqn.primitive.name] in eqn.params:
+        body = _closed(eqn.params[_WITH_RULES[eqn.primitive.name]])
+    else:
+        return None
+    if not _fits(eqn.invars, eqn.outvars, body):
+        return _Recognised("opaque")
+    # The derivative of a mark is known: what it holds is the mark alone.
+    inside = body.jaxpr.eqns
+    is_mark = len(inside) == 1 and _is_mark(inside[0])
+    return _Recognised("call" if is_mark else "opaque", (body,))
+
+
+def _as_call(eqn: Any) -> _Recognised | None:
+    if not _is(eqn, *_CALLS):
+        return None
+    held = [x for x in eqn.params.values() if _is_program(x)]
+    if len(held) != 1 or not _fits(eqn.invars, eqn.outvars, _closed(held[0])):
+        return None
+    return _Recognised("mark" if _is_mark(eqn) else "call", (_closed(held[0]),))
+
+
+def _is_mark(eqn: Any) -> bool:
+    return _is(eqn, "jit", "pjit") and str(eqn.params.get("name", "")).startswith(MARK_PREFIX)
+
+
+# Classes of primitives that hold their program themselves, under upgrade flags of JAX 0.12, and the
+# names of the equations that stand for them without.
+_UPGRADED = {
+    "RematTraced": "remat2",
+    "CustomJVPTraced": "custom_jvp_call",
+    "CustomVJPTraced": "custom_vjp_call",
+}
+
+
+def _upgraded(eqn: Any, *names: str) -> Any:
+    """The primitive that holds its program itself, if it is JAX's own of one of these classes."""
+    held = eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    known = type(held).__name__ in (names or _UPGRADED)
+    return held if known and type(held).__module__.partition(".")[0] == "jax" else None
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)
+
+
+def _holds_program(eqn: Any) -> bool:
+    """Whether some parameter is a program, or something that may run one."""
+    if eqn.primitive.name == "call_hi_primitive":
+        return True
+    return any(_may_run(x) for x in eqn.params.values())
+
+
+def _may_run(x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return any(map(_may_run, x))
+    return _is_program(x)
+
+
+def _closed(jaxpr: Any) -> Any:
+    return jaxpr if isinstance(jaxpr, jex.core.ClosedJaxpr) else jex.core.ClosedJaxpr(jaxpr, ())
+
+
+def _shape(x: Any) -> Any:
+    return getattr(x.aval, "shape", None)
+
+
+def _fits(inputs: Sequence[Any], outputs: Sequence[Any], body: Any) -> bool:
+    """Whether a program takes and gives values of the shapes of some operands and outputs."""
+    outer = [_shape(x) for x in inputs], [_shape(x) for x in outputs]
+    inner = [_shape(x) for x in body.jaxpr.invars], [_shape(x) for x in body.jaxpr.outvars]
+    return outer == inner
