@@ -40,9 +40,11 @@ def back(node: Node, labels: list[Label], *, selections: bool = False) -> list[L
     """
     if node.name == "stop_gradient":
         return [None] * len(node.operands)
-    if node.name == "optimization_barrier":
-        return list(labels)
     result: list[Label] = [None] * len(node.operands)
+    if node.images is not None:
+        for i, label in zip(node.images, labels, strict=True):
+            result[i] = label
+        return result
     for output, label in zip(node.outputs, labels, strict=True):
         if label is None:
             continue

@@ -1,6 +1,7 @@
 """Are the taps what they claim? A check on numbers, against the gradient itself.
 
-Two facts are tested with random cotangents of the marked logits. Contracted over data and
+First of all, the loss and its gradients are compared with those of `jax.value_and_grad`. Then two
+facts are tested with random cotangents of the marked logits. Contracted over data and
 positions, inputs and output-gradients give the gradient of every parameter of the layer. And with
 the cotangent of one datum alone, the output-gradients of every other datum vanish: then data and
 positions have not been taken for each other.
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optax_kron.capture import agreement
 from optax_kron.capture.assemble import member_taps
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import Traced
@@ -20,13 +22,28 @@ from optax_kron.kernels import contract
 
 
 def failures(traced: Traced) -> dict[str, str]:
-    """The layers whose taps are not what they should be, with the reason."""
+    """The layers whose taps are not what they should be, with the reason.
+
+    Raises:
+      RuntimeError: if the program that was read is not the loss function.
+      ValueError: if a marked loss has a negative weight.
+    """
     analysis = traced.analysis
-    if not analysis.members:
-        return {}
-    check = jax.jit(lambda arrays: _deviations(traced, arrays), compiler_options=_quickly())
+
+    def compare(arrays):
+        theirs = agreement.reference(traced, arrays)
+        ours, found, least = _deviations(traced, arrays)
+        return (ours[0], theirs[0]), agreement.disagreement(ours, theirs), found, least
+
+    check = jax.jit(compare, compiler_options=_quickly())
     with jax.ensure_compile_time_eval():  # the numbers may be known inside of somebody's trace
-        found, least = check(traced.arrays)
+        losses, deviations, found, least = check(traced.arrays)
+    values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
+    dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    # Sums of products in two orders: rounding grows with the root of their number at most.
+    tolerance = min(100 * eps**0.75, 0.25)
+    agreement.refuse(traced, deviations, losses, tolerance)
     for mark, weight in zip(analysis.marks, least, strict=True):
         if float(weight) < 0:
             raise ValueError(
@@ -34,11 +51,6 @@ def failures(traced: Traced) -> dict[str, str]:
                 f"is {float(weight):.3g}. Curvature needs weights ≥ 0; take the term out of "
                 "ok.losses if it is not a likelihood, and use Optax's function instead."
             )
-    values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
-    dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    # Sums of products in two orders: rounding grows with the root of their number at most.
-    tolerance = min(100 * eps**0.75, 0.25)
     # What a datum does not reach is zero, and stays so however numbers are rounded.
     least = min(tolerance, 100 * float(jnp.finfo(jnp.float32).eps) ** 0.75)
     failed = {}
@@ -59,8 +71,12 @@ def _quickly() -> dict[str, Any] | None:
 
 def _deviations(
     traced: Traced, arrays: list[Any]
-) -> tuple[dict[str, tuple[Array, Array]], list[Array]]:
-    """How far each layer is off: from the gradient, and by mixing data; and the least weights."""
+) -> tuple[tuple[Array, list[Array]], dict[str, tuple[Array, Array]], list[Array]]:
+    """How far each layer is off: from the gradient, and by mixing data.
+
+    Returns:
+      The loss and its gradients; the deviations by layer; and the least weight of each mark.
+    """
     analysis = traced.analysis
     uses = analysis.uses
     numbers = {use: i for i, use in enumerate(uses)}
@@ -71,7 +87,7 @@ def _deviations(
         for key, logits in zip(keys, linearized.no_logits(), strict=False)
     ]
     one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
-    _, _, weights = linearized.pull_loss()
+    grads, _, weights = linearized.pull_loss()
     weighing = Weighing(analysis, weights)
     none = jnp.zeros_like(linearized.outputs[0])
     params, gradients, _ = linearized.pull(none, everything)
@@ -94,7 +110,8 @@ def _deviations(
             for mine, whole in zip(taps_of(member, alone), taps, strict=True)
         ]
         found[layer.name] = gradient, jnp.max(jnp.stack(leaks))
-    return found, [jnp.min(w, initial=0) for w in weights]
+    ours = linearized.outputs[0], grads
+    return ours, found, [jnp.min(w, initial=0) for w in weights]
 
 
 def _of_one(mark, cotangent):

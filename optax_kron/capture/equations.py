@@ -48,6 +48,15 @@ _WITH_RULES = {
     "custom_vmap_call": "call",
     "linear_call": "callee",
 }
+# Equations that say where their operands live, in which layout, or with which type on a mesh: their
+# outputs are the operands.
+_PLACINGS = frozenset(
+    """
+    device_put layout_constraint optimization_barrier pbroadcast preduced pvary reduced_vary_cast
+    reduced_vary_cast_p relayout reshard sharding_constraint stage vary_unreduced_cast
+    vary_unreduced_cast_p with_memory_space_constraint
+    """.split()  # noqa: SIM905  (a list would take a line for each)
+)
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
@@ -104,6 +113,15 @@ def name(eqn: Any) -> str:
 def settings(eqn: Any) -> Mapping[str, Any]:
     """The parameters of an equation without a program, as its primitive names them."""
     return eqn.params
+
+
+def images(eqn: Any) -> list[int] | None:
+    """Which operand each output is, unchanged; `None` for equations that compute something."""
+    own = name(eqn)
+    if own == "tie":
+        return [1]
+    same = own in _PLACINGS and len(eqn.invars) == len(eqn.outvars)
+    return list(range(len(eqn.outvars))) if same else None
 
 
 def loop(eqn: Any) -> Loop:

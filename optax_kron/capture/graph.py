@@ -21,11 +21,12 @@ from optax_kron.capture.equations import is_literal
 ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
-    complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
-    min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision
-    regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
-    zeta
+    clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp
+    exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le lgamma log
+    log1p log2 logistic lt max min mul mulhi name ne neg nextafter not one_minus_square or polygamma
+    polynomial population_count pow real reduce_precision regularized_incomplete_beta rem round
+    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    sub tan tanh xor zeta
     """.split()  # noqa: SIM905  (a list would take a line for each)
 )
 
@@ -87,6 +88,11 @@ class Node:
         """Settings of an equation that holds no program."""
         return equations.settings(self.eqn)
 
+    @property
+    def images(self) -> list[int] | None:
+        """Which operand each output is, unchanged; `None` if it computes something."""
+        return equations.images(self.eqn)
+
     @functools.cached_property
     def loop(self) -> equations.Loop:
         """Of a scan: how many constants and carries it has, and how many steps."""
@@ -127,6 +133,11 @@ class Broadcast(Node):
     def name(self) -> str:
         """What makes the same of the operand."""
         return "broadcast_in_dim"
+
+    @property
+    def images(self) -> None:
+        """It makes another array."""
+        return None
 
     @property
     def params(self) -> dict[str, Any]:

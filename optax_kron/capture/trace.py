@@ -20,6 +20,8 @@ class Traced:
     """A loss function at given arguments, as a graph of flat arrays.
 
     Attributes:
+      function: of the graph's inputs.
+      has_aux: whether it returns auxiliary data beside the loss.
       analysis: its layers.
       leaves: all leaves of the arguments, those that are not arrays among them.
       inputs: positions in `leaves` of the graph's inputs, the parameters first.
@@ -28,6 +30,8 @@ class Traced:
       structure: the parameters as abstract arrays, `None` for leaves that are not floating-point.
     """
 
+    function: Callable[..., Any]
+    has_aux: bool
     analysis: Analysis
     leaves: list[Any]
     inputs: list[int]
@@ -86,6 +90,8 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
             )
     values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
     return Traced(
+        function=flat,
+        has_aux=has_aux,
         analysis=analyse(graph, values),
         leaves=leaves,
         inputs=inputs,

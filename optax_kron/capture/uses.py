@@ -191,6 +191,11 @@ class Uses:
         if node.name == "stop_gradient":
             return
         seen = [env.get(x) if isinstance(x, Value) else None for x in node.operands]
+        if node.images is not None:
+            for i, value in zip(node.images, node.outputs, strict=True):
+                if seen[i] is not None:
+                    self._show(value, seen[i], node.operands[i], env)
+            return
         output = node.outputs[0]
         label = self._labels[output]
         if len(seen) == 1 and seen[0] is not None:
@@ -228,11 +233,15 @@ class Uses:
             self._gap(view, node)
             return
         for output, image in zip(node.outputs, images, strict=True):
-            env[output] = image
-            self._before[output] = node.operands[0]
-            if view.origin in self._pending and isinstance(self._labels[output], Data):
-                self._resolve(image, output)
-                del env[output]
+            self._show(output, image, node.operands[0], env)
+
+    def _show(self, output, image, operand, env):
+        """Note that an output is an image of what its operand shows."""
+        env[output] = image
+        self._before[output] = operand
+        if image.origin in self._pending and isinstance(self._labels[output], Data):
+            self._resolve(image, output)
+            del env[output]
 
     def _note(self, use, label, env):
         digits = {slot.key for slot in use.slots if slot.role != "free"}

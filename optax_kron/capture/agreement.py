@@ -1,0 +1,81 @@
+"""Is the program that was read the loss function? A comparison with `jax.value_and_grad`."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.trace import Traced
+
+# A gradient that is zero but for rounding is compared with the largest of all of them.
+_SMALL = 1e-2
+
+
+def reference(traced: Traced, arrays: Sequence[Any]) -> tuple[Array, list[Array]]:
+    """The loss and its gradients with respect to all parameters, by JAX alone."""
+    count = len(traced.analysis.leaves)
+
+    def loss(params):
+        result = traced.function(*params, *arrays[count:])
+        return result[0] if traced.has_aux else result
+
+    return jax.value_and_grad(loss)(list(arrays[:count]))
+
+
+def disagreement(ours: tuple[Any, Sequence[Any]], theirs: tuple[Any, Sequence[Any]]) -> list[Array]:
+    """How far losses, and gradients one by one, are apart, relative to their size."""
+    (loss, grads), (true_loss, true_grads) = ours, theirs
+    largest = [jnp.max(jnp.abs(g), initial=0).astype(jnp.float32) for g in true_grads]
+    floor = _SMALL * jnp.max(jnp.stack([jnp.zeros(()), *map(_finite, largest)]))
+    scales = [jnp.maximum(x, floor) for x in largest]
+    return [_apart(loss, true_loss, jnp.abs(true_loss).astype(jnp.float32))] + [
+        _apart(g, true, scale) for g, true, scale in zip(grads, true_grads, scales, strict=True)
+    ]
+
+
+def _finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _apart(x: Array, true: Array, scale: Array) -> Array:
+    """The largest difference, where both are not the same kind of infinite or NaN."""
+    same = (x == true) | (jnp.isnan(x) & jnp.isnan(true))
+    difference = jnp.where(same, 0, jnp.abs(x - true)).astype(jnp.float32)
+    return jnp.max(difference, initial=0) / (scale + jnp.finfo(jnp.float32).tiny)
+
+
+def refuse(
+    traced: Traced, deviations: Sequence[Any], losses: tuple[Any, Any], tolerance: float
+) -> None:
+    """Raise if the program that was read is another function.
+
+    Args:
+      traced: the loss function.
+      deviations: what `disagreement` returned, as numbers.
+      losses: of the program, and of `jax.value_and_grad`.
+      tolerance: the largest deviation that rounding explains.
+
+    Raises:
+      RuntimeError: with both values, and the versions of JAX and optax_kron.
+    """
+    versions = f"JAX {jax.__version__}, optax_kron {importlib.metadata.version('optax_kron')}"
+    remedy = (
+        f"The loss function was not read as this release of JAX means it ({versions}); no layer or "
+        "tap of it can be trusted. Please report it with the loss function."
+    )
+    loss, *gradients = (float(x) for x in deviations)
+    if not loss <= tolerance:
+        raise RuntimeError(
+            f"the loss as read is {float(losses[0]):.7g}, but jax.value_and_grad gives "
+            f"{float(losses[1]):.7g}. {remedy}"
+        )
+    for path, deviation in zip(traced.analysis.leaves, gradients, strict=True):
+        if not deviation <= tolerance:
+            raise RuntimeError(
+                f"the gradient of {path or 'the parameter at the root'} as read differs from that "
+                f"of jax.value_and_grad by {deviation:.1e} of its largest entry, with a loss of "
+                f"{float(losses[0]):.7g} beside {float(losses[1]):.7g}. {remedy}"
+            )
