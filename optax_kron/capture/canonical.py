@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from optax_kron.capture.labels import Data
-from optax_kron.capture.readers import Slots
+from optax_kron.capture.readers import Slots, clips
 from optax_kron.capture.uses import Use
 
 # Axes of the canonical form, and the roles of slots that they enumerate.
@@ -186,7 +186,7 @@ class Canonical:
         if node.name == "gather":
             column = self.use.reading.column
             indices = indices[..., column : column + 1]
-        if node.name == "dynamic_slice" or node.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        if node.name == "dynamic_slice" or clips(node):
             return jnp.clip(indices, 0, self._length - 1)
         return jnp.where(indices < 0, self._length, indices)
 

@@ -35,8 +35,10 @@ def failures(traced: Traced) -> dict[str, str]:
         ours, found, least = _deviations(traced, arrays)
         return (ours[0], theirs[0]), agreement.disagreement(ours, theirs), found, least
 
-    check = jax.jit(compare, compiler_options=_quickly())
-    with jax.ensure_compile_time_eval():  # the numbers may be known inside of somebody's trace
+    # Compiled apart, as the numbers may be known inside of somebody's trace. To evaluate all that is
+    # known while tracing would also run branches that are not taken, with their effects.
+    with jax.disable_jit(False):
+        check = jax.jit(compare, compiler_options=_quickly()).lower(traced.arrays).compile()
         losses, deviations, found, least = check(traced.arrays)
     values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
     dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}

@@ -157,8 +157,17 @@ def is_literal(x: Any) -> bool:
 
 
 def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
-    """Evaluate one equation of a program, whatever it is, on arrays for its variables."""
+    """Evaluate one equation of a program, whatever it is, on arrays for its variables.
+
+    The operands of an elementwise equation may have been broadcast before.
+    """
     variables = [x for x in eqn.invars if not is_literal(x)]
+    shapes = [jax.numpy.shape(x) for x in arguments]
+    if shapes != [_shape(x) for x in variables] and not eqn.primitive.multiple_results:
+        # A program is typed by its variables, which know no other shape.
+        filled = iter(arguments)
+        operands = [x.val if is_literal(x) else next(filled) for x in eqn.invars]
+        return [eqn.primitive.bind(*operands, **eqn.params)]
     given = dict(zip(variables, arguments, strict=True))
     alone = jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
     return jax.core.eval_jaxpr(alone, (), *given.values())

@@ -136,8 +136,7 @@ def _gather(node: Node, i: int, view: View) -> Reading | None:
     numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
     batching = tuple(numbers.operand_batching_dims)
     indexed = _indexed(view, sizes, numbers.start_index_map)
-    clips = node.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    if indexed is None or not (clips or len(numbers.start_index_map) == 1):
+    if indexed is None or not (clips(node) or len(numbers.start_index_map) == 1):
         return None
     collapsed = tuple(numbers.collapsed_slice_dims)
     digit = _row_digit(view, indexed, sizes, batching)
@@ -155,6 +154,13 @@ def _gather(node: Node, i: int, view: View) -> Reading | None:
     indices_slots = (*(output[a] for a in positions), (Slot("input", digit, 1),))
     column = numbers.start_index_map.index(indexed)
     return Reading("embedding", indices, indices_slots, tuple(output), column)
+
+
+def clips(node: Node) -> bool:
+    """Whether a lookup brings indices beyond the table back to its ends."""
+    modes = jax.lax.GatherScatterMode
+    # What is promised to be inside is not checked: XLA clips it.
+    return node.params["mode"] in (modes.CLIP, modes.PROMISE_IN_BOUNDS)
 
 
 def _dynamic_slice(node: Node, i: int, view: View) -> Reading | None:

@@ -73,7 +73,8 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
         given, arguments = jax.tree.unflatten(treedef, filled)
         return loss_fn(given, *arguments)
 
-    graph, shapes = graphs.trace(flat, *(leaves[i] for i in inputs))
+    with jax.disable_jit(False):  # marks, and loops, are only there where functions are traced
+        graph, shapes = graphs.trace(flat, *(leaves[i] for i in inputs))
     if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
         raise ValueError("has_aux=True, but loss_fn does not return a pair (loss, aux).")
     loss: Any = shapes[0] if has_aux else shapes
