@@ -1,10 +1,15 @@
 # Every target makes the environment that it needs; nothing but python3 and make has to be there.
 # ARGS is passed on: make demo ARGS="--steps 50", make test ARGS="-k blocking".
+# PYTHON and VENV choose another Python, and the environment that is made with it:
+# make test PYTHON=python3.13 VENV=.venv-3.13.
 
 PYTHON ?= python3
 ARGS ?=
 
-VENV := .venv
+VENV ?= .venv
+# A file of versions that pip has to keep to, and the folders that are tested (all).
+CONSTRAINTS ?=
+PARTS ?=
 PEER_VENV := .venv-psgd-jax
 KFAC_VENV := .venv-kfac-jax
 RUN := $(VENV)/bin/python
@@ -13,6 +18,11 @@ RUN := $(VENV)/bin/python
 PEER_PINS := psgd-jax==0.2.9 jax==0.4.38 jaxlib==0.4.38 optax==0.2.4 flax==0.10.2 scikit-learn
 # kfac-jax 0.0.8 works with JAX 0.8.0 and 0.9.0, and fails on a dense layer with 0.10.
 KFAC_PINS := kfac-jax==0.0.8 jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 scikit-learn
+
+# What the oldest supported JAX is tested with.
+OLDEST_PARTS := tests/capture tests/contract tests/kernels tests/operators
+# JAX 0.12 turns these on one day; an older one does not look at them. jax_scan3 has no gradient yet.
+UPGRADES := JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 JAX_CUSTOM_JVP3=1 JAX_REMAT_BARRIER_NO_COTANGENTS=1
 
 # A hang must end as a failure. Systems without GNU timeout (macOS) run without the limit.
 # On a terminal the command stays in the foreground, or Ctrl-C would not reach it; elsewhere the
@@ -25,7 +35,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg soak clean
+.PHONY: help demo test test-oldest test-flags test-ranks lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-lapack soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -37,12 +47,21 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 demo-%: $(VENV)/.installed-examples ; @mkdir -p out && OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(call within,1800) $(RUN) -m pytest -n 2 $(ARGS)
+	$(call within,1800) $(RUN) -m pytest -n 2 $(PARTS) $(ARGS)
+
+test-oldest: ## Run capture, contract, kernels and operators on the oldest supported JAX
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt PARTS="$(OLDEST_PARTS)"
+
+test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
+	$(UPGRADES) $(call within,1800) $(RUN) -m pytest -n 2 tests/capture $(ARGS)
+
+test-ranks: $(VENV)/.installed-test ## Run the contract with implicit broadcasting of ranks refused
+	JAX_NUMPY_RANK_PROMOTION=raise $(call within,1800) $(RUN) -m pytest -n 2 tests/contract $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(call within,600) $(RUN) -m pyright
+	$(call within,600) $(RUN) -m pyright --pythonpath $(RUN)
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(call within,600) $(RUN) -m mkdocs build --strict
@@ -67,11 +86,14 @@ bench-cg: $(VENV)/.installed-examples ## Conjugate gradients, preconditioned by 
 bench-family: $(VENV)/.installed-examples ## SOAP and Shampoo beside figures of their peers
 	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/family.py $(ARGS)
 
+bench-lapack: $(VENV)/.installed-examples ## Count the batched LAPACK calls that hang on this JAX
+	$(call within,7200) $(RUN) benchmarks/lapack_hang.py $(ARGS)
+
 soak: $(VENV)/.installed-examples ## Run 200 updates of every optimizer, under a time limit
 	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/soak.py $(ARGS)
 
 clean: ## Remove the environments and everything that the other targets made
-	rm -rf $(VENV) $(PEER_VENV) $(KFAC_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest $(PEER_VENV) $(KFAC_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted installation is done again.
@@ -81,8 +103,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) --editable '.[$*]'
 	@touch $@
 
 $(PEER_VENV)/.installed: Makefile

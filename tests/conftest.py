@@ -5,7 +5,9 @@ older of two code generators, which takes half the time.
 """
 
 import contextlib
+import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 
@@ -35,6 +37,28 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
+
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+# Settings of JAX that another run of the same tests may change, by its environment.
+VARIED = (
+    "jax_remat3",
+    "jax_custom_vjp3",
+    "jax_custom_jvp3",
+    "jax_remat_barrier_no_cotangents",
+    "jax_numpy_rank_promotion",
+)
+
+
+def pytest_report_header():
+    """Which Python, packages and settings of JAX are tested."""
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    settings = (
+        f"{name}={getattr(jax.config, name)}" for name in VARIED if hasattr(jax.config, name)
+    )
+    return [
+        f"versions: Python {platform.python_version()}, {', '.join(versions)}",
+        f"settings: {', '.join(settings)}",
+    ]
 
 
 def pytest_collection_modifyitems(items):
