@@ -3,8 +3,8 @@
 XLA's CPU runtime runs the independent operations of a program on a pool of threads, one a core. A
 release whose batched LAPACK calls hand parts of their batch to the same pool, and wait for them,
 deadlocks when every thread of the pool is such a waiting call. So each program here holds two
-batched calls, of 8 matrices of 256 rows and of 32 of 64, that don't depend on one another. "chained"
-makes the second wait for the first; "mapped" goes through `lapack_safe`, as the library does.
+batched calls, of 8 matrices of 256 rows and of 32 of 64, neither of which needs the other. In the
+form "chained" the second waits for the first; "mapped" goes through `lapack_safe`, as the library.
 
 Each program runs in a process of its own. One that uses no processor time for `--idle` seconds has
 hung; one that is still at work after `--limit` seconds is slow, as OpenBLAS's own threads are where
