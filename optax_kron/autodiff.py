@@ -10,6 +10,27 @@ import optax
 PyTree = Any
 
 
+def map_stacked(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
+    """`jax.vmap(fn)(stacked)`, also of functions that hold a primitive without a batching rule.
+
+    One element is not batched at all; several are evaluated one by one where a rule is missing, as
+    for the derivative of `jax.lax.ragged_dot`.
+
+    Args:
+      fn: Function of one element.
+      stacked: Arrays with the elements along their first axis.
+
+    Returns:
+      The results, stacked.
+    """
+    if {len(x) for x in jax.tree.leaves(stacked)} == {1}:
+        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], stacked)))
+    try:
+        return jax.vmap(fn)(stacked)
+    except NotImplementedError:  # which is how JAX says that there is no rule
+        return jax.lax.map(fn, stacked)
+
+
 def hessian_vector_product(
     loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False
 ) -> Callable[[PyTree], PyTree]:

@@ -24,8 +24,8 @@ _ALONG_ONE_AXIS = {
 _SELECTIONS = frozenset(["slice", "rev"])
 _MATRIX_FUNCTIONS = frozenset(
     """
-    cholesky eig eigh householder_product lu lu_pivots_to_permutation qr schur svd triangular_solve
-    tridiagonal_solve
+    cholesky eig eigh geqp3 geqrf hessenberg householder_product lu lu_pivots_to_permutation qr
+    schur svd symmetric_product triangular_solve tridiagonal tridiagonal_solve
     """.split()  # noqa: SIM905
 )
 
@@ -118,12 +118,22 @@ def source_axis(node: Node, i: int, operand: Value, output: Value, axis: int) ->
     if name in _ALONG_ONE_AXIS:
         return axis if params[_ALONG_ONE_AXIS[name]] % max(output.ndim, 1) != axis else None
     if name in _MATRIX_FUNCTIONS:
-        return axis if axis < min(operand.ndim, output.ndim) - 2 else None
+        return axis if axis < batch_axes(node) else None
     rule = _RULES.get(name)
     if rule is None and (name.startswith("reduce_") or name.startswith("arg")):
         rule = _reduce if "axes" in params else None
         rule = _reduce_window if "window_dimensions" in params else rule
     return None if rule is None else rule(params, i, operand, output, axis)
+
+
+def batch_axes(node: Node) -> int:
+    """How many leading axes of a function of matrices count matrices.
+
+    Its first operand holds matrices (vectors of pivots or of diagonals, for two of them). Of the
+    other operands and the outputs, some hold a vector or a number for each matrix.
+    """
+    vectors = node.name in ("lu_pivots_to_permutation", "tridiagonal_solve")
+    return max(0, node.operands[0].ndim - (1 if vectors else 2))
 
 
 def _reduce(params, i, operand, output, axis):
@@ -185,6 +195,17 @@ def _dot_general(params, i, operand, output, axis):
     if i == 0:
         return free[axis] if axis < len(free) else None
     return free[axis - other] if axis >= other else None
+
+
+def _ragged_dot(params, i, operand, output, axis):
+    # Which rows of the first operand meet which matrix is said by integers; none meets another.
+    numbers = params["ragged_dot_dimension_numbers"]
+    dims = numbers.dot_dimension_numbers
+    (left, _), (left_batch, _) = dims
+    ragged = set(numbers.lhs_ragged_dimensions)
+    if i != 0 or not ragged.isdisjoint((*left, *left_batch)):
+        return None
+    return _dot_general({"dimension_numbers": dims}, 0, operand, output, axis)
 
 
 def dot_free_axes(node_operands: int, used: tuple[Sequence[int], Sequence[int]]) -> list[int]:
@@ -264,6 +285,7 @@ _RULES = {
     "top_k": _top_k,
     "fft": _fft,
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _conv,
     "gather": _gather,
     "scatter": _scatter,

@@ -35,7 +35,7 @@ def failures(traced: Traced) -> dict[str, str]:
         ours, found, least = _deviations(traced, arrays)
         return (ours[0], theirs[0]), agreement.disagreement(ours, theirs), found, least
 
-    # Compiled apart, as the numbers may be known inside of somebody's trace. To evaluate all that is
+    # Compiled apart, as the numbers may be known inside a trace. To evaluate all that is
     # known while tracing would also run branches that are not taken, with their effects.
     with jax.disable_jit(False):
         check = jax.jit(compare, compiler_options=_quickly()).lower(traced.arrays).compile()

@@ -139,6 +139,11 @@ def while_constants(eqn: Any) -> tuple[int, int]:
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
+def solved_map(eqn: Any) -> Any:
+    """The closed program of the linear map that a `custom_linear_solve` inverts."""
+    return _closed(eqn.params["jaxprs"].matvec)
+
+
 def checkpointing(eqn: Any) -> dict[str, Any]:
     """The arguments of `jax.checkpoint` that make a checkpoint again."""
     held = _upgraded(eqn)

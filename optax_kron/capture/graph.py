@@ -225,3 +225,8 @@ def _stretch(operand, eqn, output, nodes):
         return operand
     nodes.append(Broadcast(operand, eqn, output.shape))
     return nodes[-1].outputs[0]
+
+
+def solved_map(node: Node) -> Graph:
+    """The linear map that a `custom_linear_solve` inverts: of its constants and a solution."""
+    return build(equations.solved_map(node.eqn))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from optax_kron.capture import equations
 from optax_kron.capture.axes import back
 from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.graph import Graph, Node, Value, solved_map
 from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
 
 
@@ -82,6 +82,8 @@ class Labels:
             # The curvature is that of the logits; targets and variances are given numbers.
             logits, *others = node.operands
             return [_of_mark(node, logits, labels[0]), *(None for _ in others)]
+        if node.name == "custom_linear_solve":
+            return self._back_solve(node, labels)
         if node.bodies:
             # A program, or one of several, runs once: on all operands but the index of a branch.
             merged: list[Label] = [None] * len(node.bodies[0].inputs)
@@ -137,6 +139,21 @@ class Labels:
         if isinstance(label, Data) and label.axis is node:
             return Coupled(label.marks, node)
         return label
+
+    def _back_solve(self, node: Node, labels: list[Label]) -> list[Label]:
+        """A solve keeps data apart along axes along which its linear map does.
+
+        Derivatives pass through the map's constants and the right-hand sides alone.
+        """
+        body = solved_map(node)
+        constants = len(body.inputs) - len(labels)
+        while True:
+            inputs = self._through(body, labels)
+            met = [meet(a, b, node) for a, b in zip(labels, inputs[constants:], strict=True)]
+            if met == labels:
+                others = len(node.operands) - constants - len(labels)
+                return [*inputs[:constants], *[None] * others, *met]
+            labels = met
 
     def _back_while(self, node: Node, labels: list[Label]) -> list[Label]:
         body = node.bodies[1]

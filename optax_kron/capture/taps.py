@@ -1,5 +1,6 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optax_kron.autodiff import map_stacked
 from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.assemble import member_moments, member_taps
 from optax_kron.capture.check import failures
@@ -75,8 +77,9 @@ def value_and_grad_with_taps(
     owner = "value_and_grad_with_taps"
     if fisher not in ESTIMATES:
         raise ValueError(f"{owner}: fisher must be one of {', '.join(ESTIMATES)}; got {fisher!r}.")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+    if isinstance(samples, bool) or not isinstance(samples, numbers.Integral) or samples < 1:
         raise ValueError(f"{owner}: samples must be an integer ≥ 1; got {samples!r}.")
+    samples = int(samples)
     if layers is not None and not isinstance(layers, Layers):
         layers = Layers(tuple(layers), (), checked=False)
 
@@ -97,8 +100,8 @@ def value_and_grad_with_taps(
         linearized = linearize(analysis, uses, traced.arrays, inside)
         grads, _, weights = linearized.pull_loss()
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
-        numbers = {use: i for i, use in enumerate(uses)}
-        seen = (analysis, numbers, linearized, gradients, Weighing(analysis, weights))
+        order = {use: i for i, use in enumerate(uses)}
+        seen = (analysis, order, linearized, gradients, Weighing(analysis, weights))
         taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
         value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
         return value, _unflatten_grads(traced, params, grads), Taps(taps)
@@ -106,8 +109,8 @@ def value_and_grad_with_taps(
     return value_and_grad
 
 
-def _taps_of(member, analysis, numbers, linearized, gradients, weighing, inside, reduce):
-    arguments = analysis, member, numbers, linearized, gradients, weighing
+def _taps_of(member, analysis, order, linearized, gradients, weighing, inside, reduce):
+    arguments = analysis, member, order, linearized, gradients, weighing
     return member_moments(*arguments, inside) if reduce else member_taps(*arguments)
 
 
@@ -184,7 +187,7 @@ def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, k
     def pull(logits):
         return linearized.pull(loss, logits)[1]
 
-    return jax.vmap(pull)(stacked)
+    return map_stacked(pull, stacked)
 
 
 def _unflatten_grads(traced: Traced, params: PyTree, grads: list[Array]) -> PyTree:

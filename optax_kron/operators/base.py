@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron.autodiff import map_stacked
 from optax_kron.capture.layers import is_inexact
 from optax_kron.kernels import contract, eigenbases
 
@@ -115,7 +116,7 @@ class Operator:
         def row(v):
             return jax.flatten_util.ravel_pytree(self.mv(unravel(v)))[0]
 
-        return jax.vmap(row)(jnp.eye(flat.size, dtype=flat.dtype)).T
+        return map_stacked(row, jnp.eye(flat.size, dtype=flat.dtype)).T
 
     def trace(self) -> Array:
         """The sum of the eigenvalues."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -191,7 +192,7 @@ def kfoc(
     """
     owner = "operators.kfoc"
     check_number(f"{owner}: tolerance", tolerance)
-    if not isinstance(max_iterations, int) or max_iterations < 1:
+    if not isinstance(max_iterations, numbers.Integral) or max_iterations < 1:
         raise ValueError(f"{owner}: max_iterations must be an int ≥ 1; got {max_iterations!r}.")
     batches = Batches(owner, taps, layers, params)
 
