@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron.kernels import flow
+
 PyTree = Any
 
 
@@ -49,13 +51,13 @@ def replaced_if(function: Callable[..., PyTree], condition: Array, old: PyTree, 
     def step(carry):
         return jnp.zeros_like(condition), function(carry[1], *operands)
 
-    return jax.lax.while_loop(lambda carry: carry[0], step, (condition, old))[1]
+    return flow.while_loop(lambda carry: carry[0], step, (condition, old))[1]
 
 
 @replaced_if.defjvp
 def _replaced_if_jvp(function, primals, tangents):
     def choose(condition, old, *operands):
-        return jax.lax.cond(condition, function, lambda old, *_: old, old, *operands)
+        return flow.cond(condition, function, lambda old, *_: old, old, *operands)
 
     return jax.jvp(choose, primals, tangents)
 

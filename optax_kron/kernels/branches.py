@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.kernels import contract, positive
+from optax_kron.kernels import contract, flow, positive
 
 _CHUNK = 2**20  # numbers of the map that are there at a time
 
@@ -85,7 +85,7 @@ def project(key: Array, leaves: Sequence[Array], dimensions: int, dtype: DTypeLi
             rows = _rows(jax.random.fold_in(key, kind), i, chunk.shape[0], dimensions, dtype)
             return carry + jnp.matmul(chunk.astype(dtype), rows, precision="highest"), None
 
-        total, _ = jax.lax.scan(add, total, (jnp.arange(len(chunks)), chunks))
+        total, _ = flow.scan(add, total, (jnp.arange(len(chunks)), chunks))
     return total
 
 
@@ -114,7 +114,7 @@ def bring_back(key: Array, vector: Array, like: Sequence[Array]) -> list[Array]:
         # It begins as copies of an entry of the vector, not as zeros: those would be made while the
         # flattened gradient is still there.
         flat = jnp.broadcast_to(vector[0].astype(dtype), (chunks, size))
-        flat = jax.lax.fori_loop(0, chunks, bring, flat).ravel()
+        flat = flow.fori_loop(0, chunks, bring, flat).ravel()
         start = 0
         for i, x, number in zip(indices, members, counts, strict=True):
             part = flat[start : start + number]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 
 _IN_MEMORY = 2**22  # numbers, of gradients of single data at a time
 
@@ -60,14 +60,14 @@ def eigenvalues(
             gradients = jnp.einsum("bnsi,bnso->bnio", x, y, precision=precision)
             return total + jnp.sum(jnp.square(gradients), axis=1), None
 
-        return jax.lax.scan(of_column, total, y)
+        return flow.scan(of_column, total, y)
 
     def cut(x, axis):
         shape = (*x.shape[:axis], data // together, together, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
     zero = jnp.zeros((blocks, a.shape[-1], d_out), jnp.result_type(a, g))
-    total, _ = jax.lax.scan(add, zero, (cut(a, 1), cut(g, 2)))
+    total, _ = flow.scan(add, zero, (cut(a, 1), cut(g, 2)))
     return total / data
 
 

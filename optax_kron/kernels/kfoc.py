@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 
 
 def factors(
@@ -66,7 +66,7 @@ def factors(
     G, _ = _normalised(jnp.eye(d_out, dtype=dtype))
     infinite = jnp.full((), jnp.inf, dtype)
     start = (0, jnp.zeros((), dtype), infinite, jnp.zeros(shape, dtype), G)
-    _, norm, _, A, G = jax.lax.while_loop(goes_on, step, start)
+    _, norm, _, A, G = flow.while_loop(goes_on, step, start)
     return jnp.sqrt(norm) * A, jnp.sqrt(norm) * G
 
 

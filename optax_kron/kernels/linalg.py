@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 
 PROBE_ROWS = 32
 
@@ -37,7 +37,7 @@ def lapack_safe(fn: Callable) -> Callable:
 
     @functools.wraps(fn)
     def safe(*args: Array):
-        return jax.lax.platform_dependent(*args, cpu=one_by_one, default=fn)
+        return flow.platform_dependent(*args, cpu=one_by_one, default=fn)
 
     return safe
 
@@ -107,7 +107,7 @@ def power_bound(apply: Callable[[Array], Array], top: Array, rows: Array) -> Arr
         return apply(rows / (jnp.max(jnp.abs(rows)) + tiny))
 
     products = _PRODUCTS if top.shape[-1] <= _LONG else _PRODUCTS_LONG
-    rows = jax.lax.fori_loop(0, products - 1, step, rows)
+    rows = flow.fori_loop(0, products - 1, step, rows)
     return jnp.max(_row_norms(apply(rows / (_row_norms(rows)[:, None] + tiny))))
 
 
@@ -217,7 +217,7 @@ def _substitute_panels(upper: Array, adjoints: Array, right: Array, precision) -
 
     if len(adjoints) == 1:
         return jnp.matmul(adjoints[0], right, precision=precision)
-    return jax.lax.fori_loop(0, len(adjoints), solve_panel, jnp.zeros_like(right))
+    return flow.fori_loop(0, len(adjoints), solve_panel, jnp.zeros_like(right))
 
 
 def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Array:
@@ -258,7 +258,7 @@ def _substitute(blocks: Array) -> Array:
         solved = (identity[i] - known) / pivot
         return jax.lax.dynamic_update_index_in_dim(inverse, solved, i, axis=-2)
 
-    return jax.lax.fori_loop(0, size, solve_row, jnp.zeros_like(blocks))
+    return flow.fori_loop(0, size, solve_row, jnp.zeros_like(blocks))
 
 
 def _panel_size(size: int) -> int:

@@ -18,6 +18,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from optax_kron.kernels import flow
+
 _CLOSED_FORM = 2  # largest size that is inverted in closed form
 _BASE = 256  # largest size that is not halved
 _PANEL = 64
@@ -194,7 +196,7 @@ def _roots(matrices: Array, together: int) -> Array:
         matrices = jnp.concatenate([matrices, padding])
 
     def decompose(x):
-        return jax.lax.platform_dependent(x, cpu=_eliminate, default=_lapack_root)
+        return flow.platform_dependent(x, cpu=_eliminate, default=_lapack_root)
 
     if runs == 1:
         return decompose(matrices)[:count]
@@ -236,7 +238,7 @@ def _eliminate(matrices: Array) -> Array:
         rest = rest - _multiply(lower, block)
         return jax.lax.dynamic_update_slice_in_dim(rest, block, start, axis=1)
 
-    return jnp.tril(jax.lax.fori_loop(0, size // panel, eliminate, matrices))
+    return jnp.tril(flow.fori_loop(0, size // panel, eliminate, matrices))
 
 
 def _eliminate_panel(matrices: Array) -> Array:
@@ -253,7 +255,7 @@ def _eliminate_panel(matrices: Array) -> Array:
         below = jnp.where(columns == i, 0, rest) - left * scale * row
         return jnp.where(rows > i, below, jnp.where(rows == i, row, rest))
 
-    return jnp.tril(jax.lax.fori_loop(0, size, eliminate, matrices))
+    return jnp.tril(flow.fori_loop(0, size, eliminate, matrices))
 
 
 def _small_root(matrix: Array) -> Array:

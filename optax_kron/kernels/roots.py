@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.kernels import contract, eigenbases
+from optax_kron.kernels import contract, eigenbases, flow
 
 METHODS = ("eigh", "newton")
 
@@ -61,7 +61,7 @@ def inverse_root(
         residual = jnp.max(jnp.abs(root**order * damped - 1))
     else:
         wide = _in_float64(compute)
-        root, residual = jax.lax.platform_dependent(
+        root, residual = flow.platform_dependent(
             unit, epsilon, cpu=wide, cuda=wide, default=compute
         )
     return root * largest ** (-1 / order), residual
@@ -144,7 +144,7 @@ def _newton(matrix: Array, order: int) -> Array:
     M = scale.astype(matrix.dtype) * matrix
     X = (scale ** (1 / order)).astype(matrix.dtype) * identity
     start = jnp.zeros([], jnp.int32), X, M, jnp.asarray(jnp.inf, real), distance(M)
-    return jax.lax.while_loop(better, step, start)[1]
+    return flow.while_loop(better, step, start)[1]
 
 
 def _largest_eigenvalue(matrix: Array) -> Array:
@@ -157,7 +157,7 @@ def _largest_eigenvalue(matrix: Array) -> Array:
         power = power / jnp.maximum(jnp.trace(power).real, jnp.finfo(power.dtype).tiny)
         return _multiply(power, power)
 
-    weights = jax.lax.fori_loop(0, _SQUARINGS, square, matrix)
+    weights = flow.fori_loop(0, _SQUARINGS, square, matrix)
     total = jnp.trace(weights).real
     return jnp.sum((matrix.conj() * weights).real) / jnp.where(total > 0, total, 1)
 

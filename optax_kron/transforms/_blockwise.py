@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
 from optax_kron.blocking import Blocking, BlockPlan, Signature, plan_blocks
-from optax_kron.transforms import _blocks, _settings, clipping, moving_average
+from optax_kron.transforms import _blocks, _program, _settings, clipping, moving_average
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -196,4 +196,4 @@ def blockwise(
     _settings.check_blocking(owner, blocking)
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     made = Blockwise(owner, method, momentum, momentum_dtype, blocking, dtype)
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    return _program.transformation(made.init, made.update)

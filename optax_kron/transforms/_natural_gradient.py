@@ -21,8 +21,8 @@ from optax_kron.capture import plan as plans
 from optax_kron.capture.layers import Layer, by_path, leaf_path
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Tap, Taps
-from optax_kron.kernels import contract
-from optax_kron.transforms import _settings
+from optax_kron.kernels import contract, flow
+from optax_kron.transforms import _program, _settings
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -191,7 +191,7 @@ class NaturalGradient:
         if isinstance(self.factor_every, int) and self.factor_every == 1:
             stacks, failed_moves, sound = move(state.stacks)  # a branch would copy the state
         else:
-            stacks, failed_moves, sound = jax.lax.cond(
+            stacks, failed_moves, sound = flow.cond(
                 moving,
                 move,
                 lambda stacks: (stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)),
@@ -338,7 +338,7 @@ def natural_gradient(
         factor_dtype=dtype,
         momentum_dtype=momentum_dtype,
     )
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    return _program.transformation(made.init, made.update)
 
 
 def _corrected(decay: Array, updates: Array) -> Array:

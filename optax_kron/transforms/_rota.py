@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan
+from optax_kron.kernels import flow
 from optax_kron.transforms import _settings
 
 PyTree = Any
@@ -93,7 +94,7 @@ class Rota:
                 failures += failed
             return new, failures
 
-        new, failures = jax.lax.fori_loop(first, last, take_turn, (dict(old), none))
+        new, failures = flow.fori_loop(first, last, take_turn, (dict(old), none))
         busy = np.array(
             [any(t[i, 0] < plan.count(x) for x, t in turns.items()) for i in range(every)]
         )
@@ -113,7 +114,7 @@ def _refresh_rows(
         put = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
         return put, jnp.sum(failed & (rows < count), dtype=jnp.int32)
 
-    return jax.lax.cond(
+    return flow.cond(
         rows[0] < count, some, lambda x: (x[0], jnp.zeros([], jnp.int32)), (old, read)
     )
 

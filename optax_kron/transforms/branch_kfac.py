@@ -16,7 +16,7 @@ from optax_kron import guards
 from optax_kron.capture.layers import is_inexact
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
-from optax_kron.transforms import _settings
+from optax_kron.transforms import _program, _settings
 
 PyTree = Any
 
@@ -157,7 +157,7 @@ def scale_by_branch_kfac(
         result = [jnp.where(accepted, x, 0).astype(x.dtype) for x in directions]
         return treedef.unflatten(result), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _program.transformation(init, update)
 
 
 def branch_kfac(

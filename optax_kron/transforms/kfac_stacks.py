@@ -21,7 +21,7 @@ from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of_member
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Tap
-from optax_kron.kernels import contract, kfac
+from optax_kron.kernels import contract, flow, kfac
 from optax_kron.transforms import _blocks
 
 Stacks = Mapping[str, "KfacStack"]
@@ -158,7 +158,7 @@ class Curvature:
             return sound, taken, jnp.where(allowed & sound, failed, 0)
 
         # Taps that are not finite show in their moments; where these are, they need not be read.
-        sound, taken, failures = jax.lax.cond(
+        sound, taken, failures = flow.cond(
             jnp.all(jnp.concatenate(finite)),
             lambda: (jnp.ones([], bool), seen, jnp.zeros([], jnp.int32)),
             refuse,

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
 from optax_kron.blocking import Blocking, plan_blocks
-from optax_kron.kernels import psgd
-from optax_kron.transforms import _settings, clipping, kron_stacks, moving_average
+from optax_kron.kernels import flow, psgd
+from optax_kron.transforms import _program, _settings, clipping, kron_stacks, moving_average
 
 PyTree = Any
 CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
@@ -266,11 +266,11 @@ def scale_by_kron_psgd(
         key = jax.random.fold_in(_settings.key_of(state.key), state.refreshes)
         draw = functools.partial(kron_stacks.draw, plan, key, compute, noise=not newton)
         nothing = jnp.zeros(jax.eval_shape(draw).shape, compute)
-        drawn = jax.lax.cond(due, draw, lambda: nothing)
+        drawn = flow.cond(due, draw, lambda: nothing)
         stacks = state.stacks
         if cache_preconditioner:
             stale = finite & ~due & ~state.cached
-            stacks = jax.lax.cond(stale, fit.cache, lambda x: x, stacks)
+            stacks = flow.cond(stale, fit.cache, lambda x: x, stacks)
 
         def refresh(stacks):
             rows, noise = kron_stacks.take_rows(plan, drawn)
@@ -287,7 +287,7 @@ def scale_by_kron_psgd(
         def keep(stacks):
             return stacks, jnp.zeros([], jnp.int32), fit.precondition(stacks, direction)
 
-        stacks, failed, blocks = jax.lax.cond(due, refresh, keep, stacks)
+        stacks, failed, blocks = flow.cond(due, refresh, keep, stacks)
         blocks = clipping.clip_leaves(plan, blocks, finite, rms_clip, max_abs_clip)
         new_state = ScaleByKronPsgdState(
             count=count,
@@ -302,7 +302,7 @@ def scale_by_kron_psgd(
         )
         return plan.join(blocks, like=updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _program.transformation(init, update)
 
 
 def kron_psgd(

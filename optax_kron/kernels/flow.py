@@ -1,0 +1,161 @@
+"""Loops and branches that take constants made on the spot, also inside `jax.shard_map`.
+
+There every array has a type that says along which axes of the mesh it may vary. What a loop carries
+must keep its type, and branches must return the same ones; but a constant such as `jnp.zeros([])`
+varies along none, whatever is later added to it. These functions are those of `jax.lax`, and widen
+such types where needed. Outside of `shard_map`, or with `check_vma=False`, they add nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+PyTree = Any
+
+
+def varying_axes(tree: PyTree) -> frozenset[str]:
+    """Names of the mesh axes along which any array of a tree may vary, inside `jax.shard_map`."""
+    return frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
+
+
+def varying_like(tree: PyTree, *data: PyTree) -> PyTree:
+    """The same arrays, with a type that varies along all mesh axes along which `data` may.
+
+    Constants that are made inside `jax.shard_map`, and are to be carried or returned beside what is
+    computed from data, get the type of those by this. It changes no value, and outside of
+    `shard_map` nothing at all.
+
+    Args:
+      tree: arrays.
+      *data: arrays, or abstract ones, in pytrees.
+    """
+    if not _is_manual():
+        return tree
+    axes = varying_axes(data)
+    return jax.tree.map(lambda x: _widened(x, axes), tree)
+
+
+def while_loop(
+    condition: Callable[[PyTree], Array], step: Callable[[PyTree], PyTree], carry: PyTree
+) -> PyTree:
+    """`jax.lax.while_loop`."""
+    if _is_manual():
+        carry = _settled(step, carry, condition)
+        step = _as_typed(step, carry)
+    return jax.lax.while_loop(condition, step, carry)
+
+
+def fori_loop(
+    lower: ArrayLike, upper: ArrayLike, step: Callable[[Array, PyTree], PyTree], carry: PyTree
+) -> PyTree:
+    """`jax.lax.fori_loop`."""
+    if _is_manual():
+        bounds = jax.numpy.asarray(lower), jax.numpy.asarray(upper)
+        index = varying_like(*bounds)
+        carry = _settled(lambda carry: step(index, carry), carry, lambda _: bounds)
+        inner = step
+        step = lambda i, old: _like(inner(i, old), carry)  # noqa: E731
+    return jax.lax.fori_loop(lower, upper, step, carry)
+
+
+def scan(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, xs: PyTree
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan`."""
+    if _is_manual():
+        first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
+        carry = _settled(lambda carry: jax.eval_shape(step, carry, first)[0], carry)
+        inner = step
+
+        def step(old, x):
+            new, y = inner(old, x)
+            return _like(new, carry), y
+
+    return jax.lax.scan(step, carry, xs)
+
+
+def cond(
+    condition: Array, if_true: Callable[..., PyTree], if_false: Callable[..., PyTree], *operands: Any
+) -> PyTree:
+    """`jax.lax.cond`."""
+    if _is_manual():
+        if_true, if_false = _agreeing([if_true, if_false], operands, condition)
+    return jax.lax.cond(condition, if_true, if_false, *operands)
+
+
+def platform_dependent(*operands: Any, **branches: Callable[..., PyTree]) -> PyTree:
+    """`jax.lax.platform_dependent`."""
+    if _is_manual():
+        agreeing = _agreeing(list(branches.values()), operands, None)
+        branches = dict(zip(branches, agreeing, strict=True))
+    return jax.lax.platform_dependent(*operands, **branches)
+
+
+def _is_manual() -> bool:
+    """Whether the program is that of one device of a mesh."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _axes(x: Any) -> frozenset[str]:
+    """Of one array or abstract array."""
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # since JAX 0.9 or so
+    return frozenset(getattr(kind, "vma", None) or () if manual is None else manual.varying)
+
+
+def _widened(x: Any, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - _axes(x)))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)
+
+
+def _like(tree: PyTree, types: PyTree) -> PyTree:
+    """Every array of a tree widened to vary at least as another's."""
+    return jax.tree.map(lambda x, y: _widened(x, _axes(y)), tree, types)
+
+
+def _as_typed(step: Callable[[PyTree], PyTree], carry: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda old: _like(step(old), carry)
+
+
+def _settled(
+    step: Callable[[PyTree], PyTree],
+    carry: PyTree,
+    condition: Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    """The carry, widened until a step no longer changes its type."""
+    while True:
+        new = jax.eval_shape(step, carry)
+        ending = () if condition is None else varying_axes(jax.eval_shape(condition, carry))
+        wider = jax.tree.map(lambda x, y, e=ending: _widened(x, _axes(y) | frozenset(e)), carry, new)
+        if all(map(_same_axes, jax.tree.leaves(wider), jax.tree.leaves(carry))):
+            return wider
+        carry = wider
+
+
+def _same_axes(x: Any, y: Any) -> bool:
+    return _axes(x) == _axes(y)
+
+
+def _agreeing(
+    branches: list[Callable[..., PyTree]], operands: tuple[Any, ...], condition: Any
+) -> list[Callable[..., PyTree]]:
+    """The branches, with results of the same types."""
+    results = [jax.eval_shape(branch, *operands) for branch in branches]
+    common = varying_axes(condition)
+    axes = [common.union(*map(_axes, found)) for found in zip(*map(jax.tree.leaves, results))]
+
+    def widening(branch):
+        def run(*operands):
+            leaves, treedef = jax.tree.flatten(branch(*operands))
+            return treedef.unflatten(map(_widened, leaves, axes))
+
+        return run
+
+    return [widening(branch) for branch in branches]
