@@ -161,8 +161,9 @@ def solve_upper_adjoint(
     """
     if tensor.size == 0:
         return tensor
-    padded = {i: _pad_to_panels(q) for i, q in enumerate(uppers) if q.ndim == 2}
-    groups = _inverse_panels(padded, precision)
+    sizes = {i: _panel_size(q.shape[0]) for i, q in enumerate(uppers) if q.ndim == 2}
+    padded = {i: _pad_to_panels(uppers[i], size) for i, size in sizes.items()}
+    groups = _inverse_panels({i: _diagonal_blocks(padded[i], p) for i, p in sizes.items()}, precision)
     for axis, upper in enumerate(uppers):
         if upper.ndim == 1:
             tensor = tensor / contract.along_axis(upper, axis, tensor.ndim)
@@ -174,10 +175,10 @@ def solve_upper_adjoint(
     return tensor
 
 
-def _pad_to_panels(upper: Array) -> Array:
+def _pad_to_panels(upper: Array, panel: int) -> Array:
     """Continue a triangular matrix by the identity, up to a whole number of panels."""
     size = upper.shape[0]
-    return continue_by_identity(upper, size + -size % _panel_size(size))
+    return continue_by_identity(upper, size + -size % panel)
 
 
 def continue_by_identity(matrices: Array, size: int) -> Array:
@@ -190,9 +191,8 @@ def continue_by_identity(matrices: Array, size: int) -> Array:
     return jnp.pad(matrices, widths) + rest
 
 
-def _inverse_panels(uppers: Mapping[int, Array], precision) -> dict[int, Array]:
+def _inverse_panels(panels: Mapping[int, Array], precision) -> dict[int, Array]:
     """Inverses of the diagonal panels [d / p, p, p] of each matrix, all of one size p together."""
-    panels = {i: _diagonal_blocks(q, _panel_size(q.shape[0])) for i, q in uppers.items()}
     inverses = {}
     for size in sorted({x.shape[-1] for x in panels.values()}):
         group = {i: x for i, x in panels.items() if x.shape[-1] == size}

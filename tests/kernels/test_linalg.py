@@ -182,7 +182,7 @@ def triangular(rng, d, dtype, condition):
 
 @pytest.mark.parametrize("condition", [3.0, 1e4])
 @pytest.mark.parametrize("dtype", [np.float32, np.complex128])
-@pytest.mark.parametrize("d", [1, 2, 31, 64, 65, 129, 300])
+@pytest.mark.parametrize("d", [1, 2, 31, 64, 65, 129, 300, 513])
 def test_solve_upper_adjoint(d, dtype, condition):
     rng = np.random.default_rng(d)
     Q = triangular(rng, d, dtype, condition)
