@@ -232,7 +232,7 @@ class BlockPlan:
 
     treedef: Any
     leaves: tuple[LeafPlan | None, ...]
-    stacks: Mapping[str, Signature]
+    stacks: Mapping[str, Signature] = dataclasses.field(hash=False)
 
     def members(self, label: str) -> list[tuple[int, LeafPlan]]:
         """The leaves in a stack, in order, with their position in the tree."""

@@ -78,7 +78,10 @@ def scan(
 
 
 def cond(
-    condition: Array, if_true: Callable[..., PyTree], if_false: Callable[..., PyTree], *operands: Any
+    condition: Array,
+    if_true: Callable[..., PyTree],
+    if_false: Callable[..., PyTree],
+    *operands: Any,
 ) -> PyTree:
     """`jax.lax.cond`."""
     if _is_manual():
@@ -133,7 +136,9 @@ def _settled(
     while True:
         new = jax.eval_shape(step, carry)
         ending = () if condition is None else varying_axes(jax.eval_shape(condition, carry))
-        wider = jax.tree.map(lambda x, y, e=ending: _widened(x, _axes(y) | frozenset(e)), carry, new)
+        wider = jax.tree.map(
+            lambda x, y, e=ending: _widened(x, _axes(y) | frozenset(e)), carry, new
+        )
         if all(map(_same_axes, jax.tree.leaves(wider), jax.tree.leaves(carry))):
             return wider
         carry = wider
@@ -147,9 +152,9 @@ def _agreeing(
     branches: list[Callable[..., PyTree]], operands: tuple[Any, ...], condition: Any
 ) -> list[Callable[..., PyTree]]:
     """The branches, with results of the same types."""
-    results = [jax.eval_shape(branch, *operands) for branch in branches]
     common = varying_axes(condition)
-    axes = [common.union(*map(_axes, found)) for found in zip(*map(jax.tree.leaves, results))]
+    results = [jax.tree.leaves(jax.eval_shape(branch, *operands)) for branch in branches]
+    axes = [common.union(*map(_axes, found)) for found in zip(*results, strict=True)]
 
     def widening(branch):
         def run(*operands):

@@ -13,7 +13,6 @@ Sources: Van Loan and Pitsianis (1993), Approximation with Kronecker products; S
 Triebel (2021), Kronecker-factored optimal curvature.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 

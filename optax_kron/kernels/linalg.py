@@ -163,7 +163,9 @@ def solve_upper_adjoint(
         return tensor
     sizes = {i: _panel_size(q.shape[0]) for i, q in enumerate(uppers) if q.ndim == 2}
     padded = {i: _pad_to_panels(uppers[i], size) for i, size in sizes.items()}
-    groups = _inverse_panels({i: _diagonal_blocks(padded[i], p) for i, p in sizes.items()}, precision)
+    groups = _inverse_panels(
+        {i: _diagonal_blocks(padded[i], p) for i, p in sizes.items()}, precision
+    )
     for axis, upper in enumerate(uppers):
         if upper.ndim == 1:
             tensor = tensor / contract.along_axis(upper, axis, tensor.ndim)

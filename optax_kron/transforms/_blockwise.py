@@ -94,6 +94,7 @@ class Method(Protocol):
         ...
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
     """A transformation of gradients, block by block.
@@ -114,10 +115,6 @@ class Blockwise:
     blocking: Blocking
     factor_dtype: jnp.dtype
 
-    @property
-    def _has_momentum(self) -> bool:
-        return not _settings.is_off(self.momentum)
-
     def init(self, params: PyTree) -> Any:
         """The state before the first step."""
         return self._initial(plan_blocks(params, self.blocking))
@@ -127,7 +124,7 @@ class Blockwise:
         counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
         return ScaleByBlocksState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
-            momentum=moving_average.init(plan, self.momentum_dtype) if self._has_momentum else None,
+            momentum=moving_average.start(plan, self.momentum, self.momentum_dtype),
             stacks=self._start(plan),
         )
 
@@ -146,22 +143,25 @@ class Blockwise:
         del extra_args
         if params is not None:
             _settings.check_like(self.owner, updates, params)
+        updates = _program.as_arrays(updates)
         plan = plan_blocks(updates, self.blocking)
         _settings.check_stacks(self.owner, plan, getattr(state, "stacks", None), "blocking")
+        return _program.once(Blockwise._update, self, plan, updates, state)
+
+    def _update(self, plan: BlockPlan, updates: PyTree, state: Any) -> tuple[PyTree, Any]:
         _settings.check_state(self.owner, jax.eval_shape(lambda: self._initial(plan)), state)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
         gradients = plan.split(updates, compute)
         average, direction = None, gradients
-        if self._has_momentum and self.momentum is not None:
+        finite = _squares_fit(gradients)
+        if self.momentum is not None:
             average = moving_average.step(gradients, state.momentum, self.momentum)
-            finite = guards.all_finite(average) & _squares_fit(gradients)
-            count = state.count + finite.astype(jnp.int32)
+            finite &= guards.all_finite(average)
+        count = state.count + finite.astype(jnp.int32)
+        if average is not None and not _settings.is_off(self.momentum):
             direction = moving_average.correct(average, self.momentum, count, compute)
-        else:
-            finite = _squares_fit(gradients)
-            count = state.count + finite.astype(jnp.int32)
         done = self.method.step(plan, state.stacks, gradients, direction, count, finite)
         new_state = ScaleByBlocksState(
             count=count,

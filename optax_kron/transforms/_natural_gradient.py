@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -80,6 +81,7 @@ class Curvature(Protocol):
     ) -> dict[str, Array]: ...
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class NaturalGradient:
     """A transformation of gradients; settings are those of `scale_by_kfac`.
@@ -100,14 +102,9 @@ class NaturalGradient:
     refresh_every: ArrayLike
     norm_constraint: ArrayLike | None
     learning_rate: optax.ScalarOrSchedule | None
-    fallback: optax.GradientTransformationExtraArgs | None
+    fallback: optax.GradientTransformation | None
     factor_dtype: jnp.dtype
     momentum_dtype: DTypeLike | None
-
-    @property
-    def has_momentum(self) -> bool:
-        """Whether there is a velocity."""
-        return not _settings.is_off(self.momentum)
 
     @property
     def compute(self) -> jnp.dtype:
@@ -129,7 +126,7 @@ class NaturalGradient:
         return ScaleByKfacState(
             **{name: jnp.zeros([], jnp.int32) for name in (*counters, "skipped_steps")},
             stacks=self.curvature.init(plan, self.factor_dtype),
-            momentum=_masked(params, velocity) if self.has_momentum else None,
+            momentum=None if self.momentum is None else _masked(params, velocity),
             fallback=None if self.fallback is None else self.fallback.init(_masked(params, rest)),
         )
 
@@ -145,21 +142,36 @@ class NaturalGradient:
         """One step."""
         if params is not None:
             _settings.check_like(self.owner, updates, params)
+        updates = _program.as_arrays(updates)
         plan = plans.plan_layers(self.owner, self.layers, updates)
-        _settings.check_stacks(self.owner, plan, state.stacks, "layers")
-        made = jax.eval_shape(lambda: self.curvature.init(plan, self.factor_dtype))
-        _settings.check_state(self.owner, made, state.stacks)
+        _settings.check_stacks(self.owner, plan, getattr(state, "stacks", None), "layers")
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         seen = plan.read_taps(taps)
-        strength = self.damping(state.count) if callable(self.damping) else self.damping
-        learned = self._learn(plan, state, seen, guards.all_finite(updates), strength)
+        # Transformations of others, which may take arguments of any kind, stay outside.
+        others, fallback = self._fallback(plan, updates, state, params, extra_args)
+        now = self._at(state)
+        return _program.once(NaturalGradient._update, now, updates, state, seen, others, fallback)
 
+    def _at(self, state: Any) -> "NaturalGradient":
+        """The settings of one step: values where there are schedules."""
+        # The steps as the schedule of a learning rate further down the chain counts them.
+        steps = state.count + state.skipped_steps
+        lr = self.learning_rate(steps) if callable(self.learning_rate) else self.learning_rate
+        damping = self.damping(state.count) if callable(self.damping) else self.damping
+        return dataclasses.replace(self, learning_rate=lr, damping=damping)
+
+    def _update(
+        self, updates: PyTree, state: Any, taps: Taps, others: Mapping[str, Array], fallback: PyTree
+    ) -> tuple[PyTree, Any]:
+        """One step, with what the fallback makes of parameters in no layer, and its state."""
+        plan = plans.plan_layers(self.owner, self.layers, updates)
+        made = jax.eval_shape(lambda: self.curvature.init(plan, self.factor_dtype))
+        _settings.check_state(self.owner, made, state.stacks)
+        learned = self._learn(plan, state, taps, guards.all_finite(updates))
         gradients = {path: _widened(g, self.compute) for path, g in by_path(updates).items()}
-        rest = {path: plan.without_owned(path, gradients[path]) for path in plan.uncovered}
-        directions = self._directions(plan, state, learned.stacks, gradients, rest, strength)
+        directions = self._directions(plan, learned.stacks, gradients)
         directions, velocity = self._with_momentum(directions, state)
-        others, fallback = self._fallback(plan, updates, rest, state, params, extra_args)
         for path, u in others.items():
             u = u.astype(gradients[path].dtype)
             directions[path] = directions[path] + u if path in directions else u
@@ -180,15 +192,13 @@ class NaturalGradient:
         )
         return jax.tree.map(lambda u: jnp.where(accepted, u, 0), result), new_state
 
-    def _learn(
-        self, plan: LayerPlan, state: Any, taps: Taps, finite: Array, damping: ArrayLike
-    ) -> "_Learned":
+    def _learn(self, plan: LayerPlan, state: Any, taps: Taps, finite: Array) -> "_Learned":
         """The factors after a step, and what becomes of them."""
         rate = jnp.clip(jnp.asarray(self.decay, self.compute), 0, 1)
         moving = finite & (state.count % _settings.interval(self.factor_every) == 0)
         weight = _corrected(rate, state.factor_updates) if self.bias_correction else rate
         move = functools.partial(self.curvature.move, plan, taps=taps, decay=weight, allowed=moving)
-        if isinstance(self.factor_every, int) and self.factor_every == 1:
+        if isinstance(self.factor_every, int | np.integer) and self.factor_every == 1:
             stacks, failed_moves, sound = move(state.stacks)  # a branch would copy the state
         else:
             stacks, failed_moves, sound = flow.cond(
@@ -204,7 +214,7 @@ class NaturalGradient:
             due,
             ({label: stack.inverse for label, stack in stacks.items()}, jnp.zeros([], jnp.int32)),
             {label: stack[:3] for label, stack in stacks.items()},
-            damping,
+            self.damping,
         )
         stacks = {label: stack._replace(inverse=inverses[label]) for label, stack in stacks.items()}
         weight = _corrected(rate, state.count) if self.bias_correction else rate
@@ -212,13 +222,7 @@ class NaturalGradient:
         return _Learned(stacks, sound, moved, due, failed_moves + failed_inverses + failed)
 
     def _directions(
-        self,
-        plan: LayerPlan,
-        state: Any,
-        stacks: Stacks,
-        gradients: Mapping[str, Array],
-        rest: Mapping[str, Array],
-        damping: ArrayLike,
+        self, plan: LayerPlan, stacks: Stacks, gradients: Mapping[str, Array]
     ) -> dict[str, Array]:
         """The natural gradient by path; the gradient where there is neither layer nor fallback."""
         if self.fallback is None:
@@ -226,22 +230,21 @@ class NaturalGradient:
         else:
             directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
         blocks = plan.take(gradients, self.compute)
-        natural = self.curvature.precondition(stacks, blocks, damping)
+        natural = self.curvature.precondition(stacks, blocks, self.damping)
         plan.put(directions, natural)
         if self.norm_constraint is None:
             return directions
         products = [jnp.sum(blocks[label] * natural[label]) for label in blocks]
         if self.fallback is None:
-            products += [_squared_norm(g, self.compute) for g in rest.values()]
-        # The steps as the schedule of a learning rate further down the chain counts them.
-        steps = state.count + state.skipped_steps
-        lr = self.learning_rate(steps) if callable(self.learning_rate) else self.learning_rate
-        scale = _constrain(sum(products, jnp.zeros([], self.compute)), lr, self.norm_constraint)
+            rest = [plan.without_owned(path, gradients[path]) for path in plan.uncovered]
+            products += [_squared_norm(g, self.compute) for g in rest]
+        length = sum(products, jnp.zeros([], self.compute))
+        scale = _constrain(length, self.learning_rate, self.norm_constraint)
         return {path: _times(scale, u) for path, u in directions.items()}
 
     def _with_momentum(self, directions: dict[str, Array], state: Any) -> tuple[Any, Any]:
         """The directions with the velocity added, and the new velocity."""
-        if not self.has_momentum or self.momentum is None:
+        if self.momentum is None:
             return directions, state.momentum
         old = by_path(state.momentum)
         directions = {
@@ -254,7 +257,6 @@ class NaturalGradient:
         self,
         plan: LayerPlan,
         updates: PyTree,
-        rest: Mapping[str, Array],
         state: Any,
         params: PyTree | None,
         extra_args: Mapping[str, Any],
@@ -262,10 +264,11 @@ class NaturalGradient:
         """What the fallback makes of parameters in no layer, by path, and its state."""
         if self.fallback is None:
             return {}, state.fallback
-        given = {} if params is None else by_path(params)
+        gradients, given = by_path(updates), {} if params is None else by_path(params)
+        rest = {path: plan.without_owned(path, gradients[path]) for path in plan.uncovered}
         given = {path: given[path] for path in rest if path in given}
-        others, new = self.fallback.update(
-            _masked(updates, rest, cast=True),
+        others, new = optax.with_extra_args_support(self.fallback).update(
+            _masked(updates, rest),
             state.fallback,
             None if params is None else _masked(params, given),
             **extra_args,
@@ -334,7 +337,7 @@ def natural_gradient(
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
         learning_rate=learning_rate,
-        fallback=None if fallback is None else optax.with_extra_args_support(fallback),
+        fallback=fallback,
         factor_dtype=dtype,
         momentum_dtype=momentum_dtype,
     )

@@ -1,13 +1,20 @@
-"""What every transformation is made with: it works inside `jax.shard_map`, and compiles once."""
+"""How every transformation is made: its state fits into `jax.shard_map`, and it compiles once."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_kron.kernels import flow
 
 PyTree = Any
+Class = TypeVar("Class", bound=type)
 
 
 def transformation(
@@ -19,3 +26,72 @@ def transformation(
         return flow.varying_like(init(params), params)
 
     return optax.GradientTransformationExtraArgs(init_like, update)
+
+
+def settings(cls: Class) -> Class:
+    """Make a dataclass of settings a pytree, so that those that are arrays may be operands."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Numbers as arrays, as `jax.grad` takes them for such."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether the values of all leaves are there already."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def once(function: Callable[..., PyTree], *operands: PyTree) -> PyTree:
+    """`function(*operands)` as one program, which without `jax.jit` too is compiled a single time.
+
+    Loops and branches of functions that are made at every call would be compiled at every call.
+    Inside of another program nothing changes.
+
+    Args:
+      function: of a module, not made on the spot.
+      *operands: pytrees. Arrays are operands of the program; numbers, strings and everything else
+        are a part of it, so that equal ones share it.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    arrays = [x for x in leaves if _is_array(x)]
+    parts = tuple(None if _is_array(x) else _Part(x) for x in leaves)
+    try:
+        hash(treedef)
+    except TypeError:  # a node of the tree keeps data that have no hash
+        return function(*operands)
+    return _run(function, treedef, parts, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _run(function, treedef, parts, arrays):
+    left = iter(arrays)
+    return function(*treedef.unflatten(next(left) if x is None else x.value for x in parts))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+class _Part:
+    """A part of a program: equal to another if neither can be told from the other."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash = hash(value)
+        except TypeError:
+            self._hash = None
+
+    def __hash__(self) -> int:
+        return id(self.value) if self._hash is None else self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Part):
+            return False
+        mine, yours = self.value, other.value
+        if mine is yours:
+            return True
+        return self._hash is not None and type(mine) is type(yours) and bool(mine == yours)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan
 from optax_kron.kernels import flow
-from optax_kron.transforms import _settings
+from optax_kron.transforms import _program, _settings
 
 PyTree = Any
 # From a stack's label, what a refresh replaces, and what it reads: both [n, ...] of some blocks.
@@ -23,6 +23,7 @@ PyTree = Any
 Refresh = Callable[[str, PyTree, PyTree], tuple[PyTree, Array]]
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Rota:
     """Every block once in so many steps.
@@ -78,7 +79,7 @@ class Rota:
             new, failures = guards.replaced_if(refresh_all, due, (dict(old), none), dict(read))
             return new, failures, due
 
-        every = int(np.asarray(self.every))
+        every = int(self.every)
         turns = _deal(plan, old, every)
         turn = count % every
         first = jnp.where(all_due, 0, turn)
@@ -114,9 +115,7 @@ def _refresh_rows(
         put = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), old, new)
         return put, jnp.sum(failed & (rows < count), dtype=jnp.int32)
 
-    return flow.cond(
-        rows[0] < count, some, lambda x: (x[0], jnp.zeros([], jnp.int32)), (old, read)
-    )
+    return flow.cond(rows[0] < count, some, lambda x: (x[0], jnp.zeros([], jnp.int32)), (old, read))
 
 
 def _deal(plan: BlockPlan, stacks: Iterable[str], turns: int) -> dict[str, np.ndarray]:
@@ -149,4 +148,5 @@ def check_rota(owner: str, refresh_every: ArrayLike, stagger: bool) -> Rota:
             f"blocks are dealt out; got {refresh_every!r}. With optax.inject_hyperparams, pass "
             'static_args=("refresh_every",).'
         )
-    return Rota(refresh_every, bool(stagger))
+    # Whoever deals out the turns needs a number, which an array is not inside of a program.
+    return Rota(int(np.asarray(refresh_every)) if stagger else refresh_every, bool(stagger))

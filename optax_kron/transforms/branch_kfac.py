@@ -126,36 +126,11 @@ def scale_by_branch_kfac(
         del extra_args
         if params is not None:
             _settings.check_like(owner, updates, params)
-        leaves, treedef = jax.tree.flatten(updates)
+        updates = _program.as_arrays(updates)
         _check_leaves(owner, updates)
-        finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
         known = None if branches is None else _checked_branches(owner, branches, blocks)
-        if known is not None and any(x.size for x in leaves):
-            finite &= guards.all_finite(known)
-            wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
-            compute = max(wide, key=lambda dtype: dtype.itemsize)
-            strength = damping(state.count) if callable(damping) else damping
-            key = _settings.key_of(state.key)
-            key = jax.random.fold_in(key, state.count) if redraw else key
-            dimensions = known.shape[1]
-            projected = kernels.project(key, leaves, dimensions, compute)
-            known = jnp.where(finite, known.astype(compute), 0)
-            count = _settings.interval(blocks)
-            solved, sound = kernels.solve(known, projected, strength, count)
-            failed = (~sound).astype(jnp.int32)
-            directions = kernels.bring_back(key, solved, leaves)
-        norm = _norm(directions)
-        accepted = finite & jnp.isfinite(norm)
-        one = accepted.astype(jnp.int32)
-        new_state = ScaleByBranchKfacState(
-            count=state.count + one,
-            failed_refreshes=state.failed_refreshes + jnp.where(accepted, failed, 0),
-            skipped_steps=state.skipped_steps + 1 - one,
-            update_norm=jnp.where(accepted, norm, state.update_norm),
-            key=state.key,
-        )
-        result = [jnp.where(accepted, x, 0).astype(x.dtype) for x in directions]
-        return treedef.unflatten(result), new_state
+        strength = damping(state.count) if callable(damping) else damping
+        return _program.once(_update, updates, state, known, strength, blocks, bool(redraw))
 
     return _program.transformation(init, update)
 
@@ -229,6 +204,42 @@ def branch_kfac(
         )
     complete = _settings.complete(preconditioner, learning_rate, weight_decay, mask)
     return complete if clip is None else optax.chain(complete, _within(owner, clip))
+
+
+def _update(
+    updates: PyTree,
+    state: Any,
+    branches: Array | None,
+    damping: ArrayLike,
+    blocks: ArrayLike,
+    redraw: bool,
+) -> tuple[PyTree, Any]:
+    """One step."""
+    leaves, treedef = jax.tree.flatten(updates)
+    finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
+    if branches is not None and any(x.size for x in leaves):
+        finite &= guards.all_finite(branches)
+        wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
+        compute = max(wide, key=lambda dtype: dtype.itemsize)
+        key = _settings.key_of(state.key)
+        key = jax.random.fold_in(key, state.count) if redraw else key
+        projected = kernels.project(key, leaves, branches.shape[1], compute)
+        known = jnp.where(finite, branches.astype(compute), 0)
+        solved, sound = kernels.solve(known, projected, damping, _settings.interval(blocks))
+        failed = (~sound).astype(jnp.int32)
+        directions = kernels.bring_back(key, solved, leaves)
+    norm = _norm(directions)
+    accepted = finite & jnp.isfinite(norm)
+    one = accepted.astype(jnp.int32)
+    new_state = ScaleByBranchKfacState(
+        count=state.count + one,
+        failed_refreshes=state.failed_refreshes + jnp.where(accepted, failed, 0),
+        skipped_steps=state.skipped_steps + 1 - one,
+        update_norm=jnp.where(accepted, norm, state.update_norm),
+        key=state.key,
+    )
+    result = [jnp.where(accepted, x, 0).astype(x.dtype) for x in directions]
+    return treedef.unflatten(result), new_state
 
 
 def _within(owner: str, clip: ArrayLike) -> optax.GradientTransformationExtraArgs:

@@ -1,9 +1,7 @@
 """PSGD-Kron: preconditioned SGD whose preconditioner is a Kronecker product, fitted online."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,54 +9,21 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron import guards
-from optax_kron.blocking import Blocking, plan_blocks
-from optax_kron.kernels import flow, psgd
-from optax_kron.transforms import _program, _settings, clipping, kron_stacks, moving_average
+from optax_kron.blocking import Blocking
+from optax_kron.kernels import psgd
+from optax_kron.transforms import _program, _settings, kron_stacks
+from optax_kron.transforms.kron_steps import CRITERIA, KronPsgd, ScaleByKronPsgdState
+
+__all__ = [
+    "ScaleByKronPsgdState",
+    "kron_psgd",
+    "scale_by_kron_psgd",
+    "update_probability_schedule",
+]
 
 PyTree = Any
-CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
 
 _DEFAULT_BLOCKING = Blocking()
-
-
-class ScaleByKronPsgdState(NamedTuple):
-    """State of `scale_by_kron_psgd`.
-
-    `optax.tree.get(state, name)` finds a field inside the state of a chain or wrapper.
-
-    Attributes:
-      count: gradients that were accepted, int32 [].
-      due_share: share of the next move of the factors that has come due, in [0, 1), float32 [].
-      refreshes: how often the factors have moved, int32 [].
-      failed_refreshes: blocks whose move was not finite and was dropped, int32 [].
-      skipped_steps: gradients that were not finite and were dropped, int32 [].
-      cached: whether the cached preconditioners belong to the factors, bool [].
-      key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `refreshes`.
-      momentum: moving average of the gradients, [N, ...] by kind of block; `None` without momentum.
-      stacks: the factors and what belongs to them, by kind of block.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optax_kron as ok
-      >>> tx = ok.kron_psgd(1e-3)
-      >>> state = tx.init(jnp.ones((3, 2)))
-      >>> _, state = tx.update(jnp.full((3, 2), jnp.nan), state)
-      >>> print(optax.tree.get(state, "skipped_steps"))
-      1
-    """
-
-    # "count" is Optax's name for the number of steps, though tuples have a method of that name.
-    count: Array  # pyright: ignore
-    due_share: Array
-    refreshes: Array
-    failed_refreshes: Array
-    skipped_steps: Array
-    cached: Array
-    key: Array
-    momentum: Mapping[str, Array] | Array | None  # an array for a tree without leaves
-    stacks: Mapping[str, kron_stacks.KronStack] | Array  # likewise
 
 
 def update_probability_schedule(
@@ -193,116 +158,30 @@ def scale_by_kron_psgd(
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
     _settings.check_seed(owner, seed)
-    has_momentum = not _settings.is_off(momentum)
-    decay = momentum if has_momentum and momentum is not None else 0.0
-    newton = criterion == "newton"
     if update_probability is None:
         update_probability = update_probability_schedule()
-    fit = kron_stacks.Fit(
-        geometry=geometry,
-        precond_lr=0.0 if callable(precond_lr) else precond_lr,
-        damping=damping,
-        newton=newton,
-        precision=precision,
-        cached=cache_preconditioner,
+    made = KronPsgd(
+        owner=owner,
+        fit=kron_stacks.Fit(
+            geometry=geometry,
+            precond_lr=precond_lr,
+            damping=damping,
+            newton=criterion == "newton",
+            precision=precision,
+            cached=bool(cache_preconditioner),
+        ),
+        criterion=criterion,
+        update_probability=update_probability,
+        momentum=momentum,
+        momentum_dtype=momentum_dtype,
+        init_scale=init_scale,
+        rms_clip=rms_clip,
+        max_abs_clip=max_abs_clip,
+        blocking=blocking,
+        factor_dtype=dtype,
+        seed=seed,
     )
-
-    def init(params: PyTree) -> Any:
-        plan = plan_blocks(params, blocking)
-        # Each counter is a buffer of its own, so that the state can be donated.
-        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
-        return ScaleByKronPsgdState(
-            **{name: jnp.zeros([], jnp.int32) for name in counters},
-            due_share=jnp.zeros([], jnp.float32),
-            cached=jnp.zeros([], bool),
-            key=_settings.key_data(seed),
-            momentum=moving_average.init(plan, momentum_dtype) if has_momentum else None,
-            stacks=kron_stacks.init(plan, init_scale, dtype, cached=cache_preconditioner),
-        )
-
-    def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        hvp_fn: Callable[[PyTree], PyTree] | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, Any]:
-        del extra_args
-        if newton and hvp_fn is None:
-            raise ValueError(
-                f"{owner}: criterion='newton' needs hvp_fn at every update: pass "
-                "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
-            )
-        if newton:
-            _settings.check_callable(owner, "hvp_fn", hvp_fn)
-        if params is not None:
-            _settings.check_like(owner, updates, params)
-        plan = plan_blocks(updates, blocking)
-        _settings.check_stacks(owner, plan, state.stacks, "blocking")
-        if not plan.leaves:
-            return updates, state._replace(count=state.count + 1)
-
-        compute = jnp.promote_types(dtype, jnp.float32)
-        gradients = plan.split(updates, compute)
-        if has_momentum:
-            average = moving_average.step(gradients, state.momentum, decay)
-            # A gradient that is not finite shows in the average.
-            finite = guards.all_finite(average)
-            count = state.count + finite.astype(jnp.int32)
-            direction = moving_average.correct(average, decay, count, compute)
-        else:
-            average, direction = None, gradients
-            finite = guards.all_finite(gradients)
-            count = state.count + finite.astype(jnp.int32)
-        moving = fit
-        if callable(precond_lr):
-            moving = dataclasses.replace(fit, precond_lr=precond_lr(state.count))
-
-        due, due_share = _is_due(update_probability, state)
-        due = finite & due
-        # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
-        # every operation that reads it.
-        key = jax.random.fold_in(_settings.key_of(state.key), state.refreshes)
-        draw = functools.partial(kron_stacks.draw, plan, key, compute, noise=not newton)
-        nothing = jnp.zeros(jax.eval_shape(draw).shape, compute)
-        drawn = flow.cond(due, draw, lambda: nothing)
-        stacks = state.stacks
-        if cache_preconditioner:
-            stale = finite & ~due & ~state.cached
-            stacks = flow.cond(stale, fit.cache, lambda x: x, stacks)
-
-        def refresh(stacks):
-            rows, noise = kron_stacks.take_rows(plan, drawn)
-            if hvp_fn is not None and newton:
-                probe_key = jax.random.fold_in(key, 1)
-                fitted, probes = kron_stacks.hessian_probe(
-                    plan, probe_key, updates, hvp_fn, compute
-                )
-            else:
-                fitted = gradients if criterion == "whiten_gradient" else direction
-                probes = kron_stacks.shape_noise(plan, noise)
-            return moving.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
-
-        def keep(stacks):
-            return stacks, jnp.zeros([], jnp.int32), fit.precondition(stacks, direction)
-
-        stacks, failed, blocks = flow.cond(due, refresh, keep, stacks)
-        blocks = clipping.clip_leaves(plan, blocks, finite, rms_clip, max_abs_clip)
-        new_state = ScaleByKronPsgdState(
-            count=count,
-            due_share=guards.select(finite, due_share, state.due_share),
-            refreshes=state.refreshes + due.astype(jnp.int32),
-            failed_refreshes=state.failed_refreshes + failed,
-            skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
-            cached=guards.select(finite, ~due, state.cached),
-            key=state.key,
-            momentum=guards.select(finite, average, state.momentum),
-            stacks=stacks,
-        )
-        return plan.join(blocks, like=updates), new_state
-
-    return _program.transformation(init, update)
+    return _program.transformation(made.init, made.update)
 
 
 def kron_psgd(
@@ -403,16 +282,3 @@ def kron_psgd(
         seed=seed,
     )
     return _settings.complete(preconditioner, learning_rate, weight_decay, mask)
-
-
-def _is_due(
-    update_probability: optax.ScalarOrSchedule, state: ScaleByKronPsgdState
-) -> tuple[Array, Array]:
-    """Whether the factors move now, and the share of the next move that is due then."""
-    probability = update_probability
-    if callable(probability):
-        probability = probability(state.count)
-    share = state.due_share + jnp.asarray(probability, jnp.float32)
-    # The slack keeps rounding from adding a step where 1/p is whole.
-    due = (state.count == 0) | (share >= 1 - 1e-6)
-    return due, jnp.where(due, jnp.maximum(share - 1, 0), share)

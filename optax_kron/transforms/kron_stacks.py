@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, linalg, psgd
-from optax_kron.transforms import _blocks
+from optax_kron.transforms import _blocks, _program
 
 PyTree = Any
 Stacks = Mapping[str, "KronStack"]
@@ -104,9 +104,9 @@ def _noise_width(signature: Signature) -> int:
 
 
 def hessian_probe(
-    plan: BlockPlan, key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree], dtype: DTypeLike
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Stacks of a Hessian-vector product and of its white probe.
+    key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree]
+) -> tuple[PyTree, PyTree]:
+    """A white probe, and its product with the Hessian.
 
     Raises:
       ValueError: if `hvp_fn` returns a tree unlike its argument.
@@ -122,9 +122,10 @@ def hessian_probe(
             f"kron_psgd: hvp_fn must return a tree like its argument; got {describe(product)}, "
             f"expected {describe(probe)}."
         )
-    return plan.split(product, dtype), plan.split(probe, dtype)
+    return probe, product
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """How the factors follow the criterion; the settings of `scale_by_kron_psgd`."""

@@ -12,8 +12,16 @@ from optax_kron.blocking import BlockPlan, complex_like
 Stacks = Mapping[str, Array]
 
 
-def init(plan: BlockPlan, dtype: DTypeLike | None) -> Stacks | Array:
-    """Zeros [N, *block shape] by signature, in the dtype of the parameters unless one is asked."""
+def start(
+    plan: BlockPlan, decay: ArrayLike | None, dtype: DTypeLike | None
+) -> Stacks | Array | None:
+    """Zeros [N, *block shape] by signature, in the dtype of the parameters unless one is asked.
+
+    `None` without a decay; a decay of zero has its average too, as the structure of a state does
+    not depend on values.
+    """
+    if decay is None:
+        return None
     if not plan.leaves:
         return jnp.zeros([])  # One leaf where the stacks would be, as optax.tree.map_params needs.
 

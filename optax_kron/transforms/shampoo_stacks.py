@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, roots
-from optax_kron.transforms import _blocks, moving_average
+from optax_kron.transforms import _blocks, _program, moving_average
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
@@ -36,6 +36,7 @@ class ShampooStack(NamedTuple):
     started: Array  # whether there has been a gradient other than zero, bool [N]
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Shampoo:
     """How statistics are gathered and applied; the settings of `scale_by_shampoo`."""

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, eigenbases
-from optax_kron.transforms import _blocks, moving_average
+from optax_kron.transforms import _blocks, _program, moving_average
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
@@ -47,6 +47,7 @@ class SoapStack(NamedTuple):
     started: Array  # whether the bases have been set from a gradient, bool [N]
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Soap:
     """How bases are found and used; the settings of `scale_by_soap`."""

@@ -1,6 +1,5 @@
 """Inside `jax.shard_map`, with types that say what varies over a mesh, all is as on one device."""
 
-import functools
 import os
 import subprocess
 import sys
