@@ -135,8 +135,8 @@ def _known_dtype(dtype: Any) -> jnp.dtype | None:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a setting is switched off: `None`, or a concrete zero."""
-    return value is None or (isinstance(value, int | float) and value == 0)
+    """Whether a setting is switched off: `None`, or a number that is zero. Arrays never are."""
+    return value is None or (isinstance(value, int | float | np.number) and value == 0)
 
 
 def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
@@ -239,10 +239,32 @@ def complete(
     weight_decay: Any,
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain a preconditioner with decoupled weight decay and a learning rate, where they are on."""
+    """Chain a preconditioner with decoupled weight decay and a learning rate, unless `None`.
+
+    The chain, and with it the structure of the state, is the same for all values.
+    """
     chain: list[optax.GradientTransformation] = [preconditioner]
-    if not is_off(weight_decay):
-        chain.append(optax.add_decayed_weights(weight_decay, mask))
+    if weight_decay is not None:
+        chain.append(_decayed_weights(weight_decay, mask))
     if learning_rate is not None:
         chain.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*chain)
+
+
+def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which of a decay that is known to be zero needs no parameters."""
+    # A tree of bools may be callable, as a model is.
+    is_tree = callable(mask) and not jax.tree_util.all_leaves([mask])
+    inner = optax.add_decayed_weights(weight_decay, (lambda _: mask) if is_tree else mask)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if is_off(weight_decay):
+            return updates, state
+        if params is None:
+            raise ValueError(
+                "weight_decay needs the parameters, unless it is None or a plain 0.0: pass them, "
+                "tx.update(grads, state, params)."
+            )
+        return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)

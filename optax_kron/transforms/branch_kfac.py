@@ -141,7 +141,7 @@ def branch_kfac(
     damping: optax.ScalarOrSchedule = 1e-3,
     blocks: ArrayLike = 4,
     clip: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     redraw: bool = True,
     seed: int | Array = 2027,
@@ -194,7 +194,7 @@ def branch_kfac(
     owner = "branch_kfac"
     _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     _settings.check_range(owner, "clip", clip, open_left=True, optional=True)
-    _settings.check_range(owner, "weight_decay", weight_decay)
+    _settings.check_range(owner, "weight_decay", weight_decay, optional=True)
     _settings.check_mask(owner, mask)
     preconditioner = scale_by_branch_kfac(damping=damping, blocks=blocks, redraw=redraw, seed=seed)
     if clip is not None and learning_rate is None:

@@ -126,7 +126,7 @@ def ekfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -192,7 +192,8 @@ def ekfac(
     Source: George et al. (2018), arXiv:1806.03884.
     """
     _settings.check_range("ekfac", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("ekfac", "weight_decay", weight_decay)
+    _settings.check_range("ekfac", "weight_decay", weight_decay, optional=True)
+    _settings.check_mask("ekfac", mask)
     preconditioner = scale_by_ekfac(
         layers=layers,
         decay=decay,

@@ -153,7 +153,7 @@ def kfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -221,7 +221,8 @@ def kfac(
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
     _settings.check_range("kfac", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("kfac", "weight_decay", weight_decay)
+    _settings.check_range("kfac", "weight_decay", weight_decay, optional=True)
+    _settings.check_mask("kfac", mask)
     preconditioner = scale_by_kfac(
         layers=layers,
         decay=decay,

@@ -196,7 +196,7 @@ def kron_psgd(
     init_scale: ArrayLike | None = None,
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     blocking: Blocking = _DEFAULT_BLOCKING,
     cache_preconditioner: bool = True,
@@ -262,7 +262,7 @@ def kron_psgd(
     arXiv:2402.11858.
     """
     _settings.check_range("kron_psgd", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("kron_psgd", "weight_decay", weight_decay)
+    _settings.check_range("kron_psgd", "weight_decay", weight_decay, optional=True)
     _settings.check_mask("kron_psgd", mask)
     preconditioner = scale_by_kron_psgd(
         momentum=momentum,

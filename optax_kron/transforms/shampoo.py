@@ -153,7 +153,7 @@ def shampoo(
     grafting: str | None = "adam",
     graft_decay: ArrayLike = 0.95,
     graft_epsilon: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
@@ -215,7 +215,7 @@ def shampoo(
     Sources: Gupta et al. (2018), arXiv:1802.09568; Anil et al. (2020), arXiv:2002.09018.
     """
     _settings.check_range("shampoo", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("shampoo", "weight_decay", weight_decay)
+    _settings.check_range("shampoo", "weight_decay", weight_decay, optional=True)
     _settings.check_mask("shampoo", mask)
     preconditioner = scale_by_shampoo(
         momentum=momentum,

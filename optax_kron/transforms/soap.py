@@ -134,7 +134,7 @@ def soap(
     basis: str = "qr",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
@@ -195,7 +195,7 @@ def soap(
     Sources: Vyas et al. (2024), arXiv:2409.11321; Lin et al. (2025), arXiv:2509.03378.
     """
     _settings.check_range("soap", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("soap", "weight_decay", weight_decay)
+    _settings.check_range("soap", "weight_decay", weight_decay, optional=True)
     _settings.check_mask("soap", mask)
     preconditioner = scale_by_soap(
         variant=variant,
