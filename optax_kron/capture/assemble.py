@@ -112,20 +112,20 @@ def member_moments(
             form = Canonical(use, analysis.labels.data(use.output))
             i = numbers[use]
             record = linearized.inputs[i]
-            if member.layer.is_embedding:
-                # Its moments are a diagonal, with an axis of length one.
-                inputs = inputs + form.merged_blocks(record)[..., 0]
-            else:
-                inputs = inputs + form.merged_blocks(record)
+            # Diagonals have an axis of length one beside them.
+            inputs = inputs + form.merged_blocks(record)
             outputs = outputs + form.merged_blocks(jnp.sum(gradients[i], axis=0))
             positions += form.positions
             w = weighing.of(use, form, marks)
             if linearized.taken[i] is not None:
                 w = form.taken_weights(w, linearized.taken[i])
             total = total + kfac.total_weight(w, form.positions)
-        data = analysis.labels.data(group[0].output).size
+        data, layer = analysis.labels.data(group[0].output).size, member.layer
+        inputs = inputs[..., 0] if layer.has_diagonal_input else inputs
+        outputs = outputs[..., 0] if layer.has_diagonal_output else outputs
         if gradients[numbers[group[0]]].shape[0] == 0:
-            outputs = data * jnp.tile(jnp.eye(member.layer.d_out), (member.layer.blocks, 1, 1))
+            like: Any = {"dtype": outputs.dtype, "diagonal": layer.has_diagonal_output}
+            outputs = data * kfac.identities(layer.blocks, layer.d_out, **like)
         inputs = inputs / jnp.where(total > 0, total, 1)[(..., *[None] * (inputs.ndim - 1))]
         weight = jnp.broadcast_to(total / positions, member.layer.blocks)
         found.append(Moments(inputs, outputs / data, weight))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from optax_kron.capture.check import failures
-from optax_kron.capture.layers import Layer
+from optax_kron.capture.layers import MAX_SIZE, Layer, check_max_size
 from optax_kron.capture.trace import Traced, trace_loss
 
 PyTree = Any
@@ -76,8 +76,9 @@ class Layers:
     def __str__(self) -> str:
         rows = [("layer", "kind", "blocks", "inputs", "outputs", "parameters")]
         for layer in self.layers:
-            inputs = f"{layer.d_in} diagonal" if layer.is_embedding else str(layer.d_in)
-            sizes = (str(layer.blocks), inputs, str(layer.d_out))
+            sides = (layer.d_in, layer.has_diagonal_input), (layer.d_out, layer.has_diagonal_output)
+            widths = [f"{size} diagonal" if wide else str(size) for size, wide in sides]
+            sizes = (str(layer.blocks), *widths)
             rows.append((layer.name, layer.kind, *sizes, " ".join(layer.paths)))
         lines = _align(rows)
         if self.uncovered:
@@ -104,6 +105,7 @@ def find_layers(
     *args: Any,
     has_aux: bool = False,
     check: bool = True,
+    max_size: int = MAX_SIZE,
 ) -> Layers:
     """Find the layers of a loss function: which of its parameters get a Kronecker block.
 
@@ -121,12 +123,15 @@ def find_layers(
       check: compare the layers with the gradient, on the given numbers, and leave out those that
         differ. Abstract arguments have no numbers: the check is then made by the first
         `value_and_grad_with_taps` that has some.
+      max_size: longest axis that has a dense factor. Of a kernel with more inputs, or more outputs,
+        that factor is diagonal: the diagonal of the second moment, of which nothing else is ever
+        formed, neither here nor in taps. The table says so.
 
     Returns:
       The layers.
 
     Raises:
-      ValueError: if the loss is not a real scalar.
+      ValueError: if the loss is not a real scalar, or max_size no integer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -139,7 +144,10 @@ def find_layers(
       >>> [layer.name for layer in layers]
       ['in', 'out']
     """
+    check_max_size("find_layers", max_size)
     traced = trace_loss(loss_fn, params, args, has_aux)
+    for member in traced.analysis.members:
+        member.layer = dataclasses.replace(member.layer, max_size=int(max_size))
     check = check and traced.is_concrete
     return describe(traced, failures(traced) if check else {}, check)
 

@@ -14,11 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optax_kron.capture.views import Digit, Digits, spans
 
 PyTree = Any
+
+MAX_SIZE = 8192  # longest axis of a kernel with a dense factor, as in `ok.Blocking`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,9 @@ class Layer:
       out_axes: axes of the kernel that are outputs; all others are inputs.
       is_embedding: whether inputs are integer indices into the rows of the kernel.
       kind: a word for tables.
+      max_size: longest axis that has a dense factor: of a kernel with more inputs the input factor
+        is diagonal, with more outputs the output factor, and neither is ever formed otherwise. The
+        bias's input does not count.
       kernel_view: how the kernel becomes [B, d_in, d_out]; found from the axes if not given.
       bias_view: how the bias becomes [B, d_out].
 
@@ -106,8 +112,10 @@ class Layer:
     kind: str = "dense"
     kernel_view: Arrangement | None = None
     bias_view: Arrangement | None = None
+    max_size: int = MAX_SIZE
 
     def __post_init__(self):
+        check_max_size(f"Layer {self.name!r}", self.max_size)
         if self.kernel is None and self.bias is None:
             raise ValueError(f"Layer {self.name!r}: give the path of a kernel, of a bias, or both.")
         if self.is_embedding and self.bias is not None:
@@ -136,6 +144,16 @@ class Layer:
     def d_out(self) -> int:
         """Length of an output."""
         return self._view.arranged_shape[-1]
+
+    @property
+    def has_diagonal_input(self) -> bool:
+        """Whether the input factor is diagonal: of embeddings, and of kernels with many inputs."""
+        return self.is_embedding or self.d_in - (self.bias is not None) > self.max_size
+
+    @property
+    def has_diagonal_output(self) -> bool:
+        """Whether the output factor is diagonal: of layers with many outputs."""
+        return self.d_out > self.max_size
 
     @property
     def _view(self) -> Arrangement:
@@ -223,6 +241,13 @@ class Layer:
         if self.kernel is not None and self.kernel_view is not None:
             kernel = self.kernel_view.put(leaves[self.kernel], canonical[:, :last])
             leaves[self.kernel] = kernel
+
+
+def check_max_size(owner: str, size: Any) -> None:
+    """Raise unless a longest axis is an integer that is not negative."""
+    whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if not whole or size < 0:
+        raise ValueError(f"{owner}: max_size must be an integer ≥ 0; got {size!r}.")
 
 
 def is_inexact(x: Any) -> bool:

@@ -44,13 +44,14 @@ def moments_of(
     approx = "reduce" if layer.kernel is None else approx
     dtype = contract.wide_dtype(tap.output_grads.dtype) if dtype is None else dtype
     weights = None if tap.weights is None else tap.weights.astype(dtype)
+    settings: Any = {"approx": approx, "precision": precision}
     if layer.is_embedding:
         inputs = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
     else:
         x = tap.inputs.astype(dtype)
-        inputs = kfac.input_moment(x, weights, approx=approx, precision=precision)
+        inputs = kfac.input_moment(x, weights, diagonal=layer.has_diagonal_input, **settings)
     grads = tap.output_grads.astype(dtype)
-    outputs = kfac.output_moment(grads, approx=approx, precision=precision)
+    outputs = kfac.output_moment(grads, diagonal=layer.has_diagonal_output, **settings)
     blocks, data, positions, _ = tap.inputs.shape
     if weights is None:
         weight = jnp.asarray(data * (1 if approx == "reduce" else positions), dtype)
@@ -95,7 +96,10 @@ def moments_of_member(
                 "reduce=False, or take approx='expand'."
             )
         inputs = tap.input_factor.astype(dtype)
-        inputs = inputs if layer.is_embedding else inputs[..., columns, columns]
+        if not layer.is_embedding:
+            inputs = inputs[..., columns] if inputs.ndim == 2 else inputs[..., columns, columns]
+        if inputs.ndim == 2 and not layer.has_diagonal_input:
+            inputs = inputs[..., None]  # of a wide kernel that is hidden, the bias's one is left
         weight = jnp.broadcast_to(tap.weight.astype(dtype), layer.blocks)
         return Moments(inputs, tap.output_factor.astype(dtype), weight)
 
@@ -169,17 +173,18 @@ class InsideMoments:
         self.stacked = frozenset(scan for scan, _ in use.view.steps)
 
     def dummy(self) -> Array:
-        """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out]."""
+        """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out, or 1 if diagonal]."""
         steps = [scan.loop.length for scan in self.use.scans if scan in self.stacked]
         d_out = self.layer.d_out
         shape = jax.eval_shape(self.form.output_grads, self._output())
-        return jnp.zeros((*steps, shape.shape[0], d_out, d_out), contract.wide_dtype(shape.dtype))
+        width = 1 if self.layer.has_diagonal_output else d_out
+        return jnp.zeros((*steps, shape.shape[0], d_out, width), contract.wide_dtype(shape.dtype))
 
     def _output(self) -> Any:
         return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)
 
     def of_inputs(self, record: Array) -> Array:
-        """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal for an embedding."""
+        """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal [blocks, d_in, 1]."""
         # Undo the kernel's mean.
         total = kfac.total_weight(self.weights, self.form.positions)[:, None, None]
         if self.layer.is_embedding:
@@ -192,6 +197,8 @@ class InsideMoments:
         x = contract.widen(x)
         if self.layer.bias is not None:
             x = with_bias(x, self.biased)
+        if self.layer.has_diagonal_input:
+            return kfac.input_moment(x, self.weights, diagonal=True)[..., None] * total
         return kfac.input_moment(x, self.weights) * total
 
     def watch(self, value: Array, dummy: Array) -> Array:
@@ -207,8 +214,11 @@ class InsideMoments:
         def backward(_, cotangent):
             g = self.form.output_grads(cotangent)
             g = contract.widen(g)
-            moment = kfac.output_moment(g[None]) * g.shape[1]
-            return cotangent, moment.astype(dummy.dtype)
+            if self.layer.has_diagonal_output:
+                moment = kfac.output_moment(g[None], diagonal=True)[..., None]
+            else:
+                moment = kfac.output_moment(g[None])
+            return cotangent, (moment * g.shape[1]).astype(dummy.dtype)
 
         watched.defvjp(forward, backward)
         return watched(value, dummy)

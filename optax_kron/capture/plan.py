@@ -26,11 +26,13 @@ class Member:
       layer: with views, without the parameters that are hidden from the optimizer.
       columns: of the inputs in its taps, those that belong to the parameters which are there.
       width: number of columns that its taps must have; `None` if not known.
+      wide_input: whether second moments of its inputs are diagonal, as of all of the layer.
     """
 
     layer: Layer
     columns: slice
     width: int | None
+    wide_input: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +161,21 @@ class LayerPlan:
     def _check_moments(self, member: Member, moments: Moments, where: str) -> None:
         layer = member.layer
         width = layer.d_in if layer.is_embedding else member.width
-        input_shape = (layer.blocks, width) + (() if layer.is_embedding else (width,))
-        expected = input_shape, (layer.blocks, layer.d_out, layer.d_out)
-        got = moments.input_factor.shape, moments.output_factor.shape
+        got = jnp.shape(moments.input_factor), jnp.shape(moments.output_factor)
+        expected = (
+            factor_shape(layer.blocks, width or 0, member.wide_input),
+            factor_shape(layer.blocks, layer.d_out, layer.has_diagonal_output),
+        )
         if got[1] != expected[1] or (width is not None and got[0] != expected[0]):
+            remedy = ""
+            if [len(shape) for shape in got] != [len(shape) for shape in expected]:
+                remedy = (
+                    f" An axis longer than {layer.max_size}, the layer's max_size, has a diagonal "
+                    "factor [B, d]: make the taps with the layers that are used here."
+                )
             raise ValueError(
                 f"{where}: the taps are second moments of shapes {got}; expected {expected}."
+                f"{remedy}"
             )
 
 
@@ -249,7 +260,13 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
 
 
 def _label(layer: Layer) -> str:
-    return f"{layer.d_in}{'diag' if layer.is_embedding else ''}x{layer.d_out}"
+    sides = (layer.d_in, layer.has_diagonal_input), (layer.d_out, layer.has_diagonal_output)
+    return "x".join(f"{size}{'diag' if diagonal else ''}" for size, diagonal in sides)
+
+
+def factor_shape(count: int, size: int, diagonal: bool) -> tuple[int, ...]:
+    """That of so many factors."""
+    return (count, size) if diagonal else (count, size, size)
 
 
 def _hidden_paths(tree: PyTree) -> list[str]:
@@ -289,13 +306,15 @@ def _visible(layer: Layer, leaves: Mapping[str, Any], hidden: Sequence[str]) -> 
     if 0 in (seen.blocks, seen.d_in, seen.d_out):
         return None
     if layer.is_embedding:
-        return Member(seen, slice(None), 1)
+        return Member(seen, slice(None), 1, True)
     if layer.kernel is not None and not sees_kernel:
         view = layer.kernel_view
-        return Member(seen, slice(-1, None), None if view is None else view.arranged_shape[1] + 1)
+        rows = None if view is None else view.arranged_shape[1]
+        wide = rows is not None and rows > layer.max_size
+        return Member(seen, slice(-1, None), None if rows is None else rows + 1, wide)
     if layer.bias is not None and not sees_bias:
-        return Member(seen, slice(0, -1), seen.d_in + 1)
-    return Member(seen, slice(None), seen.d_in)
+        return Member(seen, slice(0, -1), seen.d_in + 1, seen.has_diagonal_input)
+    return Member(seen, slice(None), seen.d_in, seen.has_diagonal_input)
 
 
 def _volume(box: Box) -> int:

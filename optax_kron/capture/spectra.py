@@ -29,7 +29,7 @@ def eigenvalues_of_member(
       member: the layer, and which columns of its taps' inputs belong to it.
       taps: groups, in canonical form.
       input_basis: Q_a [B, d_in, d_in]; `None`: the identity.
-      output_basis: Q_g [B, d_out, d_out].
+      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
       dtype: of the eigenvalues.
       precision: of the matrix products.
 

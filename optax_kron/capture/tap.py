@@ -29,8 +29,9 @@ class Moments(NamedTuple):
     Those of several batches of one size may be averaged.
     """
 
-    input_factor: Array  # A [B, d_in, d_in]; of an embedding its diagonal [B, d_in]
-    output_factor: Array  # G [B, d_out, d_out]
+    # Where the layer has a diagonal factor, as embeddings and wide axes have, the diagonal alone.
+    input_factor: Array  # A [B, d_in, d_in] or [B, d_in]
+    output_factor: Array  # G [B, d_out, d_out] or [B, d_out]
     # Of all data in the loss, Σ_n w_n, which weighs A against other groups; 0 if none was seen, N·S
     # if the tap has no weights; [B] or [].
     weight: Array

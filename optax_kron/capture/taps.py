@@ -1,5 +1,6 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
+import dataclasses
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -43,7 +44,7 @@ def value_and_grad_with_taps(
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       reduce: return second moments, ready for `ok.kfac`, instead of what each datum gave. They are
         formed inside the traced function, also inside scans and checkpoints, so that a layer takes
-        `d_in² + d_out²` numbers however large the batch. "expand" only.
+        `d_in² + d_out²` numbers however large the batch, of a diagonal factor `d`. "expand" only.
       samples: columns of a random estimate.
       fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
         own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
@@ -151,6 +152,7 @@ def _select(traced: Traced, layers: Layers | None) -> None:
         wanted = [name for name in found if name not in refused]
     else:
         wanted = [layer.name for layer in layers]
+        sizes = {layer.name: layer.max_size for layer in layers}
         for name in wanted:
             if name not in found or name in refused:
                 reason = refused.get(name, "it is not found in this loss function")
@@ -160,6 +162,8 @@ def _select(traced: Traced, layers: Layers | None) -> None:
                 )
         if refused == {} and traced.is_concrete:
             layers.checked = True
+        for name in wanted:
+            found[name].layer = dataclasses.replace(found[name].layer, max_size=sizes[name])
     analysis.members = [found[name] for name in wanted]
 
 

@@ -5,7 +5,8 @@ positions of each of `N` data. Its inputs `a` are [B, N, S, d_in]; the gradients
 its outputs, one for each of `V` columns, are [V, B, N, S, d_out]. The curvature of a block's
 parameters, as a matrix [d_in, d_out], is `A ⊗ G`: the *input factor* `A` is the mean of `a aᵀ`, the
 *output factor* `G` the sum of `g gᵀ` over columns and the mean over data. Factors are symmetric
-[d, d]; an input factor may be diagonal, [d]. All arrays are real.
+[d, d]; that of an axis too wide for a matrix is diagonal, [d]: the diagonal of the moment, of which
+nothing else is ever formed. All arrays are real.
 
 Where a weight is used at several positions there are two approximations: "expand" takes every
 position of every datum as a case of its own; "reduce" averages `a` and sums `g` over the positions.
@@ -34,6 +35,7 @@ def input_moment(
     weights: Array | None = None,
     *,
     approx: str = "expand",
+    diagonal: bool = False,
     precision: contract.Precision = None,
 ) -> Array:
     """`A = Σ_n w_n Σ_s a aᵀ / (S Σ_n w_n)`, of each block.
@@ -43,10 +45,11 @@ def input_moment(
       weights: ≥ 0, of the data [N], of their positions [N, S], or of those of each block
         [B, N, S]; `None`: all equal. All zero: the moment is zero.
       approx: "expand"; or "reduce": `a` is its mean over the positions, and S = 1.
+      diagonal: return only the diagonal, from squares.
       precision: of the matrix product.
 
     Returns:
-      [B, d_in, d_in]. Cost: 2·B·N·S·d_in² operations.
+      [B, d_in, d_in], or [B, d_in]. Cost: 2·B·N·S·d_in² operations, or 2·B·N·S·d_in.
     """
     if approx == "reduce" and weights is not None and weights.ndim > 1:
         weights = _by_block(weights)
@@ -58,9 +61,9 @@ def input_moment(
         inputs = jnp.mean(inputs, axis=2, keepdims=True)
     if weights is None:
         _, data, positions, _ = inputs.shape
-        return _gram(inputs[None], precision) / (data * positions)
+        return _gram(inputs[None], precision, diagonal=diagonal) / (data * positions)
     share = _shares(inputs.shape, weights, inputs.dtype)
-    return _gram(inputs[None], precision, share[..., None])
+    return _gram(inputs[None], precision, share[..., None], diagonal=diagonal)
 
 
 def index_frequencies(
@@ -112,28 +115,44 @@ def _shares(shape: Sequence[int], weights: Array | None, dtype: DTypeLike) -> Ar
 
 
 def output_moment(
-    output_grads: Array, *, approx: str = "expand", precision: contract.Precision = None
+    output_grads: Array,
+    *,
+    approx: str = "expand",
+    diagonal: bool = False,
+    precision: contract.Precision = None,
 ) -> Array:
     """`G = (1/N) Σ_v Σ_n Σ_s g gᵀ`, of each block; the identity if there are no columns.
 
     Args:
       output_grads: [V, B, N, S, d_out].
       approx: "expand"; or "reduce": `g` is its sum over the positions.
+      diagonal: return only the diagonal, from squares.
       precision: of the matrix product.
 
     Returns:
-      [B, d_out, d_out]. Cost: 2·V·B·N·S·d_out² operations.
+      [B, d_out, d_out], or [B, d_out]. Cost: 2·V·B·N·S·d_out² operations, or 2·V·B·N·S·d_out.
     """
     if approx == "reduce":
         output_grads = jnp.sum(output_grads, axis=3, keepdims=True)
     if output_grads.shape[0] == 0:
         _, blocks, _, _, size = output_grads.shape
-        return jnp.tile(jnp.eye(size, dtype=output_grads.dtype), (blocks, 1, 1))
-    return _gram(output_grads, precision) / output_grads.shape[2]
+        return identities(blocks, size, output_grads.dtype, diagonal=diagonal)
+    return _gram(output_grads, precision, diagonal=diagonal) / output_grads.shape[2]
 
 
-def _gram(x: Array, precision: contract.Precision, scale: ArrayLike = 1) -> Array:
-    """`Σ_v Σ_n Σ_s scale·x xᵀ` of [V, B, N, S, d], [B, d, d]."""
+def identities(count: int, size: int, dtype: DTypeLike, *, diagonal: bool = False) -> Array:
+    """So many identity matrices, [N, d, d], or their diagonals, [N, d]."""
+    if diagonal:
+        return jnp.ones((count, size), dtype)
+    return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
+
+
+def _gram(
+    x: Array, precision: contract.Precision, scale: ArrayLike = 1, *, diagonal: bool = False
+) -> Array:
+    """`Σ_v Σ_n Σ_s scale·x xᵀ` of [V, B, N, S, d], [B, d, d], or its diagonal [B, d]."""
+    if diagonal:
+        return jnp.sum(x * scale * x, axis=(0, 2, 3))
     if x.shape[1] == 1:
         # As a product of matrices, not a stack of one: the CPU would transpose that beforehand.
         rows = x.reshape(-1, x.shape[-1])
@@ -237,7 +256,7 @@ def apply_inverses(
 
     Args:
       input_inverse: [d_in, d_in] or [d_in].
-      output_inverse: [d_out, d_out].
+      output_inverse: [d_out, d_out] or [d_out].
       x: [d_in, d_out].
       precision: of the matrix products.
 

@@ -24,6 +24,7 @@ def factors(
     output_grads: Array,
     *,
     length: int | None = None,
+    diagonal: tuple[bool, bool] = (False, False),
     tolerance: float = 1e-6,
     max_iterations: int = 200,
     precision: contract.Precision = None,
@@ -34,21 +35,26 @@ def factors(
       inputs: [N, S, d_in]; of a table int indices [N, S, 1], one beyond it counts for nothing.
       output_grads: [V, N, S, d_out].
       length: number of rows of the table, whose A is diagonal; `None`: it is none.
+      diagonal: whether A, and whether G, is to be diagonal: the nearest among those.
       tolerance: the iteration ends when the norm of `A ⊗ G` changes by less, relatively.
       max_iterations: and after so many at the latest.
       precision: of the matrix products.
 
     Returns:
-      `A` [d_in, d_in], or its diagonal [length], and `G` [d_out, d_out], of equal norm; zeros for a
-      curvature of zero. Cost of an iteration: 4·N·S·(d_in² + V·d_out²) + 4·N·S²·(d_in + V·d_out)
-      operations; of a table without the terms of d_in.
+      `A` [d_in, d_in], or its diagonal [d_in] or [length], and `G` [d_out, d_out], or its diagonal
+      [d_out], of equal norm; zeros for a curvature of zero. Cost of an iteration:
+      4·N·S·(d_in² + V·d_out²) + 4·N·S²·(d_in + V·d_out) operations; of a table without the terms of
+      d_in, of diagonal factors without their squares.
     """
     d_out = output_grads.shape[-1]
     if length is None:
-        of_input, of_output = _half_steps(inputs, output_grads, precision)
-        dtype, shape = jnp.result_type(inputs, output_grads), (inputs.shape[-1],) * 2
+        of_input, of_output = _half_steps(inputs, output_grads, diagonal, precision)
+        dtype, d_in = jnp.result_type(inputs, output_grads), inputs.shape[-1]
+        shape = (d_in,) if diagonal[0] else (d_in, d_in)
     else:
-        of_input, of_output = _table_half_steps(inputs, output_grads, length, precision)
+        of_input, of_output = _table_half_steps(
+            inputs, output_grads, length, diagonal[1], precision
+        )
         dtype, shape = output_grads.dtype, (length,)
 
     def step(carry):
@@ -62,33 +68,39 @@ def factors(
         return (count < max_iterations) & (change > tolerance * norm)
 
     # The identity is orthogonal to no positive semidefinite matrix, and so not to the solution.
-    G, _ = _normalised(jnp.eye(d_out, dtype=dtype))
+    G, _ = _normalised(jnp.ones(d_out, dtype) if diagonal[1] else jnp.eye(d_out, dtype=dtype))
     infinite = jnp.full((), jnp.inf, dtype)
     start = (0, jnp.zeros((), dtype), infinite, jnp.zeros(shape, dtype), G)
     _, norm, _, A, G = flow.while_loop(goes_on, step, start)
     return jnp.sqrt(norm) * A, jnp.sqrt(norm) * G
 
 
-def _half_steps(inputs: Array, output_grads: Array, precision: contract.Precision):
+def _half_steps(
+    inputs: Array, output_grads: Array, diagonal: tuple[bool, bool], precision: contract.Precision
+):
     """A from G, and G from A, but for their scale."""
 
     def of_input(output_factor):
-        pairs = jnp.einsum(
-            "vnso,op,vntp->nst", output_grads, output_factor, output_grads, precision=precision
-        )
-        return _mean(inputs[None], pairs, precision)
+        turned = _applied(output_factor, output_grads, precision)
+        pairs = jnp.einsum("vnso,vnto->nst", output_grads, turned, precision=precision)
+        return _mean(inputs[None], pairs, diagonal[0], precision)
 
     def of_output(input_factor):
-        pairs = jnp.einsum("nsi,ij,ntj->nst", inputs, input_factor, inputs, precision=precision)
-        return _mean(output_grads, pairs, precision)
+        turned = _applied(input_factor, inputs, precision)
+        pairs = jnp.einsum("nsi,nti->nst", inputs, turned, precision=precision)
+        return _mean(output_grads, pairs, diagonal[1], precision)
 
     return of_input, of_output
 
 
 def _table_half_steps(
-    indices: Array, output_grads: Array, length: int, precision: contract.Precision
+    indices: Array,
+    output_grads: Array,
+    length: int,
+    diagonal: bool,
+    precision: contract.Precision,
 ):
-    """The same for a table, with a diagonal A."""
+    """The same for a table, with a diagonal A; `diagonal`: whether G is, too."""
     rows = indices[..., 0]
     # What counts in A is where a datum reads one row: at one position or at several.
     same = (rows[:, :, None] == rows[:, None, :]).astype(output_grads.dtype)
@@ -96,25 +108,33 @@ def _table_half_steps(
     data = output_grads.shape[1]
 
     def of_input(output_factor):
-        products = jnp.einsum(
-            "vnso,op,vnsp->ns", output_grads, output_factor, beside, precision=precision
-        )
+        turned = _applied(output_factor, output_grads, precision)
+        products = jnp.einsum("vnso,vnso->ns", turned, beside, precision=precision)
         return jnp.zeros(length, products.dtype).at[rows].add(products, mode="drop") / data
 
     def of_output(input_factor):
-        weights = input_factor.at[rows].get(mode="fill", fill_value=0)
-        return (
-            jnp.einsum("vnso,ns,vnsp->op", output_grads, weights, beside, precision=precision)
-            / data
-        )
+        weights = input_factor.at[rows].get(mode="fill", fill_value=0)[..., None]
+        return _products(output_grads * weights, beside, diagonal, precision) / data
 
     return of_input, of_output
 
 
-def _mean(x: Array, pairs: Array, precision: contract.Precision) -> Array:
+def _applied(factor: Array, x: Array, precision: contract.Precision) -> Array:
+    """A factor [d, d], or its diagonal [d], applied to vectors [..., d]."""
+    return x * factor if factor.ndim == 1 else jnp.matmul(x, factor.T, precision=precision)
+
+
+def _mean(x: Array, pairs: Array, diagonal: bool, precision: contract.Precision) -> Array:
     """`(1/N) Σ_v Σ_n xᵀ P x` of x [V, N, S, d] and pairs of positions P [N, S, S]."""
     beside = jnp.einsum("nst,vntj->vnsj", pairs, x, precision=precision)
-    return jnp.einsum("vnsi,vnsj->ij", x, beside, precision=precision) / x.shape[1]
+    return _products(x, beside, diagonal, precision) / x.shape[1]
+
+
+def _products(x: Array, y: Array, diagonal: bool, precision: contract.Precision) -> Array:
+    """`Σ_v Σ_n Σ_s x yᵀ` of vectors [V, N, S, d]: [d, d], or its diagonal [d]."""
+    if diagonal:
+        return jnp.sum(x * y, axis=(0, 1, 2))
+    return jnp.einsum("vnsi,vnsj->ij", x, y, precision=precision)
 
 
 def _normalised(x: Array) -> tuple[Array, Array]:

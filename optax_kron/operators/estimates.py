@@ -51,7 +51,8 @@ def kfac(
       precision: of the matrix products.
 
     Returns:
-      An operator on pytrees like the parameters. Memory: d_in² + d_out² for each layer. Making it
+      An operator on pytrees like the parameters. Memory: d_in² + d_out² for each layer; factors of
+      axes longer than the layer's `max_size` are diagonal, of d numbers. Making it
       takes 2·N·S·(d_in² + V·d_out²) operations. Its inverse for rule="exact" divides by all
       `λ_A·λ_G + δ`.
 
@@ -172,7 +173,8 @@ def kfoc(
       precision: of the matrix products.
 
     Returns:
-      An operator as of `kfac`. An embedding's input factor is diagonal: the nearest among those.
+      An operator as of `kfac`. Where a layer's factor is diagonal, as an embedding's input factor
+      and those of wide axes are, it is the nearest among those.
       Making it takes, in each iteration and for each layer, the operations of
       `kernels.kfoc.factors`.
 
@@ -209,6 +211,7 @@ def kfoc(
         solve = functools.partial(
             kfoc_kernels.factors,
             length=layer.d_in if layer.is_embedding else None,
+            diagonal=(layer.has_diagonal_input, layer.has_diagonal_output),
             tolerance=tolerance,
             max_iterations=max_iterations,
             precision=precision,

@@ -26,7 +26,7 @@ class Spectrum(NamedTuple):
 
     input_basis: Array | None  # columns [N, d_in, d_in], factor_dtype; None if A is diagonal
     input_values: Array  # of A [N, d_in], factor_dtype
-    output_basis: Array  # columns [N, d_out, d_out], factor_dtype
+    output_basis: Array | None  # columns [N, d_out, d_out], factor_dtype; None if G is diagonal
     output_values: Array  # of G [N, d_out], factor_dtype
     values: Array  # λ [N, d_in, d_out], factor_dtype
     known: Array  # whether the eigenvalues have been set, bool [N]
@@ -38,12 +38,7 @@ class Curvature(kfac_stacks.Curvature):
     def start(self, layer: Layer, count: int, dtype: DTypeLike) -> Spectrum:
         """See `kfac_stacks.Curvature`."""
         return Spectrum(
-            input_basis=None
-            if layer.is_embedding
-            else kfac_stacks.identity(count, layer.d_in, dtype),
-            input_values=jnp.ones((count, layer.d_in), dtype),
-            output_basis=kfac_stacks.identity(count, layer.d_out, dtype),
-            output_values=jnp.ones((count, layer.d_out), dtype),
+            *kfac_stacks.identity_bases(layer, count, dtype),
             values=jnp.ones((count, layer.d_in, layer.d_out), dtype),
             known=jnp.zeros(count, bool),
         )
@@ -116,13 +111,15 @@ class Curvature(kfac_stacks.Curvature):
         self, member: Member, taps: Sequence[Tap], spectrum: Spectrum, rows: slice, decay: Array
     ) -> Array:
         """λ [B, d_in, d_out] of one layer, in the bases at some rows of a stack."""
-        Q_a = spectrum.input_basis
+        bases = [
+            None if basis is None else basis[rows].astype(decay.dtype)
+            for basis in (spectrum.input_basis, spectrum.output_basis)
+        ]
         return eigenvalues_of_member(
             self.owner,
             member,
             taps,
-            None if Q_a is None else Q_a[rows].astype(decay.dtype),
-            spectrum.output_basis[rows].astype(decay.dtype),
+            *bases,
             dtype=decay.dtype,
             precision=self.precision,
         )

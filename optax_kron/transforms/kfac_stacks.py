@@ -1,7 +1,7 @@
 """The factors of K-FAC as stacks: how layers share them, how they move, and precondition.
 
-Blocks with one signature (d_in, d_out, and whether the input factor is diagonal), from all layers,
-form one array per factor. So compile time grows with the number of signatures, not of layers, but
+Blocks with one signature (d_in, d_out, and which factors are diagonal), from all layers, form one
+array per factor. So compile time grows with the number of signatures, not of layers, but
 for the contraction of each layer's taps, whose shapes are its own.
 """
 
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of_member
-from optax_kron.capture.plan import LayerPlan
+from optax_kron.capture.plan import LayerPlan, factor_shape
 from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, flow, kfac
 from optax_kron.transforms import _blocks
@@ -31,7 +31,7 @@ class Inverses(NamedTuple):
     """Inverses of damped factors."""
 
     input: Array  # (A + ...)⁻¹ [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
-    output: Array  # (G + ...)⁻¹ [N, d_out, d_out], factor_dtype
+    output: Array  # (G + ...)⁻¹ [N, d_out, d_out], or its diagonal [N, d_out], factor_dtype
 
 
 class Eigenbases(NamedTuple):
@@ -39,7 +39,7 @@ class Eigenbases(NamedTuple):
 
     input_basis: Array | None  # columns [N, d_in, d_in], factor_dtype; None if A is diagonal
     input_values: Array  # [N, d_in], factor_dtype
-    output_basis: Array | None  # columns [N, d_out, d_out], factor_dtype
+    output_basis: Array | None  # columns [N, d_out, d_out], factor_dtype; None if G is diagonal
     output_values: Array  # [N, d_out], factor_dtype
 
 
@@ -47,7 +47,7 @@ class KfacStack(NamedTuple):
     """Factors of the N blocks of one signature."""
 
     input_factor: Array  # A [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
-    output_factor: Array  # G [N, d_out, d_out], factor_dtype
+    output_factor: Array  # G [N, d_out, d_out], or its diagonal [N, d_out], factor_dtype
     started: Array  # whether the factors have been set, bool [N]
     inverse: Any  # of the factors at the last refresh that went well: Inverses or Eigenbases
 
@@ -68,11 +68,13 @@ class Curvature:
         stacks = {}
         for label, members in plan.stacks.items():
             layer, count = members[0].layer, plan.count(label)
-            diagonal = layer.is_embedding
-            input_shape = (count, layer.d_in) if diagonal else (count, layer.d_in, layer.d_in)
+            shapes = (
+                factor_shape(count, layer.d_in, layer.has_diagonal_input),
+                factor_shape(count, layer.d_out, layer.has_diagonal_output),
+            )
             stacks[label] = KfacStack(
-                input_factor=jnp.zeros(input_shape, dtype),
-                output_factor=jnp.zeros((count, layer.d_out, layer.d_out), dtype),
+                input_factor=jnp.zeros(shapes[0], dtype),
+                output_factor=jnp.zeros(shapes[1], dtype),
                 started=jnp.zeros(count, bool),
                 inverse=self.start(layer, count, dtype),
             )
@@ -80,19 +82,12 @@ class Curvature:
 
     def start(self, layer: Layer, count: int, dtype: DTypeLike) -> Any:
         """What stands for the inverses of `count` blocks before there are any: the identity."""
-
-        def diagonal(size):
-            return jnp.ones((count, size), dtype)
-
-        inputs = diagonal(layer.d_in) if layer.is_embedding else identity(count, layer.d_in, dtype)
-        outputs = identity(count, layer.d_out, dtype)
-        if self.rule != "eigen":
-            return Inverses(inputs, outputs)
-        return Eigenbases(
-            input_basis=None if layer.is_embedding else inputs,
-            input_values=diagonal(layer.d_in),
-            output_basis=outputs,
-            output_values=diagonal(layer.d_out),
+        if self.rule == "eigen":
+            return identity_bases(layer, count, dtype)
+        diagonal = layer.has_diagonal_input, layer.has_diagonal_output
+        return Inverses(
+            kfac.identities(count, layer.d_in, dtype, diagonal=diagonal[0]),
+            kfac.identities(count, layer.d_out, dtype, diagonal=diagonal[1]),
         )
 
     def move(
@@ -286,6 +281,15 @@ class Curvature:
         }
 
 
-def identity(count: int, size: int, dtype: DTypeLike) -> Array:
-    """So many identity matrices, [N, d, d]."""
-    return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
+def identity_bases(layer: Layer, count: int, dtype: DTypeLike) -> Eigenbases:
+    """The eigendecompositions of factors that are the identity, of so many blocks."""
+
+    def basis(size, diagonal):
+        return None if diagonal else kfac.identities(count, size, dtype)
+
+    return Eigenbases(
+        input_basis=basis(layer.d_in, layer.has_diagonal_input),
+        input_values=jnp.ones((count, layer.d_in), dtype),
+        output_basis=basis(layer.d_out, layer.has_diagonal_output),
+        output_values=jnp.ones((count, layer.d_out), dtype),
+    )
