@@ -42,6 +42,9 @@ class Blocking:
       max_skew: how much larger a dense factor may be than the block that it preconditions.
       block_size: axes longer than this are cut into equal pieces of at most this length. The last
         piece is padded with zeros, which are masked wherever they could be seen. `None`: no cuts.
+      max_cut: longest axis that is cut. Of a vocabulary every piece would get a dense factor, which
+        together have many times the elements of the parameter; left whole, an axis longer than
+        `max_size` gets a diagonal factor. `None`: all are cut.
       dense_axes: how many axes of a block may get a dense factor, the shortest first, and the
         rightmost first among equals. `None`: all.
       merge_below: neighbouring axes are merged while their product is at most this. `None`: none.
@@ -64,10 +67,11 @@ class Blocking:
     merge_below: int | None = None
     stacked_axes: int | Callable[[str, tuple[int, ...]], int] | PyTree | None = None
     dense_axes: int | None = None
+    max_cut: int | None = None
 
     def __post_init__(self):
         _check_size("max_size", self.max_size, least=0)
-        for name in ("block_size", "merge_below"):
+        for name in ("block_size", "merge_below", "max_cut"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name), least=1)
         if self.dense_axes is not None:
@@ -92,6 +96,12 @@ class Blocking:
             for _, axis in dense[self.dense_axes :]:
                 diagonal[-axis] = True
         return tuple(diagonal)
+
+    def _pieces(self, size: int) -> int:
+        """How many pieces an axis is cut into."""
+        if self.block_size is None or (self.max_cut is not None and size > self.max_cut):
+            return 1
+        return -(-size // self.block_size)
 
     def _merged(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with neighbouring small axes merged, from the left."""
@@ -391,8 +401,7 @@ def _plan_leaf(path: str, leaf: Any, stacked: int, blocking: Blocking) -> LeafPl
     if math.prod(shape) == 0:
         return None
     merged = blocking._merged(shape[stacked:]) or (1,)
-    limit = blocking.block_size
-    pieces = tuple(-(-d // limit) if limit else 1 for d in merged)
+    pieces = tuple(map(blocking._pieces, merged))
     sizes = [-(-d // n) for d, n in zip(merged, pieces, strict=True)]
     order = tuple(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
     block = tuple(sizes[i] for i in order)

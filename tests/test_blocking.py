@@ -20,6 +20,7 @@ blockings = st.builds(
     merge_below=st.none() | st.integers(1, 40),
     stacked_axes=st.none() | st.integers(0, 2),
     dense_axes=st.none() | st.integers(0, 3),
+    max_cut=st.none() | st.integers(1, 7),
 )
 
 
@@ -50,7 +51,7 @@ def test_blocks_hold_each_element_once_and_zeros_in_the_padding(shape, blocking)
         mask = plan.mask(label)
         valid = np.broadcast_to(True if mask is None else mask, stack.shape)
         np.testing.assert_array_equal(stack != 0, valid)
-        if blocking.block_size is not None:
+        if blocking.block_size is not None and blocking.max_cut is None:
             merged_whole = max(stack.shape[1:], default=1)
             assert merged_whole <= blocking.block_size
 
@@ -72,6 +73,7 @@ def test_dense_or_diagonal(shape, max_size, max_skew):
         ((3, 3, 64, 128), ok.Blocking(merge_below=1024), (576, 128)),
         ((3, 3, 64, 128), ok.Blocking(), (128, 64, 3, 3)),
         ((100, 256), ok.Blocking(block_size=64), (64, 50)),
+        ((100, 256), ok.Blocking(block_size=64, max_cut=128), (256, 50)),
         ((), ok.Blocking(), (1,)),
         ((4, 8, 16), ok.Blocking(stacked_axes=1), (16, 8)),
         ((4, 8), ok.Blocking(stacked_axes=5), (1,)),
@@ -112,6 +114,7 @@ def test_none_and_masked_leaves_are_no_leaves():
         ({"max_size": -1}, "max_size must be an integer ≥ 0; got -1"),
         ({"block_size": 0}, "block_size must be an integer ≥ 1; got 0"),
         ({"block_size": 2.5}, "block_size must be an integer ≥ 1; got 2.5"),
+        ({"max_cut": 0}, "max_cut must be an integer ≥ 1; got 0"),
         ({"merge_below": True}, "merge_below must be an integer ≥ 1; got True"),
         ({"max_skew": -0.5}, "max_skew must be None or ≥ 0; got -0.5"),
         ({"stacked_axes": -1}, "stacked_axes must be an integer ≥ 0; got -1"),

@@ -267,6 +267,27 @@ def test_a_table_with_a_diagonal_output_factor(x64):
         np.testing.assert_allclose(x, y, rtol=1e-7)
 
 
+OTHERS = {
+    "shampoo": ok.shampoo(0.1),
+    "soap": ok.soap(0.1),
+    "kl_shampoo": ok.soap(0.1, variant="kl_shampoo"),
+    "kl_soap": ok.soap(0.1, variant="kl_soap"),
+    **{f"kron_psgd {g}": ok.kron_psgd(0.1, geometry=g) for g in ("EQ", "QUAD")},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_optimizers_take_a_few_times_the_vocabulary(name):
+    params, _ = language(50257, 64)
+    tx = OTHERS[name]
+    state = jax.eval_shape(tx.init, params)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    assert size(state) < 4 * size(params)
+    lowered = jax.jit(tx.update).lower(params, state, params).as_text()
+    assert "50257x64x" in lowered
+    assert not re.search(r"50257x(\d+x)*50257x", lowered)
+
+
 # ------------------------------------------------------------------------- what does not fit
 
 

@@ -78,7 +78,7 @@ class Layers:
         for layer in self.layers:
             sides = (layer.d_in, layer.has_diagonal_input), (layer.d_out, layer.has_diagonal_output)
             widths = [f"{size} diagonal" if wide else str(size) for size, wide in sides]
-            sizes = (str(layer.blocks), *widths)
+            sizes = (str(layer.blocks), widths[0], widths[1])
             rows.append((layer.name, layer.kind, *sizes, " ".join(layer.paths)))
         lines = _align(rows)
         if self.uncovered:

@@ -15,7 +15,7 @@ from optax_kron.transforms._rota import check_rota
 
 PyTree = Any
 
-_DEFAULT_BLOCKING = Blocking(block_size=1024)
+_DEFAULT_BLOCKING = Blocking(block_size=1024, max_cut=8192)
 
 
 def scale_by_shampoo(
@@ -67,7 +67,8 @@ def scale_by_shampoo(
       graft_decay: of the grafted optimizer's second moment, in [0, 1), unless "adagrad" or "sgd".
       graft_epsilon: what it adds to the root of the second moment.
       blocking: how parameters become blocks, and which axes get a diagonal statistic. By default
-        axes longer than 1024 are cut.
+        axes longer than 1024 are cut, and those longer than 8192, as of vocabularies, get a
+        diagonal one instead: `ok.Blocking(block_size=1024, max_cut=8192)`.
       factor_dtype: real dtype of statistics and roots, float32 by default also for bfloat16 and
         float64 parameters. The arithmetic is at least float32.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
