@@ -28,7 +28,6 @@ def with_taps(name):
     """
 
     @functools.wraps(getattr(ok, name))
-    def factory(learning_rate, **settings):
-        ...
+    def factory(learning_rate, **settings): ...
 
     return factory

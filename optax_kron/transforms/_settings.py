@@ -252,7 +252,7 @@ def complete(
 
 
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, which of a decay that is known to be zero needs no parameters."""
+    """`optax.add_decayed_weights`, which needs no parameters if the decay is known to be zero."""
     # A tree of bools may be callable, as a model is.
     is_tree = callable(mask) and not jax.tree_util.all_leaves([mask])
     inner = optax.add_decayed_weights(weight_decay, (lambda _: mask) if is_tree else mask)
