@@ -82,6 +82,11 @@ def _from_end(axis: int | None, x: Array) -> Any:
     return axis if axis is None or axis < 0 else axis - x.ndim
 
 
+def _per_column(x: Array) -> Array:
+    """An array that all columns share, [1, ...]; a scalar as it is."""
+    return x[None] if x.ndim else x
+
+
 def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
     """Logits, probabilities, and the root of the sum of the labels."""
     logits, labels, *where = operands
@@ -95,7 +100,7 @@ def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
 
 
 def _categorical_root(noise: Array, operands: Operands, axis: int) -> Array:
-    _, probabilities, scale = _softmax_parts(operands, axis)
+    _, probabilities, scale = map(_per_column, _softmax_parts(operands, axis))
     weighted = jnp.sqrt(probabilities) * noise
     return scale * (weighted - probabilities * jnp.sum(weighted, axis, keepdims=True))
 
@@ -105,8 +110,9 @@ def _categorical_score(key: Array, operands: Operands, axis: int, shape: tuple[i
     batch = tuple(size for a, size in enumerate(shape, -len(shape)) if a != axis)
     labels = jax.random.categorical(key, logits, axis, batch)
     drawn = jax.nn.one_hot(labels, shape[axis], axis=axis, dtype=logits.dtype)
+    probabilities = _per_column(probabilities)
     # Where no class counts, what was drawn does not either.
-    return scale * (probabilities - jnp.where(probabilities > 0, drawn, 0))
+    return _per_column(scale) * (probabilities - jnp.where(probabilities > 0, drawn, 0))
 
 
 def _elementwise(
@@ -116,7 +122,7 @@ def _elementwise(
 
     def root(noise, operands, axis):
         del axis
-        return noise * jnp.asarray(slope(operands), noise.dtype)
+        return noise * _per_column(jnp.asarray(slope(operands), noise.dtype))
 
     def normal(key, operands, axis, shape):
         return root(
@@ -133,8 +139,9 @@ def _bernoulli_slope(operands: Operands) -> Array:
 
 def _bernoulli_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
     del axis
-    probability = jax.nn.sigmoid(contract.widen(operands[0]))
-    return probability - jax.random.bernoulli(key, probability, shape).astype(probability.dtype)
+    probability = jax.nn.sigmoid(contract.widen(operands[0]))[None]
+    drawn = jax.random.bernoulli(key, jnp.broadcast_to(probability, shape), shape)
+    return probability - drawn.astype(probability.dtype)
 
 
 def _poisson_slope(operands: Operands) -> Array:
@@ -143,7 +150,7 @@ def _poisson_slope(operands: Operands) -> Array:
 
 def _poisson_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
     del axis
-    slope = _poisson_slope(operands)
+    slope = jnp.broadcast_to(_poisson_slope(operands)[None], shape)
     rate, large = jnp.square(slope), 2.0**20  # above, counts may overflow, and are normal
     counts = jax.random.poisson(key, jnp.minimum(rate, large), shape)
     normal = jax.random.normal(key, shape, rate.dtype)

@@ -4,16 +4,11 @@ Nothing of them is copied: the installed file is executed with another list of o
 names it looks up in a stand-in for `optax.contrib`.
 """
 
-import ast
 import functools
-import importlib.util
-import types
 from pathlib import Path
 
-import jax
 import optax
 import optax.contrib
-import pytest
 
 import optax_kron as ok
 

@@ -50,7 +50,7 @@ def columns(
     else:
         made = _gradients(mark, operands)[None]
     scale = jnp.sqrt(len(mark.data) * weights.astype(made.dtype))
-    made = made * (scale if where is None else jnp.expand_dims(scale, where))
+    made = made * (scale if where is None else jnp.expand_dims(scale, where))[None]
     if fisher == "exact":
         return _apart(made, mark, weights.shape, where)
     return made
@@ -76,7 +76,7 @@ def _apart(made, mark, shape, where):
         )
     numbers = np.empty(mark.data.size, int)
     numbers[mark.data] = np.arange(elements)
-    apart = numbers.reshape(shape) == jnp.arange(elements).reshape(-1, *(1 for _ in shape))
+    apart = numbers.reshape(1, *shape) == jnp.arange(elements).reshape(-1, *(1 for _ in shape))
     if where is not None:
         apart = jnp.expand_dims(apart, where + 1)
     return (apart[:, None].astype(made.dtype) * made[None]).reshape(total, *made.shape[1:])

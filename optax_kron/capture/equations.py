@@ -178,19 +178,25 @@ def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
     return jax.core.eval_jaxpr(alone, (), *given.values())
 
 
-def place(eqn: Any) -> str:
-    """Where the user's code made an equation: "file.py:12 (function)", or empty."""
-    summary = jex.source_info_util.summarize(eqn.source_info)
-    if not summary.startswith(_PACKAGE):
-        return summary
-    # A marked loss was made here: the user's line is the one that called it.
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    ours = [frame.file_name.startswith(_PACKAGE) for frame in frames]
-    callers = [i for i in range(1, len(ours)) if ours[i - 1] and not ours[i]]
-    if not callers:
-        return summary
-    frame = frames[callers[0]]
-    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+def place(*calls: Any) -> str:
+    """Where the user's code made an equation: "file.py:12 (function)", or empty.
+
+    Args:
+      *calls: the equation, and the calls that it was inlined from, from the inside; a program that
+        is traced once for all its calls need not know where it was called.
+    """
+    for eqn in calls:
+        summary = jex.source_info_util.summarize(eqn.source_info)
+        if summary and not summary.startswith(_PACKAGE):
+            return summary
+        # A marked loss was made here: the user's line is the one that called it.
+        frames = getattr(eqn.source_info.traceback, "frames", ())
+        ours = [frame.file_name.startswith(_PACKAGE) for frame in frames]
+        for i in range(1, len(ours)):
+            if ours[i - 1] and not ours[i]:
+                frame = frames[i]
+                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return ""
 
 
 # -------------------------------------------------------------------------------------- recognition

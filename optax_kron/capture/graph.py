@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from optax_kron.capture import equations
 from optax_kron.capture.equations import is_literal
@@ -69,6 +70,7 @@ class Node:
       operands: values, and the equation's literals in their places.
       outputs: values.
       bodies: the graphs that it holds, whose inputs and outputs are as the kind says.
+      calls: the calls that it was inlined from, from the inside.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Node:
     operands: list[Any]  # values and literals
     outputs: list[Value]
     bodies: tuple["Graph", ...] = ()
+    calls: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -101,7 +104,7 @@ class Node:
     @property
     def place(self) -> str:
         """Where the user's code made this equation: "file.py:12 (function)", or empty."""
-        return equations.place(self.eqn)
+        return equations.place(self.eqn, *self.calls)
 
     @property
     def has_marks(self) -> bool:
@@ -186,12 +189,14 @@ def build(closed: Any) -> Graph:
     return Graph(inputs, outputs, nodes, constants)
 
 
-def _expand(jaxpr, consts, inputs, constants):
+def _expand(jaxpr, consts, inputs, constants, calls=()):
     """Nodes and outputs of a jaxpr on given input values; closed-over arrays join `constants`."""
     known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def constant(aval, array):
-        constants.append(Value(aval, jnp.asarray(array, aval.dtype)))
+        # Of NumPy, as JAX would make it a part of a trace around this one.
+        known = array if isinstance(array, jax.Array) else np.asarray(array, aval.dtype)
+        constants.append(Value(aval, known))
         return constants[-1]
 
     def read(atom):
@@ -205,14 +210,15 @@ def _expand(jaxpr, consts, inputs, constants):
         if kind == "call":
             (body,) = bodies
             operands = [read(x) for x in eqn.invars]
-            inner, outputs = _expand(body.jaxpr, body.consts, operands, constants)
+            inner, outputs = _expand(body.jaxpr, body.consts, operands, constants, (eqn, *calls))
             nodes.extend(inner)
         else:
             operands = [x if is_literal(x) else known[x] for x in eqn.invars]
             outputs = [Value(v.aval) for v in eqn.outvars]
             if equations.name(eqn) in ELEMENTWISE:
                 operands = [_stretch(x, eqn, outputs[0], nodes) for x in operands]
-            nodes.append(Node(kind, eqn, jaxpr, operands, outputs, tuple(map(build, bodies))))
+            graphs = tuple(map(build, bodies))
+            nodes.append(Node(kind, eqn, jaxpr, operands, outputs, graphs, calls))
         known.update(zip(eqn.outvars, outputs, strict=True))
     return nodes, [read(x) for x in jaxpr.outvars]
 
