@@ -17,6 +17,7 @@ from jax import Array
 from optax_kron.capture import equations
 from optax_kron.capture.equations import is_literal
 from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.kernels import flow
 
 Key = tuple[str, int]
 
@@ -154,10 +155,9 @@ class _Run:
             return (outputs[:split], sums), (outputs[split:], records)
 
         init, scanned = list(operands[first:last]), (list(operands[last:]), sliced)
-        a_slice = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), scanned)
-        _, shapes, _ = jax.eval_shape(one, init, *a_slice)
+        _, shapes, _ = jax.eval_shape(one, init, *flow.one_step(scanned))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (carry, sums), (ys, records) = jax.lax.scan(
+        (carry, sums), (ys, records) = flow.scan(
             step,
             (init, zeros),
             scanned,
@@ -189,4 +189,4 @@ class _Run:
             return complete
 
         branches = [branch(i) for i in range(len(node.bodies))]
-        return jax.lax.switch(index, branches, operands, perturbations)
+        return flow.switch(index, branches, operands, perturbations)

@@ -21,7 +21,7 @@ from optax_kron.capture.layers import Layer
 from optax_kron.capture.plan import Member
 from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
-from optax_kron.kernels import contract, kfac
+from optax_kron.kernels import contract, flow, kfac
 
 
 def moments_of(
@@ -178,7 +178,8 @@ class InsideMoments:
         d_out = self.layer.d_out
         shape = jax.eval_shape(self.form.output_grads, self._output())
         width = 1 if self.layer.has_diagonal_output else d_out
-        return jnp.zeros((*steps, shape.shape[0], d_out, width), contract.wide_dtype(shape.dtype))
+        zeros = jnp.zeros((*steps, shape.shape[0], d_out, width), contract.wide_dtype(shape.dtype))
+        return flow.varying_like(zeros, self.use.output.aval)
 
     def _output(self) -> Any:
         return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)

@@ -14,6 +14,7 @@ from optax_kron.capture.graph import Value
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments
 from optax_kron.capture.uses import Use
+from optax_kron.kernels import flow
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,24 +62,24 @@ def linearize(
     """
     inside = inside or {}
     probes = Probes()
-    shapes: dict[Any, Any] = {}
+    zeros: dict[Any, Array] = {}
     for i, use in enumerate(uses):
         _add(probes.perturb, use.output, ("use", i))
         if use in inside:
             moments = inside[use]
-            shapes["use", i] = moments.dummy()
+            zeros["use", i] = moments.dummy()
             probes.apply["use", i] = moments.watch
             probes.transform["input", i] = moments.of_inputs
             probes.stacked["use", i] = probes.stacked["input", i] = moments.stacked
         else:
-            shapes["use", i] = _stacked(use.output, use.scans)
+            zeros["use", i] = _zeros(use.output, use.scans)
         if use.reading.operand is not None:
             _add(probes.record, use.reading.operand, ("input", i))
         if use.branch:
             probes.taken.setdefault(use.branch[-1], []).append(("taken", i))
     for m, mark in enumerate(analysis.marks):
         _add(probes.perturb, mark.node.outputs[0], ("loss", m))
-        shapes["loss", m] = _stacked(mark.node.outputs[0], mark.scans)
+        zeros["loss", m] = _zeros(mark.node.outputs[0], mark.scans)
         for j, operand in enumerate(mark.node.operands):
             if isinstance(operand, Value):
                 _add(probes.record, operand, (f"mark{m}", j))
@@ -91,7 +92,6 @@ def linearize(
         logits = [records[f"mark{m}", 0] for m in range(len(analysis.marks))]
         return (outputs[0], logits), (outputs, records)
 
-    zeros = {key: jnp.zeros(shape.shape, shape.dtype) for key, shape in shapes.items()}
     _, pullback, (outputs, records) = jax.vjp(run, list(arrays[:count]), zeros, has_aux=True)
 
     def pull(loss, logits):
@@ -115,9 +115,14 @@ def _add(table: dict[Value, list], value: Value, key: Any) -> None:
     table.setdefault(value, []).append(key)
 
 
-def _stacked(value: Value, scans: Sequence[Any]) -> jax.ShapeDtypeStruct:
+def _zeros(value: Value, scans: Sequence[Any]) -> Array:
+    """A perturbation of a value, for all steps of the scans around it.
+
+    On a mesh it is one of each device, as the value is: what all devices share would get the sum of
+    their cotangents.
+    """
     steps = tuple(scan.loop.length for scan in scans)
-    return jax.ShapeDtypeStruct((*steps, *value.shape), value.dtype)
+    return flow.varying_like(jnp.zeros((*steps, *value.shape), value.dtype), value.aval)
 
 
 def _operands(m: int, mark: Mark, records: Mapping[Any, Any]) -> list[Any]:

@@ -6,10 +6,11 @@ varies along none, whatever is later added to it. These functions are those of `
 such types where needed. Outside of `shard_map`, or with `check_vma=False`, they add nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -62,11 +63,14 @@ def fori_loop(
 
 
 def scan(
-    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, xs: PyTree
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    xs: PyTree,
+    **settings: Any,
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan`."""
     if _is_manual():
-        first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
+        first = one_step(xs)
         carry = _settled(lambda carry: jax.eval_shape(step, carry, first)[0], carry)
         inner = step
 
@@ -74,7 +78,14 @@ def scan(
             new, y = inner(old, x)
             return _like(new, carry), y
 
-    return jax.lax.scan(step, carry, xs)
+    return jax.lax.scan(step, carry, xs, **settings)
+
+
+def one_step(xs: PyTree) -> PyTree:
+    """What a step of a scan over arrays sees of them, as abstract arrays."""
+    if _is_manual():
+        return jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
 
 def cond(
@@ -87,6 +98,13 @@ def cond(
     if _is_manual():
         if_true, if_false = _agreeing([if_true, if_false], operands, condition)
     return jax.lax.cond(condition, if_true, if_false, *operands)
+
+
+def switch(index: Array, branches: Sequence[Callable[..., PyTree]], *operands: Any) -> PyTree:
+    """`jax.lax.switch`."""
+    if _is_manual():
+        branches = _agreeing(list(branches), operands, index)
+    return jax.lax.switch(index, branches, *operands)
 
 
 def platform_dependent(*operands: Any, **branches: Callable[..., PyTree]) -> PyTree:
@@ -104,7 +122,8 @@ def _is_manual() -> bool:
 
 def _axes(x: Any) -> frozenset[str]:
     """Of one array or abstract array."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    abstract = isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    kind = x if abstract else jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # since JAX 0.9 or so
     return frozenset(getattr(kind, "vma", None) or () if manual is None else manual.varying)
 
