@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from optax_kron.capture import marks, views
 from optax_kron.capture.canonical import fits
 from optax_kron.capture.graph import Graph, Value
+from optax_kron.capture.knowledge import Knowledge
 from optax_kron.capture.labelling import Labels
+from optax_kron.capture.labels import Data, Read, same_examples, shares_data
 from optax_kron.capture.layers import Arrangement, Layer
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.uses import Use, Uses
@@ -39,6 +41,7 @@ class Analysis:
       labels: of all values.
       members: the layers.
       uncovered: why parameters are in no layer, by path.
+      known: of the graph's values.
     """
 
     graph: Graph
@@ -47,11 +50,33 @@ class Analysis:
     labels: Labels
     members: list[Member]
     uncovered: dict[str, str]
+    known: Knowledge
 
     @property
     def uses(self) -> list[Use]:
         """All uses of the layers, in order."""
         return [use for member in self.members for group in member.groups for use in group]
+
+    def label(self, use: Use) -> Data:
+        """Where the output of a use holds its data."""
+        return self.labels.data(use.output)
+
+    @property
+    def reads(self) -> list[Read]:
+        """The reads of rows between the layers and their losses."""
+        links = (link for use in self.uses for _, link in self.label(use).links)
+        return list(dict.fromkeys(read for link in links for _, read in link.reads))
+
+    def data_of(self, marks: Iterable[int]) -> int:
+        """The number of data for which columns of some marks are scaled: the same for all of them.
+
+        Marks differ in it where one of them has the losses of selected examples alone.
+        """
+        counts = [mark.count for mark in self.marks]
+        for use in self.uses:
+            if len({counts[m] for m in self.label(use).marks}) > 1:
+                return max(counts)
+        return max(counts[m] for m in marks)
 
     def marks_of(self, uses: Iterable[Use]) -> frozenset[int]:
         """The marks that some uses reach."""
@@ -69,6 +94,7 @@ def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
       leaves: the parameters' values by path.
     """
     found = marks.find(graph)
+    known = Knowledge(graph, leaves.values())
     flattened = marks.flattened(graph)
     candidates = {mark: marks.candidates(mark, flattened) for mark in found}
     alike: dict[Any, list[Mark]] = {}
@@ -78,7 +104,7 @@ def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
     groups = list(alike.values())
     if len(groups) < len(found) <= _FEW_MARKS:
         groups += [[mark] for mark in found]
-    best = _analyse(graph, leaves, found)
+    best = _analyse(graph, leaves, found, known)
     for group in groups:
         kept = [mark.place for mark in group]
         for candidate in candidates[group[0]]:
@@ -86,7 +112,7 @@ def analyse(graph: Graph, leaves: Mapping[str, Value]) -> Analysis:
                 break
             for mark in group:
                 mark.place = candidate
-            tried = _analyse(graph, leaves, found)
+            tried = _analyse(graph, leaves, found, known)
             if _coverage(tried) > _coverage(best):
                 best, kept = tried, [candidate] * len(group)
         for mark, place in zip(group, kept, strict=True):
@@ -104,17 +130,18 @@ def _coverage(analysis: Analysis) -> int:
     return sum(math.prod(analysis.leaves[path].shape) for path in paths)
 
 
-def _analyse(graph, leaves, marks) -> Analysis:
-    labels = Labels(graph, {mark.node: mark.place for mark in marks})
+def _analyse(graph, leaves, marks, known) -> Analysis:
+    labels = Labels(graph, {mark.node: mark.place for mark in marks}, known)
     uses = Uses(graph, [leaf for leaf in leaves.values() if 0 not in leaf.shape], labels)
-    return _Assembly(graph, leaves, marks, labels, uses).analysis()
+    members, uncovered = _Assembly(leaves, labels, uses).assembled()
+    return Analysis(graph, leaves, marks, labels, members, uncovered, known)
 
 
 class _Assembly:
     """Puts uses together to layers."""
 
-    def __init__(self, graph, leaves, marks, labels, uses):
-        self.graph, self.leaves, self.marks, self.labels = graph, leaves, marks, labels
+    def __init__(self, leaves, labels, uses):
+        self.leaves, self.labels = leaves, labels
         self.paths = {value: path for path, value in leaves.items()}
         self.uses: dict[Value, list[Use]] = {value: [] for value in leaves.values()}
         for use in uses.found:
@@ -146,7 +173,7 @@ class _Assembly:
             return "is used in a loop without steps"
         return None if fits(use, self.labels.data(use.output)) else "is not shared by data"
 
-    def analysis(self) -> Analysis:
+    def assembled(self) -> tuple[list[Member], dict[str, str]]:
         made = []
         for path, value in self.leaves.items():
             if path in self.uncovered:
@@ -157,7 +184,7 @@ class _Assembly:
         made = self._merge_biases(made)
         members = [Member(*entry) for entry in made]
         _name(members)
-        return Analysis(self.graph, self.leaves, self.marks, self.labels, members, self.uncovered)
+        return members, self.uncovered
 
     def _parts(self, path, value):
         """The parts of a parameter that are used apart, each with its uses and its roles."""
@@ -181,7 +208,7 @@ class _Assembly:
                 return None
             groups = self._groups(uses)
             if groups is None:
-                self.uncovered[path] = "meets batches of different sizes in one loss"
+                self.uncovered[path] = "meets different selections of the data in one loss"
                 return None
             arrangement = Arrangement(value.shape, part, digits)
             found.append((path, uses, arrangement, groups))
@@ -189,19 +216,23 @@ class _Assembly:
 
     def _groups(self, uses):
         """Uses that share their data: those that reach a mark in common."""
-        groups: list[tuple[Any, set[int], list[Use]]] = []
+        groups: list[tuple[Any, list[Use]]] = []
         for use in uses:
-            label = self.labels.data(use.output)
-            marks, joined = set(label.marks), [use]
-            for group in [g for g in groups if g[0] == use.branch and g[1] & marks]:
-                groups.remove(group)
-                marks |= group[1]
-                joined = [*group[2], *joined]
-            groups.append((use.branch, marks, joined))
-        for _, _, members in groups:
-            if len({self.labels.data(use.output).size for use in members}) > 1:
-                return None
-        return [members for _, _, members in groups]
+            joined = [use]
+            for group in [g for g in groups if g[0] == use.branch]:
+                if any(self._share(use, other) for other in group[1]):
+                    groups.remove(group)
+                    joined = [*group[1], *joined]
+            groups.append((use.branch, joined))
+        for _, members in groups:
+            first = self.labels.data(members[0].output)
+            for use in members[1:]:
+                if not same_examples(first, self.labels.data(use.output)):
+                    return None
+        return [members for _, members in groups]
+
+    def _share(self, one, other):
+        return shares_data(*(self.labels.data(use.output) for use in (one, other)))
 
     def _merge_biases(self, made):
         """Make a bias one more input of its kernel where it is added to nothing else."""

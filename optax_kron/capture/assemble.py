@@ -41,7 +41,7 @@ def member_taps(
         marks = analysis.marks_of(group)
         for use in group:
             i = numbers[use]
-            form = Canonical(use, analysis.labels.data(use.output))
+            form = Canonical(use, analysis.label(use))
             g = jax.vmap(form.output_grads)(gradients[i])
             if member.layer.kernel is None:
                 # A bias alone has the same input, one, everywhere: its gradient is a plain sum.
@@ -109,7 +109,7 @@ def member_moments(
         total: Any = 0
         positions, marks = 0, analysis.marks_of(group)
         for use in group:
-            form = Canonical(use, analysis.labels.data(use.output))
+            form = Canonical(use, analysis.label(use))
             i = numbers[use]
             record = linearized.inputs[i]
             # Diagonals have an axis of length one beside them.
@@ -120,7 +120,7 @@ def member_moments(
             if linearized.taken[i] is not None:
                 w = form.taken_weights(w, linearized.taken[i])
             total = total + kfac.total_weight(w, form.positions)
-        data, layer = analysis.labels.data(group[0].output).size, member.layer
+        data, layer = analysis.label(group[0]).examples, member.layer
         inputs = inputs[..., 0] if layer.has_diagonal_input else inputs
         outputs = outputs[..., 0] if layer.has_diagonal_output else outputs
         if gradients[numbers[group[0]]].shape[0] == 0:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 from optax_kron.capture.equations import is_literal
 from optax_kron.capture.graph import ELEMENTWISE, Node, Value
-from optax_kron.capture.labels import Coupled, Data, Label, meet
+from optax_kron.capture.knowledge import Knowledge
+from optax_kron.capture.labels import Coupled, Data, Label, Link, linked, meet
+from optax_kron.capture.pairs import Pairs
+from optax_kron.capture.selections import SELECTIONS, follow
 
 _ALONG_ONE_AXIS = {
     "cumsum": "axis",
@@ -21,7 +24,6 @@ _ALONG_ONE_AXIS = {
     "split": "axis",
     "concatenate": "dimension",
 }
-_SELECTIONS = frozenset(["slice", "rev"])
 _MATRIX_FUNCTIONS = frozenset(
     """
     cholesky eig eigh geqp3 geqrf hessenberg householder_product lu lu_pivots_to_permutation qr
@@ -30,13 +32,13 @@ _MATRIX_FUNCTIONS = frozenset(
 )
 
 
-def back(node: Node, labels: list[Label], *, selections: bool = False) -> list[Label]:
+def back(node: Node, labels: list[Label], known: Knowledge) -> list[Label]:
     """The labels of a plain equation's operands from those of its outputs.
 
     Args:
       node: the equation.
       labels: of its outputs.
-      selections: follow the data where an operand has elements along their axis that are nobody's.
+      known: of the program.
     """
     if node.name == "stop_gradient":
         return [None] * len(node.operands)
@@ -49,33 +51,16 @@ def back(node: Node, labels: list[Label], *, selections: bool = False) -> list[L
         if label is None:
             continue
         for i, operand in enumerate(node.operands):
-            if selections and isinstance(label, Data) and node.name in _SELECTIONS:
-                found = _selected(node, output, label, operand)
-            else:
-                found = _back_one(node, output, label, i, operand)
+            found = _back_one(node, output, label, i, operand)
+            apart = isinstance(label, Data) and isinstance(found, Coupled)
+            if apart and node.name in SELECTIONS:
+                found = follow(node, output, label, i, operand, known)
             result[i] = meet(result[i], found, node)
     return result
 
 
-def _selected(node, output, label, operand):
-    """The label of what a slice or a reversal selects from."""
-    axis, params = label.axis, node.params
-    if node.name == "slice":
-        strides = params["strides"] or (1,) * operand.ndim
-        bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-        ranges = [range(*bound) for bound in bounds]
-    else:
-        ranges = [range(length) for length in operand.shape]
-        ranges = [r[::-1] if a in params["dimensions"] else r for a, r in enumerate(ranges)]
-    if not label.on_axis or ranges[axis] == range(operand.shape[axis]):
-        return label
-    if label.size != output.shape[axis]:
-        return Coupled(label.marks, node)
-    return label.among(ranges[axis], operand.shape[axis])
-
-
 def _back_one(node, output, label, i, operand):
-    if is_literal(operand):
+    if is_literal(operand) or 0 in operand.shape:
         return None
     if isinstance(label, Coupled) or not label.on_axis:
         return label
@@ -84,7 +69,9 @@ def _back_one(node, output, label, i, operand):
         order = node.params.get("dimensions") or range(operand.ndim)
         moved = reshape_label(label, output.shape, [operand.shape[a] for a in order])
         if moved is None:
-            return Coupled(label.marks, node)
+            moved = _coarser(label, output.shape, [operand.shape[a] for a in order], node)
+        if not isinstance(moved, Data):
+            return moved
         return moved.moved(order[moved.axis])
     axis = source_axis(node, i, operand, output, label.axis)
     if axis is None or operand.shape[axis] != output.shape[label.axis]:
@@ -105,6 +92,25 @@ def reshape_label(label: Data, old: Sequence[int], new: Sequence[int]) -> Data |
                 return dataclasses.replace(label, axis=axis, before=before, after=after)
         stride = extent
     return None
+
+
+def _coarser(label: Data, old: Sequence[int], new: Sequence[int], node: Node) -> Label:
+    """After a reshape of axes of which selections were made together, the slowest counts data.
+
+    Of each of its elements all are one example that the faster axes enumerate.
+    """
+    inner = label.after * math.prod(old[label.axis + 1 :])
+    stride = 1
+    for axis in reversed(range(len(new))):
+        top = stride * new[axis]
+        if label.links and label.before == 1 and top == inner * label.size and stride % inner == 0:
+            parts = stride // inner
+            found = {}
+            for mark, link in label.digit_links().items():
+                found[mark] = Link(link.reads, Pairs(link.pairs.elements // parts, link.pairs.data))
+            return linked(axis, new[axis], found, node)
+        stride = top
+    return Coupled(label.marks, node)
 
 
 def source_axis(node: Node, i: int, operand: Value, output: Value, axis: int) -> int | None:

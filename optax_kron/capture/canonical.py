@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.capture.labels import Data
+from optax_kron.capture.labels import Data, Link
 from optax_kron.capture.readers import Slots, clips
+from optax_kron.capture.selections import reaching
 from optax_kron.capture.uses import Use
 
 # Axes of the canonical form, and the roles of slots that they enumerate.
@@ -19,6 +20,7 @@ _INPUT_ROLES = ("block", "data", "position", "input")
 _OUTPUT_ROLES = ("block", "data", "position", "output")
 
 
+_MEMBER = -1  # what the order of positions ends with that are elements of one example
 _STEP = 0  # what the order of positions that are steps of a scan begins with
 
 
@@ -39,13 +41,13 @@ class Position:
       order: of the part that it is a digit of.
       after: number of positions in a row that share it, in that part.
       size: number of its values.
-      source: which of the losses' elements each is, -1 for none; `None`: they are those in order.
+      link: which of the losses' elements each is; `None`: they are those in order.
     """
 
     order: Any
     after: int
     size: int
-    source: tuple[int, ...] | None = None
+    link: Link | None = None
 
     @property
     def is_step(self) -> bool:
@@ -54,10 +56,21 @@ class Position:
 
     def taken(self, x: Array, axis: int) -> Array:
         """Its values, from those of the losses along an axis; zero where there is no loss."""
-        if self.source is None:
+        if self.link is None:
             return x
-        x = jnp.pad(x, [(0, int(a == axis)) for a in range(x.ndim)])
-        return jnp.take(x, np.array(self.source) % x.shape[axis], axis=axis)
+        found = reaching(self.link, jnp.moveaxis(x, axis, 0), {}, self.size)
+        return jnp.moveaxis(found, 0, axis)
+
+
+def _position(part: "_Part", after: int, label: Data) -> Position | None:
+    """A digit of the positions, if each of its values is that of one of the losses' elements."""
+    links = {label.link(mark) for mark in label.marks}
+    if len(links) > 1 or label.classes is not None:
+        return None
+    (link,) = links
+    if link.reads or (link.pairs is not None and not link.pairs.is_injective):
+        return None
+    return Position(part.order, after, label.size, link if link.pairs is not None else None)
 
 
 class Canonical:
@@ -75,6 +88,7 @@ class Canonical:
         scans = [] if inside else self._steps
         data, offset = self._data_slot(label)
         self._data, self._offset, self._label = data, offset, label
+        self._members = _members(label)
         output = [*scans, *(self._parts(slots) for slots in use.reading.output_slots)]
         operand = [*scans, *(self._parts(slots) for slots in use.reading.operand_slots)]
         self._output, self._operand = output, operand
@@ -93,8 +107,18 @@ class Canonical:
         if scan in steps:
             return [_digit("block", d) for d in steps[scan]]
         if label.axis is scan:
-            return [_Part("data", (), length)]
+            return self._data_parts(label, (_STEP, depth))
         return [_Part("position", (_STEP, depth), length)]
+
+    def _data_parts(self, label, order) -> list[_Part]:
+        """The data, and the elements of each where several belong to one."""
+        members = _members(label)
+        if members is None:
+            return [_Part("data", (), label.size)]
+        return [
+            _Part("data", (), members.shape[0]),
+            _Part("position", (*order, _MEMBER), members.shape[1]),
+        ]
 
     def _data_slot(self, label):
         """The free slot that holds the data, if they lie along an axis of the output."""
@@ -119,7 +143,7 @@ class Canonical:
                 size, after = self._label.size, self._offset
                 before = slot.size // (size * after)
                 parts.append(_Part("position", (1, str(slot.key), 0), before))
-                parts.append(_Part("data", (), size))
+                parts.extend(self._data_parts(self._label, (1, str(slot.key), 0)))
                 parts.append(_Part("position", (1, str(slot.key), 1), after))
             else:
                 parts.append(_Part("position", (1, str(slot.key), 0), slot.size))
@@ -135,14 +159,16 @@ class Canonical:
             record, axes = self._rows(record), self._operand
         else:
             axes = self._operand
-        return self._arranged(record, axes, _INPUT_ROLES)
+        # A place that no element takes reads no row of a table.
+        none = self._length if self.use.reading.kind == "embedding" else 0
+        return self._arranged(record, axes, _INPUT_ROLES, none)
 
     def position(self, label: Data) -> Position | None:
         """Which positions the elements along a label's axis are, if they are any."""
         if label.axis in self.use.scans:
             parts = self._steps[self.use.scans.index(label.axis)]
             stepwise = [p.role for p in parts] == ["position"]
-            return Position(parts[0].order, 1, label.size, label.source) if stepwise else None
+            return _position(parts[0], 1, label) if stepwise else None
         slots = self.use.reading.output_slots
         if not label.on_axis or label.axis >= len(slots):
             return None
@@ -151,7 +177,7 @@ class Canonical:
             after, left = divmod(label.after, inner)
             fits = left == 0 and after > 0 and part.size % (after * label.size) == 0
             if fits and part.role == "position":
-                return Position(part.order, after, label.size, label.source)
+                return _position(part, after, label)
             inner *= part.size
         return None
 
@@ -236,8 +262,25 @@ class Canonical:
         """[B, N, S, d_out] of the cotangent of a perturbation."""
         return self._arranged(gradient, self._output, _OUTPUT_ROLES)
 
-    def _arranged(self, x, axes, roles):
+    def by_member(self, x: Array) -> Array:
+        """[N, K] of the elements along the data's axis, zero where an example has fewer than K."""
+        assert self._members is not None
+        return _padded(x, 0, 0)[self._members]
+
+    @property
+    def member(self) -> Position | None:
+        """The positions of the elements of an example, where several along an axis belong to it."""
+        parts = [p for p in self._all if p.role == "position" and p.order[-1] == _MEMBER]
+        return Position(parts[0].order, 1, parts[0].size) if parts else None
+
+    def _arranged(self, x, axes, roles, none=0):
         parts = [p for axis in axes for p in axis]
+        if self._members is not None and any(p.role == "data" for p in parts):
+            # Put the elements of an example side by side.
+            i = [p.role for p in parts].index("data")
+            sizes = [p.size for p in parts]
+            x = x.reshape([*sizes[:i], self._label.size, *sizes[i + 2 :]])
+            x = jnp.take(_padded(x, i, none), self._members.ravel(), axis=i)
         x = x.reshape([p.size for p in parts])
         wanted = [p for role in roles for p in self._all if p.role == role]
         if roles[-1] == "input" and self.use.reading.kind == "embedding":
@@ -268,6 +311,27 @@ class Canonical:
             precision=jax.lax.Precision.HIGHEST,
         )
         return patches.reshape(*steps, -1, *patches.shape[1:])
+
+
+def _members(label: Data) -> np.ndarray | None:
+    """For each example the elements that belong to it [N, K], -1 where it has fewer.
+
+    `None` if each element is an example of its own.
+    """
+    found = label.classes
+    if found is None:
+        return None
+    order = np.argsort(found, kind="stable")
+    counts = np.bincount(found)
+    members = np.full((len(counts), counts.max()), -1)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    members[found[order], np.arange(len(order)) - first] = order
+    return members
+
+
+def _padded(x: Array, axis: int, value: int) -> Array:
+    """With one more element along an axis, which the index -1 takes."""
+    return jnp.pad(x, [(0, int(a == axis)) for a in range(x.ndim)], constant_values=value)
 
 
 def fits(use: Use, label: Data) -> bool:

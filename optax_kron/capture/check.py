@@ -90,13 +90,19 @@ def _deviations(
     ]
     one = [_of_one(mark, c) for mark, c in zip(analysis.marks, everything, strict=True)]
     grads, _, weights = linearized.pull_loss()
-    weighing = Weighing(analysis, weights)
+    weighing = Weighing(analysis, weights, linearized.indices)
     none = jnp.zeros_like(linearized.outputs[0])
     params, gradients, _ = linearized.pull(none, everything)
     _, alone, _ = linearized.pull(none, one)
     leaves = dict(zip(analysis.leaves, params, strict=True))
 
-    def taps_of(member, gradients):
+    # Who belongs to the first datum is who would weigh something if it alone did.
+    only = [
+        _of_one(mark, jnp.ones_like(w)) for mark, w in zip(analysis.marks, weights, strict=True)
+    ]
+    first = Weighing(analysis, only, linearized.indices)
+
+    def taps_of(member, gradients, weighing=weighing):
         gradients = [g[None] for g in gradients]
         return member_taps(analysis, member, numbers, linearized, gradients, weighing)
 
@@ -108,8 +114,10 @@ def _deviations(
         contracted = sum(_contract(layer, tap) for tap in taps)
         gradient = _relative(contracted - expected, expected)
         leaks = [
-            _relative(_others(mine.output_grads), whole.output_grads)
-            for mine, whole in zip(taps_of(member, alone), taps, strict=True)
+            _relative(_others(mine, own), whole.output_grads)
+            for mine, whole, own in zip(
+                taps_of(member, alone), taps, taps_of(member, alone, first), strict=True
+            )
         ]
         found[layer.name] = gradient, jnp.max(jnp.stack(leaks))
     ours = linearized.outputs[0], grads
@@ -123,9 +131,11 @@ def _of_one(mark, cotangent):
     return jnp.zeros_like(flat).at[data[0]].set(flat[data[0]]).reshape(cotangent.shape)
 
 
-def _others(gradients):
-    """All data but the first: [V, B, N - 1, S, d]."""
-    return gradients[:, :, 1:]
+def _others(tap, own):
+    """Output-gradients [V, B, N, S, d] of all examples but those that have weights."""
+    weights = jnp.moveaxis(own.weights, -1 if own.weights.ndim == 1 else -2, 0)
+    mine = jnp.any(weights.reshape(len(weights), -1) > 0, axis=1)
+    return jnp.where(mine[:, None, None], 0, tap.output_grads)
 
 
 def _contract(layer, tap):

@@ -24,7 +24,14 @@ def has_classes(mark: Mark) -> bool:
 
 
 def columns(
-    fisher: str, mark: Mark, operands: Sequence[Array], weights: Array, key: Any, samples: int
+    fisher: str,
+    mark: Mark,
+    operands: Sequence[Array],
+    weights: Array,
+    key: Any,
+    samples: int,
+    *,
+    count: int,
 ) -> Array:
     """Cotangents of a mark's logits whose outer products sum to N times its weighted curvature.
 
@@ -35,9 +42,11 @@ def columns(
       weights: derivative of the loss with respect to each per-example loss.
       key: for random estimates.
       samples: for random estimates.
+      count: the number N.
 
     Returns:
-      [V, *logits.shape], at least float32.
+      [V, *logits.shape], at least float32. Those of "exact" belong to one per-example loss at a
+      time: `one_by_one` puts them apart.
     """
     distribution = DISTRIBUTIONS[mark.name]
     where = operands[0].ndim - 1 if has_classes(mark) else None
@@ -49,11 +58,8 @@ def columns(
         made = distribution.exact(operands, where)
     else:
         made = _gradients(mark, operands)[None]
-    scale = jnp.sqrt(len(mark.data) * weights.astype(made.dtype))
-    made = made * (scale if where is None else jnp.expand_dims(scale, where))[None]
-    if fisher == "exact":
-        return _apart(made, mark, weights.shape, where)
-    return made
+    scale = jnp.sqrt(count * weights.astype(made.dtype))
+    return made * (scale if where is None else jnp.expand_dims(scale, where))[None]
 
 
 def _gradients(mark, operands):
@@ -62,21 +68,33 @@ def _gradients(mark, operands):
     return contract.widen(gradient(*operands))
 
 
-def _apart(made, mark, shape, where):
-    """A column of its own for every element of a datum: their curvatures add, not their columns."""
-    elements = mark.data.shape[1]
-    if elements == 1:
+def one_by_one(made: Array, mark: Mark, ranks: np.ndarray) -> Array:
+    """A column of its own for every element of an example: their curvatures add, not their columns.
+
+    Args:
+      made: columns [V, *logits.shape].
+      mark: the marked loss.
+      ranks: for each of its data, its number among those that belong to one example of a layer.
+
+    Returns:
+      [V·E·R, *logits.shape], for E losses of a datum and ranks below R.
+    """
+    elements, classes = mark.data.shape[1], made.shape[0]
+    count = elements * (int(ranks.max()) + 1)
+    if count == 1:
         return made
-    total = elements * made.shape[0]
-    if total > MOST_COLUMNS:
+    if count * classes > MOST_COLUMNS:
         raise ValueError(
-            f"fisher='exact' needs {total} columns, one for each of {elements} losses and "
-            f"{made.shape[0]} classes of a datum; at most {MOST_COLUMNS} are allowed. Use "
+            f"fisher='exact' needs {count * classes} columns, one for each of {count} losses and "
+            f"{classes} classes of an example; at most {MOST_COLUMNS} are allowed. Use "
             "fisher='mc' or 'sketch'."
         )
+    where = made.ndim - 2 if has_classes(mark) else None
+    shape = [n for a, n in enumerate(made.shape[1:]) if a != where]
     numbers = np.empty(mark.data.size, int)
-    numbers[mark.data] = np.arange(elements)
-    apart = numbers.reshape(1, *shape) == jnp.arange(elements).reshape(-1, *(1 for _ in shape))
+    numbers[mark.data] = ranks[:, None] * elements + np.arange(elements)
+    apart = numbers.reshape(1, *shape) == jnp.arange(count).reshape(-1, *(1 for _ in shape))
     if where is not None:
         apart = jnp.expand_dims(apart, where + 1)
-    return (apart[:, None].astype(made.dtype) * made[None]).reshape(total, *made.shape[1:])
+    made = apart[:, None].astype(made.dtype) * made[None]
+    return made.reshape(-1, *made.shape[2:])

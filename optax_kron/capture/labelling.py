@@ -10,21 +10,22 @@ from optax_kron.capture import equations
 from optax_kron.capture.axes import back
 from optax_kron.capture.equations import is_literal
 from optax_kron.capture.graph import Graph, Node, Value, solved_map
+from optax_kron.capture.knowledge import Knowledge
 from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
 
 
 class Labels:
     """The labels of all values of a graph."""
 
-    def __init__(self, graph: Graph, places: Mapping[Node, Place], *, selections: bool = False):
+    def __init__(self, graph: Graph, places: Mapping[Node, Place], known: Knowledge):
         """Label a graph.
 
         Args:
           graph: of the whole loss.
           places: for each mark that counts, where its per-example losses hold the data.
-          selections: as in `back`.
+          known: of the graph.
         """
-        self._selections = selections
+        self._known = known
         self._of: dict[Value, Label] = {}
         self._marks = places
         self._numbers = {node: i for i, node in enumerate(places)}
@@ -68,8 +69,7 @@ class Labels:
             size = 1
         else:
             size = node.outputs[0].shape[place.axis] // (place.before * place.after)
-        # Where there is one datum, all belongs to it.
-        label = Data(mark, 1) if size == 1 else Data(mark, size, **vars(place))
+        label = Data(mark, size, **vars(place))
         return [meet(self[v], label, node) for v in node.outputs]
 
     def _back(self, node: Node, labels: list[Label]) -> list[Label]:
@@ -91,7 +91,7 @@ class Labels:
                 inner = self._through(body, labels)
                 merged = [meet(a, b, node) for a, b in zip(merged, inner, strict=True)]
             return [*[None] * (len(node.operands) - len(merged)), *merged]
-        return back(node, labels, selections=self._selections)
+        return back(node, labels, self._known)
 
     def _through(self, body: Graph, labels: Sequence[Label]) -> list[Label]:
         for value, label in zip(body.outputs, labels, strict=True):

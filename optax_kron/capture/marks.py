@@ -57,6 +57,11 @@ class Mark:
         i = axes.index(self.place.axis)
         return [*found[:i], *parts, *found[i + 1 :]]
 
+    @property
+    def count(self) -> int:
+        """Number N of data."""
+        return 1 if self.place.axis is None else self.length(self.place)
+
     def length(self, place: Place) -> int:
         """The number of elements along a place of the recorded losses."""
         if not place.on_axis:
@@ -174,7 +179,11 @@ def candidates(mark: Mark, flattened: Iterable[tuple[int, ...]]) -> list[Place]:
       flattened: the lengths of axes that the program makes one.
     """
     shape = mark.node.outputs[0].shape
-    found = [Place(axis=axis) for axis in (*range(len(shape)), *reversed(mark.scans))]
+    found: list[Place] = []
+    for axis in (*range(len(shape)), *reversed(mark.scans)):
+        found.append(Place(axis=axis))
+        if mark.length(found[-1]) == 1:
+            found.append(Place())  # where there is one datum, all belongs to it
     for axis, length in enumerate(shape):
         for sizes in sorted(flattened):
             if math.prod(sizes) == length:

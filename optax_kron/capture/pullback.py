@@ -11,6 +11,7 @@ from jax import Array
 from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.evaluate import Probes, evaluate
 from optax_kron.capture.graph import Value
+from optax_kron.capture.labels import Read
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments
 from optax_kron.capture.uses import Use
@@ -26,6 +27,7 @@ class Linearized:
       operands: of each mark.
       inputs: what was recorded at each use, `None` for a bias.
       taken: for each use inside a branch, one if the branch was taken, else zero.
+      indices: at which rows were read between the layers and the losses.
       pull: from cotangents of the loss and of each mark's logits to those of the parameters, of the
         outputs of the uses, and of the marks' per-example losses.
     """
@@ -34,6 +36,7 @@ class Linearized:
     operands: list[list[Any]]
     inputs: list[Any]
     taken: list[Any]
+    indices: dict[Read, Array]
     pull: Callable[[Array, Sequence[Array]], tuple[list[Array], list[Array], list[Array]]]
 
     def no_logits(self) -> list[Array]:
@@ -77,6 +80,8 @@ def linearize(
             _add(probes.record, use.reading.operand, ("input", i))
         if use.branch:
             probes.taken.setdefault(use.branch[-1], []).append(("taken", i))
+    for j, read in enumerate(analysis.reads):
+        _add(probes.record, read.operand, ("read", j))
     for m, mark in enumerate(analysis.marks):
         _add(probes.perturb, mark.node.outputs[0], ("loss", m))
         zeros["loss", m] = _zeros(mark.node.outputs[0], mark.scans)
@@ -107,6 +112,7 @@ def linearize(
         operands=[_operands(m, mark, records) for m, mark in enumerate(analysis.marks)],
         inputs=[records.get(("input", i)) for i in range(len(uses))],
         taken=[records.get(("taken", i)) for i in range(len(uses))],
+        indices={read: records["read", j] for j, read in enumerate(analysis.reads)},
         pull=pull,
     )
 

@@ -1,8 +1,9 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
 import dataclasses
+import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from optax_kron.autodiff import map_stacked
 from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.assemble import member_moments, member_taps
 from optax_kron.capture.check import failures
-from optax_kron.capture.columns import ESTIMATES, columns
+from optax_kron.capture.columns import ESTIMATES, columns, one_by_one
 from optax_kron.capture.find import NO_MARK, Layers
 from optax_kron.capture.layers import Layer, leaf_path
 from optax_kron.capture.moments import InsideMoments, can_be_inside
@@ -21,7 +22,7 @@ from optax_kron.capture.pullback import Linearized, linearize
 from optax_kron.capture.tap import Taps
 from optax_kron.capture.trace import Traced, trace_loss
 from optax_kron.capture.uses import Use
-from optax_kron.capture.weighing import Weighing
+from optax_kron.capture.weighing import Weighing, ranks
 
 PyTree = Any
 
@@ -101,8 +102,10 @@ def value_and_grad_with_taps(
         linearized = linearize(analysis, uses, traced.arrays, inside)
         grads, _, weights = linearized.pull_loss()
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
+        gradients = _per_layer(analysis, gradients, inside)
         order = {use: i for i, use in enumerate(uses)}
-        seen = (analysis, order, linearized, gradients, Weighing(analysis, weights))
+        weighing = Weighing(analysis, weights, linearized.indices)
+        seen = (analysis, order, linearized, gradients, weighing)
         taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
         value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
         return value, _unflatten_grads(traced, params, grads), Taps(taps)
@@ -120,8 +123,9 @@ def _inside(traced: Traced) -> dict[Use, InsideMoments]:
     analysis = traced.analysis
     # What each datum weighs has to be known in the forward pass; most losses are linear in their
     # per-example losses, and then none of this is evaluated.
-    _, _, weights = linearize(analysis, (), traced.arrays).pull_loss()
-    weighing = Weighing(analysis, weights)
+    linearized = linearize(analysis, (), traced.arrays)
+    _, _, weights = linearized.pull_loss()
+    weighing = Weighing(analysis, weights, linearized.indices)
     found = {}
     for member in analysis.members:
         uses = [use for group in member.groups for use in group]
@@ -177,7 +181,10 @@ def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, k
     made = []
     for m, (mark, operands) in enumerate(zip(analysis.marks, linearized.operands, strict=True)):
         own = None if key is None else jax.random.fold_in(key, m)
-        column = columns(fisher, mark, operands, weights[m], own, samples)
+        count = analysis.data_of([m])
+        column = columns(fisher, mark, operands, weights[m], own, samples, count=count)
+        if fisher == "exact":
+            column = one_by_one(column, mark, ranks(analysis, m))
         made.append(column.astype(operands[0].dtype))
     if fisher in ("mc", "sketch"):
         stacked = made  # independent and of mean zero: heads may share a column
@@ -192,6 +199,20 @@ def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, k
         return linearized.pull(loss, logits)[1]
 
     return map_stacked(pull, stacked)
+
+
+def _per_layer(analysis: Analysis, gradients: list[Any], inside: Collection[Use]) -> list[Any]:
+    """Columns for the number N of examples of each layer.
+
+    Where examples are selected, layers before and after that differ in N.
+    """
+    found = []
+    for use, gradient in zip(analysis.uses, gradients, strict=True):
+        label = analysis.label(use)
+        ratio = label.examples / analysis.data_of(label.marks)
+        factor = ratio if use in inside else math.sqrt(ratio)
+        found.append(gradient if factor == 1 else gradient * jnp.asarray(factor, gradient.dtype))
+    return found
 
 
 def _unflatten_grads(traced: Traced, params: PyTree, grads: list[Array]) -> PyTree:

@@ -180,7 +180,7 @@ class Uses:
         if origin in self._pending:
             label = self._labels[origin]
             if isinstance(label, Coupled) and label.node is not None and reason is None:
-                reason, node = f"data are coupled by {label.node.name}", label.node
+                reason, node = label.why, label.node
             origin = self._pending[origin].leaf
         if origin in self._leaves:
             self.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
