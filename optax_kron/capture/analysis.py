@@ -13,7 +13,7 @@ from optax_kron.capture.canonical import fits
 from optax_kron.capture.graph import Graph, Value
 from optax_kron.capture.knowledge import Knowledge
 from optax_kron.capture.labelling import Labels
-from optax_kron.capture.labels import Data, Read, same_examples, shares_data
+from optax_kron.capture.labels import Coupled, Data, Read, same_examples, shares_data
 from optax_kron.capture.layers import Arrangement, Layer
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.uses import Use, Uses
@@ -28,6 +28,11 @@ class Member:
     layer: Layer
     groups: list[list[Use]]
     biased: frozenset[Use]  # the uses to which the layer's bias is added
+
+    def without_bias(self) -> "Member":
+        """The layer of the kernel alone."""
+        layer = dataclasses.replace(self.layer, bias=None, bias_view=None)
+        return Member(layer, self.groups, frozenset())
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +82,14 @@ class Analysis:
             if len({counts[m] for m in self.label(use).marks}) > 1:
                 return max(counts)
         return max(counts[m] for m in marks)
+
+    def drop_bias(self, name: str, reason: str) -> None:
+        """Take the bias from a layer: it is in none then."""
+        (i,) = (i for i, member in enumerate(self.members) if member.layer.name == name)
+        bias = self.members[i].layer.bias
+        assert bias is not None
+        self.uncovered[bias] = reason
+        self.members[i] = self.members[i].without_bias()
 
     def marks_of(self, uses: Iterable[Use]) -> frozenset[int]:
         """The marks that some uses reach."""
@@ -171,7 +184,11 @@ class _Assembly:
             return "meets complex values"
         if any(scan.loop.length == 0 for scan in use.scans):
             return "is used in a loop without steps"
-        return None if fits(use, self.labels.data(use.output)) else "is not shared by data"
+        if fits(use, self.labels.data(use.output)):
+            return None
+        before = self.labels[use.node.outputs[0]]
+        told = isinstance(before, Coupled) and before.reason is not None
+        return before.why if told else "is not shared by data"
 
     def assembled(self) -> tuple[list[Member], dict[str, str]]:
         made = []

@@ -7,7 +7,8 @@ the cotangent of one datum alone, the output-gradients of every other datum vani
 positions have not been taken for each other.
 """
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +19,39 @@ from optax_kron.capture.assemble import member_taps
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import Traced
 from optax_kron.capture.weighing import Weighing
+from optax_kron.capture.widening import has_narrow, wide
 from optax_kron.kernels import contract
+
+
+class _Deviations(NamedTuple):
+    """How far the taps of one layer are off.
+
+    Attributes:
+      kernel: from the gradient of the kernel, relative to the largest entry of the layer's.
+      bias: from that of the bias, relative to the same.
+      leak: by which examples mix.
+    """
+
+    kernel: Any
+    bias: Any
+    leak: Any
 
 
 def failures(traced: Traced) -> dict[str, str]:
     """The layers whose taps are not what they should be, with the reason.
+
+    First of all, the loss and its gradients are compared. A bias that fails alone is taken from its
+    layer, and the analysis says why: the kernel keeps its block.
 
     Raises:
       RuntimeError: if the program that was read is not the loss function.
       ValueError: if a marked loss has a negative weight.
     """
     analysis = traced.analysis
-
-    def compare(arrays):
-        theirs = agreement.reference(traced, arrays)
-        ours, found, least = _deviations(traced, arrays)
-        return (ours[0], theirs[0]), agreement.disagreement(ours, theirs), found, least
-
-    # Compiled apart, as the numbers may be known inside a trace. To evaluate all that is
-    # known while tracing would also run branches that are not taken, with their effects.
-    with jax.disable_jit(False):
-        check = jax.jit(compare, compiler_options=_quickly()).lower(traced.arrays).compile()
-        losses, deviations, found, least = check(traced.arrays)
+    losses, apart, found, least = _run(traced, widely=False)
     values = [*analysis.graph.inputs, *(v for n in analysis.graph.walk() for v in n.outputs)]
     dtypes = {v.dtype for v in values if jnp.issubdtype(v.dtype, jnp.inexact)}
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    # Sums of products in two orders: rounding grows with the root of their number at most.
-    tolerance = min(100 * eps**0.75, 0.25)
-    agreement.refuse(traced, deviations, losses, tolerance)
+    agreement.refuse(traced, apart, losses, _tolerance(dtypes))
     for mark, weight in zip(analysis.marks, least, strict=True):
         if float(weight) < 0:
             raise ValueError(
@@ -53,15 +59,62 @@ def failures(traced: Traced) -> dict[str, str]:
                 f"is {float(weight):.3g}. Curvature needs weights ≥ 0; take the term out of "
                 "ok.losses if it is not a likelihood, and use Optax's function instead."
             )
+    kernels, biases = _judged(found, dtypes)
+    if (kernels or biases) and has_narrow(analysis.graph):
+        # A sum of many numbers of 16 bits may be far off by rounding, be it the gradient itself.
+        try:
+            *_, found, _ = _run(traced, widely=True)
+        except TypeError:  # a loop or a branch holds what cannot be had in 32 bits
+            found = {}
+        found = {name: off for name, off in found.items() if name in kernels | biases}
+        if found:
+            kernels, biases = _judged(found, {wide(dtype) for dtype in dtypes})
+    for name, reason in biases.items():
+        analysis.drop_bias(name, reason)
+    return kernels
+
+
+def _tolerance(dtypes: Collection[Any]) -> float:
+    """Sums of products in two orders: rounding grows with the root of their number at most."""
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    return min(100 * eps**0.75, 0.25)
+
+
+def _judged(
+    found: Mapping[str, _Deviations], dtypes: Collection[Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers that fail, and those of which the bias alone does, with reasons."""
+    tolerance = _tolerance(dtypes)
     # What a datum does not reach is zero, and stays so however numbers are rounded.
     least = min(tolerance, 100 * float(jnp.finfo(jnp.float32).eps) ** 0.75)
-    failed = {}
-    for name, (gradient, leak) in found.items():
-        if not float(gradient) <= tolerance:
-            failed[name] = f"check failed: taps miss the gradient by {float(gradient):.1e}"
-        elif not float(leak) <= least:
-            failed[name] = f"check failed: data mix, by {float(leak):.1e} of the whole"
-    return failed
+    kernels, biases = {}, {}
+    for name, off in found.items():
+        if not float(off.kernel) <= tolerance:
+            kernels[name] = f"check failed: taps miss the gradient by {float(off.kernel):.1e}"
+        elif not float(off.leak) <= least:
+            kernels[name] = f"check failed: data mix, by {float(off.leak):.1e} of the whole"
+        elif not float(off.bias) <= tolerance:
+            biases[name] = f"check failed: taps miss the gradient by {float(off.bias):.1e}"
+    return kernels, biases
+
+
+def _run(
+    traced: Traced, widely: bool
+) -> tuple[Any, list[Array], dict[str, _Deviations], list[Array]]:
+    """Two losses and how far they and their gradients are apart, and what `_deviations` finds."""
+
+    def compare(arrays):
+        ours, found, least = _deviations(traced, arrays, widely)
+        if widely:  # JAX knows the loss in its own precision only
+            return None, [], found, least
+        theirs = agreement.reference(traced, arrays)
+        return (ours[0], theirs[0]), agreement.disagreement(ours, theirs), found, least
+
+    # Compiled apart, as the numbers may be known inside a trace. To evaluate what is known while
+    # tracing would also run branches that are not taken, with their effects.
+    with jax.disable_jit(False):
+        check = jax.jit(compare, compiler_options=_quickly()).lower(traced.arrays).compile()
+        return check(traced.arrays)
 
 
 def _quickly() -> dict[str, Any] | None:
@@ -72,17 +125,13 @@ def _quickly() -> dict[str, Any] | None:
 
 
 def _deviations(
-    traced: Traced, arrays: list[Any]
-) -> tuple[tuple[Array, list[Array]], dict[str, tuple[Array, Array]], list[Array]]:
-    """How far each layer is off: from the gradient, and by mixing data.
-
-    Returns:
-      The loss and its gradients; the deviations by layer; and the least weight of each mark.
-    """
+    traced: Traced, arrays: list[Any], widely: bool
+) -> tuple[tuple[Array, list[Array]], dict[str, _Deviations], list[Array]]:
+    """The loss and its gradients, how far each layer is off, and the least weight of each mark."""
     analysis = traced.analysis
     uses = analysis.uses
     numbers = {use: i for i, use in enumerate(uses)}
-    linearized = linearize(analysis, uses, arrays)
+    linearized = linearize(analysis, uses, arrays, widely=widely)
     keys = jax.random.split(jax.random.key(0), max(len(analysis.marks), 1))
     everything = [
         jax.random.normal(key, logits.shape, jnp.float32).astype(logits.dtype)
@@ -112,14 +161,16 @@ def _deviations(
         expected = contract.widen(layer.take(leaves))
         taps = taps_of(member, gradients)
         contracted = sum(_contract(layer, tap) for tap in taps)
-        gradient = _relative(contracted - expected, expected)
+        off, biased = contracted - expected, layer.kernel is not None and layer.bias is not None
+        kernel = _relative(off[:, :-1] if biased else off, expected)
+        bias = _relative(off[:, -1], expected) if biased else jnp.zeros(())
         leaks = [
             _relative(_others(mine, own), whole.output_grads)
             for mine, whole, own in zip(
                 taps_of(member, alone), taps, taps_of(member, alone, first), strict=True
             )
         ]
-        found[layer.name] = gradient, jnp.max(jnp.stack(leaks))
+        found[layer.name] = _Deviations(kernel, bias, jnp.max(jnp.stack(leaks)))
     ours = linearized.outputs[0], grads
     return ours, found, [jnp.min(w, initial=0) for w in weights]
 

@@ -22,6 +22,10 @@ from optax_kron.kernels import flow
 Key = tuple[str, int]
 
 
+def _bind(node: Node, *operands: Any) -> list[Any]:
+    return node.bind(*operands)
+
+
 @dataclasses.dataclass(eq=False)
 class Probes:
     """What to perturb and to record.
@@ -34,6 +38,7 @@ class Probes:
       apply: how a perturbation enters, by key: from a value and it to a new value; added if not
         given.
       stacked: for keys that scans sum up, rather than stack, the scans that do stack them.
+      bind: how an equation is evaluated that holds none of them.
     """
 
     perturb: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
@@ -42,6 +47,7 @@ class Probes:
     transform: dict[Key, Callable] = dataclasses.field(default_factory=dict)
     apply: dict[Key, Callable] = dataclasses.field(default_factory=dict)
     stacked: dict[Key, frozenset[Node]] = dataclasses.field(default_factory=dict)
+    bind: Callable[..., list[Any]] = _bind
 
     def is_summed(self, key: Key, scan: Node) -> bool:
         """Whether the steps of a scan share a perturbation, and add up their records."""
@@ -103,7 +109,7 @@ class _Run:
                 outputs, inner = getattr(self, node.kind)(node, operands, inside)
                 records |= inner
             else:
-                outputs = node.bind(*operands)
+                outputs = self.probes.bind(node, *operands)
             for value, array in zip(node.outputs, outputs, strict=True):
                 store(value, array)
         return [env[value] for value in graph.outputs], records

@@ -119,11 +119,14 @@ class Knowledge:
 
     def _unwrapped(self, node: Node) -> Any:
         """The index of `select_n(index < 0, index, index + length)`."""
-        test, index, other = (self.maker(x) if isinstance(x, Value) else x for x in node.operands)
-        plain = node.operands[1] if len(node.operands) == 3 else None
-        wraps = isinstance(test, Node) and test.name == "lt" and test.operands[0] is plain
-        adds = isinstance(other, Node) and other.name == "add" and other.operands[0] is plain
-        return plain if wraps and adds else None
+        if len(node.operands) != 3:
+            return None
+        test, index, other = node.operands
+        for value, name in ((test, "lt"), (other, "add")):
+            maker = self.maker(value) if isinstance(value, Value) else None
+            if maker is None or maker.name != name or maker.operands[0] is not index:
+                return None
+        return index
 
     def is_distinct(self, value: Value) -> bool:
         """Whether no two elements of some indices are known to be equal, in any run."""

@@ -19,7 +19,7 @@ is an example without weight.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,7 @@ def linked(axis: Any, length: int, links: Mapping[int, Link], node: Any) -> Labe
     marks = frozenset(links)
     pairs = {m: link.pairs or Pairs.identity(length) for m, link in links.items()}
     found = classes(length, list(pairs.values()))
-    if found is not None and _is_one(found, pairs.values()):
+    if _is_one(found, list(pairs.values())):
         return Coupled(marks, node, f"data are combined by {node.name}" if node else None)
     before, size, after = digits(found) or (1, length, 1) if found is not None else (1, length, 1)
     if size < length:
@@ -220,11 +220,12 @@ def linked(axis: Any, length: int, links: Mapping[int, Link], node: Any) -> Labe
     return Data(marks, size, kept, axis=axis, before=before, after=after)
 
 
-def _is_one(found: np.ndarray, relations: Iterable[Pairs]) -> bool:
+def _is_one(found: np.ndarray | None, relations: Sequence[Pairs]) -> bool:
     """Whether all that reaches a loss is one example, while the losses are of several."""
-    relations = list(relations)
-    reached = np.unique(np.concatenate([found[pairs.elements] for pairs in relations]))
-    return len(reached) == 1 and any(len(np.unique(pairs.data)) > 1 for pairs in relations)
+    if all(len(np.unique(pairs.data)) == 1 for pairs in relations):
+        return False
+    reached = [p.elements if found is None else found[p.elements] for p in relations]
+    return len(np.unique(np.concatenate(reached))) == 1
 
 
 def meet(first: Label, second: Label, node: Any = None) -> Label:
@@ -240,13 +241,9 @@ def meet(first: Label, second: Label, node: Any = None) -> Label:
 
 def _both(first: Data, second: Data, node: Any) -> Label:
     marks = first.marks | second.marks
-    links = dict(first.links) | dict(second.links)
-    same = dataclasses.replace(first, marks=marks, links=tuple(sorted(links.items(), key=_mark)))
-    if same == dataclasses.replace(second, marks=marks, links=same.links) and all(
-        first.link(mark) == second.link(mark) for mark in first.marks & second.marks
-    ):
-        if not links or first.links == second.links:
-            return same
+    same = dataclasses.replace(first, marks=marks)
+    if same == dataclasses.replace(second, marks=marks):
+        return same
     if first.axis is None or first.axis != second.axis or first.length != second.length:
         return Coupled(marks, node)
     one, other = first.along_axis(), second.along_axis()
@@ -257,10 +254,6 @@ def _both(first: Data, second: Data, node: Any) -> Label:
             link = Link(link.reads, one[mark].pairs | link.pairs)  # type: ignore[operator]
         one[mark] = link
     return linked(first.axis, first.length, one, node)
-
-
-def _mark(item):
-    return item[0]
 
 
 def shares_data(first: Data, second: Data) -> bool:

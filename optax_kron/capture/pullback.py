@@ -15,6 +15,7 @@ from optax_kron.capture.labels import Read
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.moments import InsideMoments
 from optax_kron.capture.uses import Use
+from optax_kron.capture.widening import bind_widely, wide, widened
 from optax_kron.kernels import flow
 
 
@@ -53,6 +54,8 @@ def linearize(
     uses: Sequence[Use],
     arrays: Sequence[Any],
     inside: Mapping[Use, InsideMoments] | None = None,
+    *,
+    widely: bool = False,
 ) -> Linearized:
     """Evaluate a loss, and prepare to pull cotangents back from it.
 
@@ -62,9 +65,11 @@ def linearize(
       arrays: the graph's inputs, the parameters first.
       inside: the uses whose second moments are formed inside: then these are their inputs, and
         what is pulled back to them.
+      widely: evaluate in 32 bits what the program does in fewer.
     """
     inside = inside or {}
-    probes = Probes()
+    probes = Probes(bind=bind_widely) if widely else Probes()
+    arrays = [widened(x) for x in arrays] if widely else arrays
     zeros: dict[Any, Array] = {}
     for i, use in enumerate(uses):
         _add(probes.perturb, use.output, ("use", i))
@@ -97,6 +102,8 @@ def linearize(
         logits = [records[f"mark{m}", 0] for m in range(len(analysis.marks))]
         return (outputs[0], logits), (outputs, records)
 
+    if widely:
+        zeros = {key: x.astype(wide(x.dtype)) for key, x in zeros.items()}
     _, pullback, (outputs, records) = jax.vjp(run, list(arrays[:count]), zeros, has_aux=True)
 
     def pull(loss, logits):

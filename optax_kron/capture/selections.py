@@ -83,35 +83,41 @@ def _gathered(node: Node, output: Value, label: Data, operand: Value, known: Kno
     along, indices = positions.index(label.axis), node.operands[1]
     if not isinstance(indices, Value):
         return _not_followed(label, node)
-    unknown = []
-    for column, axis in enumerate(numbers.start_index_map):
+    one_each = indices.shape[along] == np.prod(indices.shape[:-1])
+    readable = one_each and label.is_plain and known.runs_once(node)
+    shared: list[Label] = []
+    for column, axis in sorted(enumerate(numbers.start_index_map), key=lambda entry: entry[1]):
         if params["slice_sizes"][axis] != 1:
             continue
         rows, source = known.column(indices, column)
-        if rows is None:
-            unknown.append((column, axis, source))
-            continue
-        number = np.arange(rows.shape[along]).reshape([-1] + [1] * (rows.ndim - along - 1))
-        number = np.broadcast_to(number, rows.shape).ravel()
-        rows = _rows(np, rows.ravel(), params["mode"], operand.shape[axis])
-        pairs = Pairs(rows[rows >= 0], number[rows >= 0])
-        found = label.made_from(pairs, axis, operand.shape[axis], node)
-        if isinstance(found, Data):
-            return found
-    one_each = indices.shape[along] == np.prod(indices.shape[:-1])
-    if not (unknown and one_each and label.is_plain and known.runs_once(node)):
-        return _not_followed(label, node)
-    column, axis, source = unknown[0]
-    read = Read(
-        index=(known.origin(source), column * (source is indices), str(params["mode"])),
-        size=operand.shape[axis],
-        length=output.shape[label.axis],
-        distinct=params["unique_indices"] or known.is_distinct(source),
-        node=node,
-        operand=indices,
-        column=column,
-    )
-    return label.read_from(read, axis)
+        if rows is not None:
+            pairs = _known_rows(rows, along, params["mode"], operand.shape[axis])
+            found = label.made_from(pairs, axis, operand.shape[axis], node)
+            if isinstance(found, Data) and pairs.mapping(operand.shape[axis]) is not None:
+                return found  # rows of its own for each of the data
+            shared.append(found)
+        elif readable:
+            index = known.origin(source), column * (source is indices), str(params["mode"])
+            read = Read(
+                index=index,
+                size=operand.shape[axis],
+                length=output.shape[label.axis],
+                distinct=params["unique_indices"] or known.is_distinct(source),
+                node=node,
+                operand=indices,
+                column=column,
+            )
+            shared.append(label.read_from(read, axis))
+    of_data = [found for found in shared if isinstance(found, Data)]
+    return of_data[0] if of_data else _not_followed(label, node)
+
+
+def _known_rows(rows: np.ndarray, along: int, mode: Any, size: int) -> Pairs:
+    """Rows at known indices, and the elements along an axis of these that read them."""
+    number = np.arange(rows.shape[along]).reshape([-1] + [1] * (rows.ndim - along - 1))
+    number = np.broadcast_to(number, rows.shape).ravel()
+    rows = _rows(np, rows.ravel(), mode, size)
+    return Pairs(rows[rows >= 0], number[rows >= 0])
 
 
 def _sliced(node: Node, output: Value, label: Data, operand: Value, known: Knowledge) -> Label:

@@ -156,16 +156,23 @@ def _select(traced: Traced, layers: Layers | None) -> None:
         wanted = [name for name in found if name not in refused]
     else:
         wanted = [layer.name for layer in layers]
-        sizes = {layer.name: layer.max_size for layer in layers}
-        for name in wanted:
-            if name not in found or name in refused:
+        for layer in layers:
+            name, member = layer.name, found.get(layer.name)
+            if member is None or name in refused:
                 reason = refused.get(name, "it is not found in this loss function")
-                raise ValueError(
-                    f"value_and_grad_with_taps: no taps for the layer {name!r}: {reason}. Call "
-                    "find_layers again, with this function and numbers."
-                )
+            elif layer.bias is not None and member.layer.bias is None:
+                reason = f"its bias is not: {analysis.uncovered.get(layer.bias, 'it is apart')}"
+            else:
+                if layer.bias is None and member.layer.kernel is not None:
+                    found[name] = member.without_bias()
+                continue
+            raise ValueError(
+                f"value_and_grad_with_taps: no taps for the layer {name!r}: {reason}. Call "
+                "find_layers again, with this function and numbers."
+            )
         if refused == {} and traced.is_concrete:
             layers.checked = True
+        sizes = {layer.name: layer.max_size for layer in layers}
         for name in wanted:
             found[name].layer = dataclasses.replace(found[name].layer, max_size=sizes[name])
     analysis.members = [found[name] for name in wanted]

@@ -265,7 +265,9 @@ class Uses:
         for a, digits in enumerate(view.axes):
             slots = _slots_of(digits, use.reading.output_slots, ("new", a))
             if slots is None:
-                self._gap(view, use.node, "reshaped before it meets the data")
+                label = self._labels[view.origin]
+                told = isinstance(label, Coupled) and label.reason is not None
+                self._gap(view, use.node, None if told else "reshaped before it meets the data")
                 return
             axes.append(slots)
         reading = dataclasses.replace(use.reading, output_slots=tuple(axes))

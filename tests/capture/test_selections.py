@@ -55,7 +55,7 @@ SELECTIONS = {
     "repeated_unevenly": lambda h, i: jnp.repeat(h, np.array([1, 2, 0, 3, 1, 1, 1]), axis=0),
     "rolled": lambda h, i: jnp.roll(h, 2, axis=0),
     "rolled_by_a_number": lambda h, i: jnp.roll(h, i[1], axis=0),
-    "dynamic_slice": lambda h, i: jax.lax.dynamic_slice(h, (i[1], 0), (3, 2)),
+    "dynamic_slice": lambda h, i: jax.lax.dynamic_slice_in_dim(h, i[1], 3),
     "permuted": lambda h, i: jax.random.permutation(jax.random.key(1), h),
     "sorted": lambda h, i: h[jnp.argsort(jnp.sin(jnp.arange(N) + i[0]))],
     "parts_joined": lambda h, i: jnp.concatenate([h[:4], h[2:]]),
@@ -152,7 +152,7 @@ def taps_of(selection, fisher="empirical", **kwargs):
 def test_examples_that_are_not_selected_weigh_nothing():
     _, _, taps = taps_of(lambda h: h[ROWS])
     for (tap,) in taps.values():
-        np.testing.assert_allclose(tap.weights, np.array([1, 0, 2, 0, 0, 1, 1]) / 5)
+        np.testing.assert_allclose(tap.weights, 2 * np.array([1, 0, 2, 0, 0, 1, 1]) / 5)
         unread = tap.output_grads[:, :, np.array([1, 3, 4])]
         np.testing.assert_array_equal(unread, np.zeros_like(unread))
 
@@ -160,13 +160,18 @@ def test_examples_that_are_not_selected_weigh_nothing():
 def test_halves_of_a_batch_are_two_uses_of_one_example():
     _, _, taps = taps_of(lambda h: half(h[1:], 0) - half(h[1:], 1))
     for (tap,) in taps.values():
-        # One example is never used: it is one of its own, without weight.
+        # What is not used is an example of its own, without weight.
         assert tap.inputs.shape[1:3] == (4, 2)
+<<<<<<< HEAD
         np.testing.assert_allclose(tap.weights.sum(), 2)  # three losses of a third, at 2 positions
     _, _, taps = taps_of(lambda h: h[1:][:3] - h[1:][3:])
     np.testing.assert_allclose(
         taps["c"][0].inputs[0, -1, 0], (X[0] @ NET["a"]["w"] + NET["a"]["b"])
     )
+=======
+        np.testing.assert_allclose(tap.weights, [[0, 0]] + [[2 / 3] * 2] * 3)
+    np.testing.assert_allclose(taps["a"][0].inputs[0, 2, :, :3], X[jnp.array([2, 5])])
+>>>>>>> 605cef1 (The check on numbers sees past the rounding of 16 bits; a bias that fails alone costs no kernel its block; selections tested)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "sketch"])
