@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_kron.capture.layers import leaf_path
+from optax_kron.capture.layers import by_path, map_by_path
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import trace_loss
 
@@ -70,8 +70,7 @@ def ggn_vector_product(
         return lambda f: jnp.sum(weights[m] * mark.evaluate(f, *rest))
 
     def product(v: PyTree) -> PyTree:
-        given, treedef = jax.tree_util.tree_flatten_with_path(v)
-        known = {leaf_path(path): leaf for path, leaf in given}
+        known = by_path(v)
         tangents = [
             known[path].astype(x.dtype) for path, x in zip(traced.paths, primals, strict=True)
         ]
@@ -84,6 +83,6 @@ def ggn_vector_product(
         (result,) = pull(curved)
         # For complex numbers the cotangent is the conjugate of the adjoint's result.
         found = dict(zip(traced.paths, map(jnp.conj, result), strict=True))
-        return treedef.unflatten([found[leaf_path(path)] for path, _ in given])
+        return map_by_path(lambda path, _: found[path], v)
 
     return product

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_kron.capture.layers import Layer, by_path, leaf_path, slashed
+from optax_kron.capture.layers import Layer, by_path, paths_of, spellings
 from optax_kron.capture.tap import Moments, Tap, Taps
 
 PyTree = Any
@@ -275,19 +275,16 @@ def _hidden_paths(tree: PyTree) -> list[str]:
     def is_hidden(x):
         return x is None or isinstance(x, optax.MaskedNode)
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hidden)
-    return [leaf_path(path) for path, x in leaves if is_hidden(x)]
+    leaves = jax.tree.leaves(tree, is_leaf=is_hidden)
+    return [path for path, x in zip(paths_of(tree, is_hidden), leaves, strict=True) if is_hidden(x)]
 
 
 def _is_hidden(path: str, leaves: Mapping[str, Any], hidden: Sequence[str]) -> bool:
     """Whether a parameter, or a subtree that holds it, is hidden."""
-    if path in leaves or slashed(path) in leaves:
+    forms = spellings(path)
+    if any(form in leaves for form in forms):
         return False
-    return any(
-        form == other or form.startswith(other + "/")
-        for form in (path, slashed(path))
-        for other in hidden
-    )
+    return any(form == other or form.startswith(other + "/") for form in forms for other in hidden)
 
 
 def _visible(layer: Layer, leaves: Mapping[str, Any], hidden: Sequence[str]) -> Member | None:

@@ -16,7 +16,7 @@ from optax_kron.capture.assemble import member_moments, member_taps
 from optax_kron.capture.check import failures
 from optax_kron.capture.columns import ESTIMATES, columns, one_by_one
 from optax_kron.capture.find import NO_MARK, Layers
-from optax_kron.capture.layers import Layer, leaf_path
+from optax_kron.capture.layers import Layer, map_by_path
 from optax_kron.capture.moments import InsideMoments, can_be_inside
 from optax_kron.capture.pullback import Linearized, linearize
 from optax_kron.capture.tap import Taps
@@ -224,5 +224,4 @@ def _per_layer(analysis: Analysis, gradients: list[Any], inside: Collection[Use]
 
 def _unflatten_grads(traced: Traced, params: PyTree, grads: list[Array]) -> PyTree:
     by_path = dict(zip(traced.paths, grads, strict=True))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return treedef.unflatten([by_path.get(leaf_path(path)) for path, _ in leaves])
+    return map_by_path(lambda path, _: by_path.get(path), params)

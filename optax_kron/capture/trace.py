@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_kron.capture import graph as graphs
 from optax_kron.capture.analysis import Analysis, analyse
-from optax_kron.capture.layers import by_path, is_inexact
+from optax_kron.capture.layers import abstract, are_parameters, as_array, by_path
 
 PyTree = Any
 
@@ -62,7 +62,9 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
     """
     leaves, treedef = jax.tree.flatten((params, args))
     paths = list(by_path(params))
-    wanted = [i for i in range(len(paths)) if is_inexact(leaves[i])]
+    wanted = [i for i, is_parameter in enumerate(are_parameters(params)) if is_parameter]
+    for i in wanted:
+        leaves[i] = as_array(leaves[i])
     others = [i for i, x in enumerate(leaves) if i not in set(wanted) and hasattr(x, "dtype")]
     inputs = [*wanted, *others]
 
@@ -98,9 +100,5 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
         inputs=inputs,
         paths=list(values),
         out_tree=jax.tree.structure(shapes),
-        structure=jax.tree.map(_abstract, params),
+        structure=abstract(params),
     )
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct | None:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_inexact(x) else None

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron.autodiff import map_stacked
-from optax_kron.capture.layers import is_inexact
+from optax_kron.capture.layers import abstract, is_inexact
 from optax_kron.kernels import contract, eigenbases
 
 PyTree = Any
@@ -35,10 +35,8 @@ class Structure:
     @classmethod
     def of(cls, tree: PyTree) -> "Structure":
         """That of a pytree of arrays, or of abstract ones; without leaves that are not inexact."""
-        leaves, treedef = jax.tree.flatten(
-            jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
-        )
-        return cls(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+        leaves, treedef = jax.tree.flatten(abstract(tree))
+        return cls(treedef, tuple(leaves))
 
     def check(self, vector: PyTree) -> PyTree:
         """The vector, if it has this structure; its leaves as floating-point arrays."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.capture.layers import Layer, by_path, is_inexact, leaf_path, slashed
+from optax_kron.capture.layers import Layer, by_path, is_inexact, map_by_path, slashed
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
 from optax_kron.operators.base import (
@@ -53,11 +53,7 @@ class Layerwise(Blocks):
         wide = {path: leaf.astype(self._wide(leaf)) for path, leaf in leaves.items()}
         for layer in self.layers:
             layer.put(result, self.blocks[layer.name].mv(layer.take(wide)))
-
-        def choose(path, old):
-            return result.get(leaf_path(path), old)
-
-        return jax.tree_util.tree_map_with_path(choose, vector)
+        return map_by_path(result.get, vector)
 
     def _wide(self, leaf):
         return jnp.promote_types(leaf.dtype, self.dtype)

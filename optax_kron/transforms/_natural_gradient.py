@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import complex_like
 from optax_kron.capture import plan as plans
-from optax_kron.capture.layers import Layer, by_path, leaf_path
+from optax_kron.capture.layers import Layer, by_path, map_by_path
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.kernels import contract, flow
@@ -371,12 +371,12 @@ def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> P
     """
 
     def choose(path, old):
-        new = leaves.get(leaf_path(path))
+        new = leaves.get(path)
         if new is None:
             return optax.MaskedNode()
-        return new.astype(old.dtype) if cast else new
+        return new.astype(jnp.result_type(old)) if cast else new
 
-    return jax.tree_util.tree_map_with_path(choose, tree)
+    return map_by_path(choose, tree)
 
 
 def _widened(x: Array, dtype: jnp.dtype) -> Array:

@@ -13,7 +13,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron import guards
-from optax_kron.capture.layers import is_inexact
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
 from optax_kron.transforms import _program, _settings
@@ -264,7 +263,7 @@ def _within(owner: str, clip: ArrayLike) -> optax.GradientTransformationExtraArg
 
 def _check_leaves(owner: str, updates: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        if not is_inexact(leaf):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
                 f"{owner}: parameters must be floating-point or complex; got "
                 f"{jnp.result_type(leaf)} at {jax.tree_util.keystr(path) or 'the root'}."

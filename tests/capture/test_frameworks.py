@@ -10,10 +10,12 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
 import optax_kron as ok
+from optax_kron.capture.layers import by_path, paths_of
 
 from .helpers import assert_examples
 from .patterns import N, classify, draw, labels
@@ -312,3 +314,20 @@ def test_taps_give_the_gradient_of_every_example(name):
         assert_examples(
             case.loss_fn, case.params, case.args, _layers(name), scale=case.scale, rtol=1e-4
         )
+
+
+def test_variables_of_nnx_have_the_path_of_what_they_are_in():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    model.value = nnx.Param(jnp.ones(2))  # a variable whose own name is "value"
+    _, state, _ = nnx.split(model, nnx.Param, ...)
+    assert paths_of(state) == ["bias", "kernel", "value"]
+    assert sorted(paths_of((state, state))) == sorted(
+        f"{a}/{b}" for a in (0, 1) for b in ("bias", "kernel", "value")
+    )
+    hidden = jax.tree.map(lambda x: optax.MaskedNode() if x.ndim == 1 else x, state)
+    assert paths_of(hidden) == ["kernel"]
+    assert paths_of(hidden, lambda x: isinstance(x, optax.MaskedNode)) == paths_of(state)
+    holder = nnx.Param({"a": jnp.ones(2), "value": jnp.ones(3)})
+    assert paths_of({"x": holder}) == ["x/value/a", "x/value/value"]
+    layer = ok.Layer("dense", kernel="['kernel'].value", bias="bias")
+    assert layer.resolved(by_path(state)).paths == ("kernel", "bias")
