@@ -12,9 +12,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optax_kron.capture.layers import Layer, by_path, paths_of, spellings
-from optax_kron.capture.tap import Moments, Tap, Taps
+from optax_kron.capture.tap import Moments, Tap, Taps, magnitude
 
 PyTree = Any
+# Clipping, averages over batches and the like change a gradient's scale by less, the usual loss
+# scales by more.
+MOST_APART = 128.0
 Box = tuple[tuple[int, int], ...]  # for each axis of a parameter, a range of indices
 
 
@@ -33,6 +36,11 @@ class Member:
     columns: slice
     width: int | None
     wide_input: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether none of its parameters is hidden."""
+        return self.columns == slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,30 @@ class LayerPlan:
         for box in self.owned.get(path, ()):
             leaf = leaf.at[tuple(slice(*span) for span in box)].set(0)
         return leaf
+
+    def scales_differ(self, blocks: Mapping[str, Array], taps: Taps) -> Array:
+        """Whether gradients are far from the scale of those that taps were made beside, bool [].
+
+        Args:
+          blocks: gradients, as `take` returns them.
+          taps: of all layers. By hand they need not know, and are not judged.
+        """
+        given: list[Array] = []
+        known: list[Array] = []
+        for label, members in self.stacks.items():
+            start = 0
+            for m in members:
+                norm = taps.gradient_norms.get(m.layer.name)
+                if norm is not None and m.is_whole:
+                    given.append(magnitude(blocks[label][start : start + m.layer.blocks]))
+                    known.append(jnp.asarray(norm).astype(given[-1].dtype))
+                start += m.layer.blocks
+        if not given:
+            return jnp.zeros([], bool)
+        own, others = (sum(x[1:], x[0]) for x in (given, known))
+        # Gradients that vanish, or are not finite, are a matter of their own.
+        judged = (own > 0) & jnp.isfinite(own) & (others > 0) & jnp.isfinite(others)
+        return judged & ((own / MOST_APART > others) | (others / MOST_APART > own))
 
     def take(self, leaves: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
         """Stacks [N, d_in, d_out] of a tree like the parameters, given by path."""
@@ -113,7 +145,8 @@ class LayerPlan:
                 f"to no layer: {unknown}. Expected taps of {list(self.names)}; make them with the "
                 "same layers, ok.value_and_grad_with_taps(loss_fn, layers)."
             )
-        found = Taps({m.layer.name: taps[m.layer.name] for m in members})
+        norms = getattr(taps, "gradient_norms", {})
+        found = Taps({m.layer.name: taps[m.layer.name] for m in members}, gradient_norms=norms)
         for m in members:
             if not found[m.layer.name]:
                 raise ValueError(f"{self.owner}: the taps of layer {m.layer.name!r} are empty.")

@@ -19,7 +19,7 @@ from optax_kron.capture.find import NO_MARK, Layers
 from optax_kron.capture.layers import Layer, map_by_path
 from optax_kron.capture.moments import InsideMoments, can_be_inside
 from optax_kron.capture.pullback import Linearized, linearize
-from optax_kron.capture.tap import Taps
+from optax_kron.capture.tap import Taps, magnitude
 from optax_kron.capture.trace import Traced, trace_loss
 from optax_kron.capture.uses import Use
 from optax_kron.capture.weighing import Weighing, ranks
@@ -108,7 +108,10 @@ def value_and_grad_with_taps(
         seen = (analysis, order, linearized, gradients, weighing)
         taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
         value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
-        return value, _unflatten_grads(traced, params, grads), Taps(taps)
+        leaves = dict(zip(traced.paths, grads, strict=True))
+        norms = {m.layer.name: magnitude(m.layer.take(leaves)) for m in analysis.members}
+        made = Taps(taps, gradient_norms=norms, fisher=fisher)
+        return value, _unflatten_grads(traced, params, grads), made
 
     return value_and_grad
 

@@ -44,6 +44,11 @@ class Batches:
     ):
         self.owner = owner
         checked = plans.check_layers(owner, layers)
+        if not checked:
+            raise ValueError(
+                f"{owner}: there is not a single layer, and so no curvature. print(ok.find_layers("
+                "...)) says why parameters are in no layer."
+            )
         layers = layers if hasattr(layers, "structure") else checked
         if isinstance(source, Mapping):
             source = [source]

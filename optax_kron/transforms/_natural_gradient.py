@@ -43,6 +43,8 @@ class ScaleByKfacState(NamedTuple):
       failed_refreshes: blocks whose new factors, inverses or eigenvalues were not finite, and that
         kept the old, int32 [].
       skipped_steps: steps that were not finite and were dropped, int32 [].
+      mismatched_steps: accepted steps whose gradients were 128 times larger or smaller than those
+        that the taps were made beside, as of a scaled loss, int32 [].
       stacks: by kind of block, the factors [N, ...], and as `inverse` what was made of them: of
         `ekfac` bases and eigenvalues. An array for a tree without leaves.
       momentum: velocity like the parameters, masked where a fallback has the leaf.
@@ -56,9 +58,13 @@ class ScaleByKfacState(NamedTuple):
     refreshes: Array
     failed_refreshes: Array
     skipped_steps: Array
+    mismatched_steps: Array
     stacks: Stacks | Array
     momentum: PyTree | None
     fallback: PyTree | None
+
+
+_CONTENTS = ("stacks", "momentum", "fallback")  # what is no counter
 
 
 class Curvature(Protocol):
@@ -114,9 +120,11 @@ class NaturalGradient:
     def init(self, params: PyTree) -> Any:
         """The state before the first step."""
         plan = plans.plan_layers(self.owner, self.layers, params)
+        if not plan.stacks and any(0 not in shape for shape in plan.leaves.values()):
+            _settings.warn_without_layers(self.owner, self.layers, self.fallback)
         leaves = by_path(params)
         # Each counter is a buffer of its own, so that the state can be donated.
-        counters = ("count", "factor_updates", "since_refresh", "refreshes", "failed_refreshes")
+        counters = [name for name in ScaleByKfacState._fields if name not in _CONTENTS]
         velocity = {
             path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
             for path, leaf in leaves.items()
@@ -124,7 +132,7 @@ class NaturalGradient:
         }
         rest = {path: leaves[path] for path in plan.uncovered}
         return ScaleByKfacState(
-            **{name: jnp.zeros([], jnp.int32) for name in (*counters, "skipped_steps")},
+            **{name: jnp.zeros([], jnp.int32) for name in counters},
             stacks=self.curvature.init(plan, self.factor_dtype),
             momentum=None if self.momentum is None else _masked(params, velocity),
             fallback=None if self.fallback is None else self.fallback.init(_masked(params, rest)),
@@ -170,7 +178,9 @@ class NaturalGradient:
         _settings.check_state(self.owner, made, state.stacks)
         learned = self._learn(plan, state, taps, guards.all_finite(updates))
         gradients = {path: _widened(g, self.compute) for path, g in by_path(updates).items()}
-        directions = self._directions(plan, learned.stacks, gradients)
+        blocks = plan.take(gradients, self.compute)
+        differ = plan.scales_differ(blocks, taps)
+        directions = self._directions(plan, learned.stacks, gradients, blocks)
         directions, velocity = self._with_momentum(directions, state)
         for path, u in others.items():
             u = u.astype(gradients[path].dtype)
@@ -186,6 +196,7 @@ class NaturalGradient:
             refreshes=state.refreshes + learned.due.astype(jnp.int32),
             failed_refreshes=state.failed_refreshes + learned.failures,
             skipped_steps=state.skipped_steps + 1 - one,
+            mismatched_steps=state.mismatched_steps + (accepted & differ).astype(jnp.int32),
             stacks=learned.stacks,
             momentum=guards.select(accepted, velocity, state.momentum),
             fallback=guards.select(accepted, fallback, state.fallback),
@@ -222,14 +233,17 @@ class NaturalGradient:
         return _Learned(stacks, sound, moved, due, failed_moves + failed_inverses + failed)
 
     def _directions(
-        self, plan: LayerPlan, stacks: Stacks, gradients: Mapping[str, Array]
+        self,
+        plan: LayerPlan,
+        stacks: Stacks,
+        gradients: Mapping[str, Array],
+        blocks: Mapping[str, Array],
     ) -> dict[str, Array]:
         """The natural gradient by path; the gradient where there is neither layer nor fallback."""
         if self.fallback is None:
             directions = dict(gradients)
         else:
             directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
-        blocks = plan.take(gradients, self.compute)
         natural = self.curvature.precondition(stacks, blocks, self.damping)
         plan.put(directions, natural)
         if self.norm_constraint is None:

@@ -1,6 +1,7 @@
 """Checks of settings, and the chain that turns a preconditioner into an optimizer."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,6 +182,19 @@ def check_mask(owner: str, mask: Any) -> None:
             "optax.inject_hyperparams takes a function for a schedule, unless told otherwise: "
             'optax.inject_hyperparams(factory, static_args=("mask",)).'
         )
+
+
+def warn_without_layers(owner: str, layers: Sequence[Any], fallback: Any) -> None:
+    """Say that nothing will be preconditioned, as no layer has parameters."""
+    reason = "layers is empty"
+    if layers:
+        reason = f"of those of {[layer.name for layer in layers]} there are none here"
+    get = "plain gradients" if fallback is None else "the updates of the fallback"
+    warnings.warn(
+        f"{owner}: no parameter belongs to a layer, so all get {get}: {reason}. "
+        "print(ok.find_layers(...)) says why parameters are in no layer.",
+        stacklevel=4,
+    )
 
 
 def check_callable(owner: str, name: str, value: Any) -> None:
