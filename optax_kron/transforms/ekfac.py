@@ -73,11 +73,11 @@ def scale_by_ekfac(
     Raises:
       ValueError: as `scale_by_kfac`, and in `update` for second moments.
 
-    Cost, for a layer as in `scale_by_kfac`. State: 2·(d_in² + d_out²) + 2·d_in·d_out
-    numbers. A step: 4·d_in·d_out·(d_in + d_out) operations, and for the eigenvalues
-    2·N·S·(d_in² + V·d_out²) and 2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in
-    taps: as there. A refresh: about 9·(d_in³ + d_out³), by LAPACK on a CPU, and
-    2·d_in·d_out·(d_in + d_out).
+    Cost, for a layer as in `scale_by_kfac`. State: 2·(d_in² + d_out²) + 2·d_in·d_out numbers; a
+    diagonal factor has unit vectors for its basis, and 2·d numbers. A step:
+    4·d_in·d_out·(d_in + d_out) operations, and for the eigenvalues 2·N·S·(d_in² + V·d_out²) and
+    2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in taps: as there. A refresh: about
+    9·(d_in³ + d_out³), by LAPACK on a CPU, and 2·d_in·d_out·(d_in + d_out).
 
     Examples:
       >>> import jax.numpy as jnp

@@ -45,6 +45,7 @@ def scale_by_kfac(
 
     Args:
       layers: the layers of the loss, as `ok.find_layers` returns, or `ok.Layer`s made by hand.
+        Without a single one there is a warning, in `init`.
         Parts of a parameter may belong to different layers. Parameters that a wrapper such as
         `optax.masked` hides are left out of their layers.
       decay: of the moving average of the factors, clamped to [0, 1].
@@ -86,7 +87,9 @@ def scale_by_kfac(
       finite, or taps that are not at a step that reads them, give a zero update and leave the state
       as it was, but for the count of skipped steps; so does an update that overflows, except that
       factors which have moved stay. A block whose factors or inverse would not be finite keeps the
-      last good ones; before there are any, its update is the gradient.
+      last good ones; before there are any, its update is the gradient. Steps whose gradients have
+      another scale than the taps, as of a scaled loss, are counted as `mismatched_steps`: see
+      `ok.Taps.unscale`.
 
     Raises:
       ValueError: for a setting out of range, at construction; in `init` and `update`, for layers
@@ -94,8 +97,8 @@ def scale_by_kfac(
         or do not fit the layers.
 
     Cost, for a layer with d_in inputs (the bias's one included), d_out outputs, N data at S
-    positions and V columns. State: 2·(d_in² + d_out²) + d_in·d_out numbers; of an embedding 2·d_in
-    instead of 2·d_in².
+    positions and V columns. State: 2·(d_in² + d_out²) + d_in·d_out numbers; of a diagonal factor,
+    as embeddings have and axes longer than the layer's `max_size`, 2·d instead of 2·d².
     A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "eigen". Taking in taps:
     2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 256, with
     "eigen" about 9·(d_in³ + d_out³).

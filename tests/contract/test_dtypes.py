@@ -62,6 +62,7 @@ def test_float64(row, x64):
 
 
 @core_rows
+@pytest.mark.filterwarnings("ignore:.*no parameter belongs to a layer")  # complex ones have none
 def test_complex64(row):
     if not row.supports_complex:
         pytest.skip("real only")
@@ -69,6 +70,7 @@ def test_complex64(row):
 
 
 @core_rows
+@pytest.mark.filterwarnings("ignore:.*no parameter belongs to a layer")  # complex ones have none
 def test_complex128(row, x64):
     if not row.supports_complex:
         pytest.skip("real only")

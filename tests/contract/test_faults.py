@@ -68,6 +68,7 @@ def test_gradient_that_is_not_finite_changes_nothing_but_its_counter(row, when):
 
 
 @core_rows
+@pytest.mark.filterwarnings("ignore:.*no parameter belongs to a layer")  # complex ones have none
 def test_not_finite_imaginary_part(row):
     if not row.supports_complex:
         pytest.skip("real only")
