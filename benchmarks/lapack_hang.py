@@ -2,9 +2,10 @@
 
 XLA's CPU runtime runs the independent operations of a program on a pool of threads, one a core. A
 release whose batched LAPACK calls hand parts of their batch to the same pool, and wait for them,
-deadlocks when every thread of the pool is such a waiting call. So each program here holds two
-batched calls, of 8 matrices of 256 rows and of 32 of 64, neither of which needs the other. In the
-form "chained" the second waits for the first; "mapped" goes through `lapack_safe`, as the library.
+deadlocks when every thread of the pool is such a waiting call. So each program here holds eight
+batched calls: four of 8 matrices of 256 rows and four of 32 of 64. In the form "independent" none
+needs another; "chained" makes each wait for the one before; "mapped" goes through `lapack_safe`, as
+the library does.
 
 Each program runs in a process of its own. One that uses no processor time for `--idle` seconds has
 hung; one that is still at work after `--limit` seconds is slow, as OpenBLAS's own threads are where
@@ -24,7 +25,7 @@ from pathlib import Path
 
 CALLS = ("qr", "inv", "solve", "triangular", "eigh", "cholesky", "svd")
 FORMS = ("independent", "chained", "mapped")
-SHAPES = ((8, 256, 256), (32, 64, 64))
+SHAPES = 4 * ((8, 256, 256), (32, 64, 64))
 EXECUTIONS = 10
 
 
@@ -48,7 +49,7 @@ def make_call(name):
 
 
 def make_program(name, form):
-    """A function of two stacks that calls LAPACK on both."""
+    """A function of stacks that calls LAPACK on each."""
     import jax
 
     call = make_call(name)
@@ -58,12 +59,14 @@ def make_program(name, form):
         call = linalg.lapack_safe(call)
     call = jax.vmap(call)
 
-    def program(first, second):
-        outcome = call(first)
-        if form == "chained":
-            # A number that is zero, but not for the compiler.
-            second = second + 0 * outcome[0, 0, 0]
-        return outcome, call(second)
+    def program(*stacks):
+        outcomes = []
+        for stack in stacks:
+            if form == "chained" and outcomes:
+                # A number that is zero, but not for the compiler.
+                stack = stack + 0 * outcomes[-1][0, 0, 0]
+            outcomes.append(call(stack))
+        return outcomes
 
     return program
 
