@@ -115,7 +115,7 @@ def regression():
     x, y, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (5, 2), (3, 2)))
 
     def loss_fn(params, x, y):
-        out = x @ params["kernel"] + params["bias"]
+        out = x @ params["kernel"] + params["bias"][None]
         return jnp.mean(jnp.sum(ok.losses.squared_error(out, y), axis=-1))
 
     return Problem({"kernel": kernel, "bias": jnp.array([0.5, -0.5], jnp.float32)}, loss_fn, (x, y))
@@ -130,7 +130,7 @@ def perceptron():
 
     def loss_fn(params, x, y):
         for name in sorted(params):
-            x = jnp.tanh(x) @ params[name]["kernel"] + params[name]["bias"]
+            x = jnp.tanh(x) @ params[name]["kernel"] + params[name]["bias"][None]
         return jnp.mean(jnp.sum(ok.losses.squared_error(x, y), axis=-1))
 
     params = {
