@@ -275,7 +275,7 @@ class BlockPlan:
         for axis, (size, length) in enumerate(zip(sizes, self.stacks[label].shape, strict=True)):
             if (size < length).any():
                 valid = np.arange(length) < size[:, None]
-                others = [j + 1 for j in range(len(sizes)) if j != axis]
+                others = tuple(j + 1 for j in range(len(sizes)) if j != axis)
                 mask = mask & np.expand_dims(valid, others)
         return mask
 
