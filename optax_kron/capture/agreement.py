@@ -19,8 +19,7 @@ def reference(traced: Traced, arrays: Sequence[Any]) -> tuple[Array, list[Array]
     count = len(traced.analysis.leaves)
 
     def loss(params):
-        result = traced.function(*params, *arrays[count:])
-        return result[0] if traced.has_aux else result
+        return traced.function(*params, *arrays[count:])[0]
 
     return jax.value_and_grad(loss)(list(arrays[:count]))
 

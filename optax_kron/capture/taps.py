@@ -107,7 +107,7 @@ def value_and_grad_with_taps(
         weighing = Weighing(analysis, weights, linearized.indices)
         seen = (analysis, order, linearized, gradients, weighing)
         taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
-        value = jax.tree.unflatten(traced.out_tree, linearized.outputs)
+        value = traced.result.joined(linearized.outputs)
         leaves = dict(zip(traced.paths, grads, strict=True))
         norms = {m.layer.name: magnitude(m.layer.take(leaves)) for m in analysis.members}
         made = Taps(taps, gradient_norms=norms, fisher=fisher)
@@ -164,7 +164,8 @@ def _select(traced: Traced, layers: Layers | None) -> None:
             if member is None or name in refused:
                 reason = refused.get(name, "it is not found in this loss function")
             elif layer.bias is not None and member.layer.bias is None:
-                reason = f"its bias is not: {analysis.uncovered.get(layer.bias, 'it is apart')}"
+                why = analysis.uncovered.get(layer.bias, "it is a layer of its own")
+                reason = f"the bias {layer.bias} does not belong to it here ({why})"
             else:
                 if layer.bias is None and member.layer.kernel is not None:
                     found[name] = member.without_bias()

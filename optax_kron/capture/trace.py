@@ -1,12 +1,13 @@
 """A loss function at given arguments, as a graph of flat arrays with its analysis."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from optax_kron.capture import graph as graphs
 from optax_kron.capture.analysis import Analysis, analyse
@@ -20,23 +21,21 @@ class Traced:
     """A loss function at given arguments, as a graph of flat arrays.
 
     Attributes:
-      function: of the graph's inputs.
-      has_aux: whether it returns auxiliary data beside the loss.
+      function: from the graph's inputs to its outputs, the loss first.
       analysis: its layers.
       leaves: all leaves of the arguments, those that are not arrays among them.
       inputs: positions in `leaves` of the graph's inputs, the parameters first.
       paths: of the parameters, in the order of the graph's inputs.
-      out_tree: structure of what the function returns.
+      result: what the function returns beside arrays.
       structure: the parameters as abstract arrays, `None` for leaves that are not floating-point.
     """
 
     function: Callable[..., Any]
-    has_aux: bool
     analysis: Analysis
     leaves: list[Any]
     inputs: list[int]
     paths: list[str]
-    out_tree: Any
+    result: "Result"
     structure: PyTree
 
     @property
@@ -52,6 +51,34 @@ class Traced:
             hasattr(x, "__array__") and not isinstance(x, jax.core.Tracer)
             for x in (*self.arrays, *constants)
         )
+
+
+class Result:
+    """What a loss function returns: its arrays, and beside them what is none, such as names."""
+
+    def __init__(self):
+        self._treedef: Any = None
+        self._others: dict[int, Any] = {}
+
+    def arrays(self, result: PyTree) -> list[Any]:
+        """The arrays of a result; the rest is kept."""
+        leaves, self._treedef = jax.tree.flatten(result)
+        self._others = {i: x for i, x in enumerate(leaves) if not _is_array(x)}
+        return [x for i, x in enumerate(leaves) if i not in self._others]
+
+    def joined(self, arrays: Iterable[Any]) -> PyTree:
+        """The result, with other arrays in place of its own."""
+        given = iter(arrays)
+        count = self._treedef.num_leaves
+        leaves = [self._others[i] if i in self._others else next(given) for i in range(count)]
+        return self._treedef.unflatten(leaves)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether JAX can take a value for an array."""
+    return hasattr(x, "__jax_array__") or isinstance(
+        x, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    )
 
 
 def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) -> Traced:
@@ -73,10 +100,12 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
         for i, array in zip(inputs, arrays, strict=True):
             filled[i] = array
         given, arguments = jax.tree.unflatten(treedef, filled)
-        return loss_fn(given, *arguments)
+        return result.arrays(loss_fn(given, *arguments))
 
+    result = Result()
     with jax.disable_jit(False):  # marks, and loops, are only there where functions are traced
-        graph, shapes = graphs.trace(flat, *(leaves[i] for i in inputs))
+        graph, outputs = graphs.trace(flat, *(leaves[i] for i in inputs))
+    shapes = result.joined(outputs)
     if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
         raise ValueError("has_aux=True, but loss_fn does not return a pair (loss, aux).")
     loss: Any = shapes[0] if has_aux else shapes
@@ -94,11 +123,10 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
     values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
     return Traced(
         function=flat,
-        has_aux=has_aux,
         analysis=analyse(graph, values),
         leaves=leaves,
         inputs=inputs,
         paths=list(values),
-        out_tree=jax.tree.structure(shapes),
+        result=result,
         structure=abstract(params),
     )

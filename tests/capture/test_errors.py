@@ -67,11 +67,27 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
         (lambda *a: jnp.argmax(logits(*a)), False, r"must return a real scalar; got .*int32"),
         (lambda *a: loss_fn(*a) + 0j, False, r"must return a real scalar; got .*complex64"),
         (lambda *a: (with_aux(*a)[1], 0.0), True, r"must return a real scalar, with has_aux"),
+        (lambda *a: "a", False, r"must return a real scalar; got a"),
     ],
 )
 def test_loss_that_is_not_a_real_scalar(call, function, has_aux, message):
     with pytest.raises(ValueError, match=message):
         call(function, has_aux=has_aux)
+
+
+def test_auxiliary_data_may_be_anything():
+    def named(params, x, y):
+        loss, aux = with_aux(params, x, y)
+        return loss, {"name": "a", "function": abs, "none": None, "count": 3, **aux}
+
+    layers = ok.find_layers(named, PARAMS, X, Y, has_aux=True)
+    fn = ok.value_and_grad_with_taps(named, layers, has_aux=True, fisher="exact")
+    (loss, aux), _, _ = fn(PARAMS, X, Y)
+    (expected, true_aux), _ = jax.value_and_grad(named, has_aux=True)(PARAMS, X, Y)
+    assert loss == expected
+    assert (aux["name"], aux["function"], aux["none"], aux["count"]) == ("a", abs, None, 3)
+    assert jnp.array_equal(aux["logits"], true_aux["logits"])
+    ok.ggn_vector_product(named, PARAMS, X, Y, has_aux=True)(PARAMS)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "sketch"])
@@ -123,8 +139,12 @@ def test_layers_of_another_function():
         return jnp.mean(ok.losses.softmax_cross_entropy_with_integer_labels(z, y))
 
     layers = ok.find_layers(loss_fn, PARAMS, X, Y)
-    with pytest.raises(ValueError, match=r"no taps for the layer 'table'.*not found in this loss"):
+    with pytest.raises(
+        ValueError, match=r"no taps for the layer 'dense'.*dense/bias does not belong"
+    ):
         taps_of(other, layers=layers)
+    with pytest.raises(ValueError, match=r"no taps for the layer 'table'.*not found in this loss"):
+        taps_of(other, layers=[layers["table"]])
 
 
 @pytest.fixture
