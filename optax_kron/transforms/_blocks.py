@@ -36,6 +36,18 @@ def largest(x: Array) -> Array:
     return guards.largest_magnitude(x, axis=tuple(range(1, x.ndim)))[:, None]
 
 
+def norms(x: Array) -> Array:
+    """The Frobenius norm of every block [N, ...], real [N]; squares neither overflow nor vanish."""
+    unit = positive(largest(x)[:, 0])
+    squares = contract.squared_magnitude(x / unit.reshape(-1, *(1,) * (x.ndim - 1)))
+    return unit * jnp.sqrt(jnp.sum(squares.reshape(len(x), -1), axis=1))
+
+
+def positive(x: Array) -> Array:
+    """Real numbers, none of them below the smallest normal one."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+
+
 def squares_fit(x: Array, dtypes: Iterable[DTypeLike] = ()) -> Array:
     """Whether the sum of a block's squares is finite, also in other real dtypes, bool [N]."""
     magnitude = largest(x)[:, 0]

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
 from optax_kron.blocking import Blocking, BlockPlan, Signature, plan_blocks
-from optax_kron.transforms import _blocks, _program, _settings, clipping, moving_average
+from optax_kron.transforms import _blocks, _program, _settings, clipping, moving_average, outliers
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -32,6 +32,8 @@ class ScaleByBlocksState(NamedTuple):
       refreshes: steps at which roots or bases were made anew, int32 [].
       failed_refreshes: blocks that kept what they had, as the new was not sound, int32 [].
       skipped_steps: gradients that were not finite and were dropped, int32 [].
+      outlier_steps: gradients with a block that was an outlier and was scaled down, int32 [].
+      usual_norms: of the gradients of every block, by kind of block; `None` without `outlier_clip`.
       momentum: moving average of the gradients, [N, ...] by kind of block; `None` without momentum.
       stacks: statistics and what is made of them, by kind of block; an array for a tree without
         leaves.
@@ -52,6 +54,8 @@ class ScaleByBlocksState(NamedTuple):
     refreshes: Array
     failed_refreshes: Array
     skipped_steps: Array
+    outlier_steps: Array
+    usual_norms: Mapping[str, outliers.Usual] | Array | None
     momentum: Mapping[str, Array] | Array | None
     stacks: Stacks | Array
 
@@ -70,6 +74,10 @@ class Method(Protocol):
 
     def start(self, count: int, signature: Signature, dtype: DTypeLike) -> Any:
         """A stack of so many blocks before the first step, with an array `started`, bool [N]."""
+        ...
+
+    def rescale(self, stacks: Any, past: Mapping[str, Array]) -> Any:
+        """The stacks that gradients which were `past` [N] times as large would have given."""
         ...
 
     def step(
@@ -104,6 +112,7 @@ class Blockwise:
       method: what is kept and made of the blocks.
       momentum: decay of the moving average of gradients, or `None`.
       momentum_dtype: dtype of that.
+      outlier_clip: how many times a block's usual norm is too much, or `None`.
       blocking: how parameters become blocks.
       factor_dtype: real dtype of the factors.
     """
@@ -112,6 +121,7 @@ class Blockwise:
     method: Method
     momentum: ArrayLike | None
     momentum_dtype: DTypeLike | None
+    outlier_clip: ArrayLike | None
     blocking: Blocking
     factor_dtype: jnp.dtype
 
@@ -121,9 +131,10 @@ class Blockwise:
 
     def _initial(self, plan: BlockPlan) -> Any:
         # Each counter is a buffer of its own, so that the state can be donated.
-        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
+        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
         return ScaleByBlocksState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
+            usual_norms=None if self.outlier_clip is None else outliers.start_stacks(plan),
             momentum=moving_average.start(plan, self.momentum, self.momentum_dtype),
             stacks=self._start(plan),
         )
@@ -154,20 +165,26 @@ class Blockwise:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
         gradients = plan.split(updates, compute)
+        limited = outliers.limit(gradients, state.usual_norms, self.outlier_clip)
+        gradients = limited.blocks
         average, direction = None, gradients
         finite = _squares_fit(gradients)
         if self.momentum is not None:
-            average = moving_average.step(gradients, state.momentum, self.momentum)
+            before = limited.rescaled(state.momentum)
+            average = moving_average.step(gradients, before, self.momentum)
             finite &= guards.all_finite(average)
         count = state.count + finite.astype(jnp.int32)
         if average is not None and not _settings.is_off(self.momentum):
             direction = moving_average.correct(average, self.momentum, count, compute)
-        done = self.method.step(plan, state.stacks, gradients, direction, count, finite)
+        stacks = limited.rescaled_stacks(self.method.rescale, state.stacks, finite)
+        done = self.method.step(plan, stacks, gradients, direction, count, finite)
         new_state = ScaleByBlocksState(
             count=count,
             refreshes=state.refreshes + done.refreshed.astype(jnp.int32),
             failed_refreshes=state.failed_refreshes + done.failures,
             skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
+            outlier_steps=state.outlier_steps + (finite & limited.found).astype(jnp.int32),
+            usual_norms=guards.select(finite, limited.usual, state.usual_norms),
             momentum=guards.select(finite, average, state.momentum),
             stacks=done.stacks,
         )
@@ -187,13 +204,15 @@ def blockwise(
     *,
     momentum: ArrayLike | None,
     momentum_dtype: DTypeLike | None,
+    outlier_clip: ArrayLike | None,
     blocking: Blocking,
     factor_dtype: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation, with its settings checked; arguments as `Blockwise`."""
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    outliers.check(owner, outlier_clip)
     _settings.check_blocking(owner, blocking)
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
-    made = Blockwise(owner, method, momentum, momentum_dtype, blocking, dtype)
+    made = Blockwise(owner, method, momentum, momentum_dtype, outlier_clip, blocking, dtype)
     return _program.transformation(made.init, made.update)

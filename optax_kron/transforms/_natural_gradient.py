@@ -23,7 +23,7 @@ from optax_kron.capture.layers import Layer, by_path, map_by_path
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Tap, Taps
 from optax_kron.kernels import contract, flow
-from optax_kron.transforms import _program, _settings
+from optax_kron.transforms import _program, _settings, outliers
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -45,6 +45,10 @@ class ScaleByKfacState(NamedTuple):
       skipped_steps: steps that were not finite and were dropped, int32 [].
       mismatched_steps: accepted steps whose gradients were 128 times larger or smaller than those
         that the taps were made beside, as of a scaled loss, int32 [].
+      outlier_steps: steps at which a gradient, or what a layer saw, was an outlier and was scaled
+        down, int32 [].
+      usual_norms: of the gradients of blocks in layers, and of other parameters by path; `None`
+        without `outlier_clip`.
       stacks: by kind of block, the factors [N, ...], and as `inverse` what was made of them: of
         `ekfac` bases and eigenvalues. An array for a tree without leaves.
       momentum: velocity like the parameters, masked where a fallback has the leaf.
@@ -59,6 +63,8 @@ class ScaleByKfacState(NamedTuple):
     failed_refreshes: Array
     skipped_steps: Array
     mismatched_steps: Array
+    outlier_steps: Array
+    usual_norms: Mapping[str, Mapping[str, outliers.Usual]] | None
     stacks: Stacks | Array
     momentum: PyTree | None
     fallback: PyTree | None
@@ -74,13 +80,13 @@ class Curvature(Protocol):
 
     def move(
         self, plan: LayerPlan, stacks: Any, taps: Taps, decay: Array, allowed: Array
-    ) -> tuple[Stacks, Array, Array]: ...
+    ) -> tuple[Stacks, Array, Array, Array]: ...
 
     def refresh(self, last: Any, factors: Any, damping: ArrayLike) -> tuple[Any, Array]: ...
 
     def correct(
         self, plan: LayerPlan, stacks: Any, taps: Taps, decay: Array, allowed: Array
-    ) -> tuple[Stacks, Array]: ...
+    ) -> tuple[Stacks, Array, Array]: ...
 
     def precondition(
         self, stacks: Any, blocks: Mapping[str, Array], damping: ArrayLike
@@ -107,6 +113,7 @@ class NaturalGradient:
     factor_every: ArrayLike
     refresh_every: ArrayLike
     norm_constraint: ArrayLike | None
+    outlier_clip: ArrayLike | None
     learning_rate: optax.ScalarOrSchedule | None
     fallback: optax.GradientTransformation | None
     factor_dtype: jnp.dtype
@@ -132,7 +139,8 @@ class NaturalGradient:
         }
         rest = {path: leaves[path] for path in plan.uncovered}
         return ScaleByKfacState(
-            **{name: jnp.zeros([], jnp.int32) for name in counters},
+            **{name: jnp.zeros([], jnp.int32) for name in (*counters, "outlier_steps")},
+            usual_norms=self._usual_norms(plan),
             stacks=self.curvature.init(plan, self.factor_dtype),
             momentum=None if self.momentum is None else _masked(params, velocity),
             fallback=None if self.fallback is None else self.fallback.init(_masked(params, rest)),
@@ -156,10 +164,11 @@ class NaturalGradient:
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         seen = plan.read_taps(taps)
-        # Transformations of others, which may take arguments of any kind, stay outside.
-        others, fallback = self._fallback(plan, updates, state, params, extra_args)
         now = self._at(state)
-        return _program.once(NaturalGradient._update, now, updates, state, seen, others, fallback)
+        rest = _program.once(NaturalGradient._rest, now, updates, state)
+        # Transformations of others, which may take arguments of any kind, stay outside.
+        made = self._fallback(plan, updates, rest.blocks, state, params, extra_args)
+        return _program.once(NaturalGradient._update, now, updates, state, seen, rest, *made)
 
     def _at(self, state: Any) -> "NaturalGradient":
         """The settings of one step: values where there are schedules."""
@@ -170,7 +179,13 @@ class NaturalGradient:
         return dataclasses.replace(self, learning_rate=lr, damping=damping)
 
     def _update(
-        self, updates: PyTree, state: Any, taps: Taps, others: Mapping[str, Array], fallback: PyTree
+        self,
+        updates: PyTree,
+        state: Any,
+        taps: Taps,
+        rest: outliers.Limited,
+        others: Mapping[str, Array],
+        fallback: PyTree,
     ) -> tuple[PyTree, Any]:
         """One step, with what the fallback makes of parameters in no layer, and its state."""
         plan = plans.plan_layers(self.owner, self.layers, updates)
@@ -180,7 +195,11 @@ class NaturalGradient:
         gradients = {path: _widened(g, self.compute) for path, g in by_path(updates).items()}
         blocks = plan.take(gradients, self.compute)
         differ = plan.scales_differ(blocks, taps)
-        directions = self._directions(plan, learned.stacks, gradients, blocks)
+        usual = (state.usual_norms or {}).get("layers")
+        layers = outliers.limit(blocks, usual, self.outlier_clip)
+        found = layers.found | rest.found | learned.strange
+        usual = {"layers": layers.usual, "others": rest.usual}
+        directions = self._directions(plan, learned.stacks, gradients, layers.blocks, rest.blocks)
         directions, velocity = self._with_momentum(directions, state)
         for path, u in others.items():
             u = u.astype(gradients[path].dtype)
@@ -197,11 +216,38 @@ class NaturalGradient:
             failed_refreshes=state.failed_refreshes + learned.failures,
             skipped_steps=state.skipped_steps + 1 - one,
             mismatched_steps=state.mismatched_steps + (accepted & differ).astype(jnp.int32),
+            outlier_steps=state.outlier_steps + (accepted & found).astype(jnp.int32),
+            usual_norms=None
+            if state.usual_norms is None
+            else guards.select(accepted, usual, state.usual_norms),
             stacks=learned.stacks,
             momentum=guards.select(accepted, velocity, state.momentum),
             fallback=guards.select(accepted, fallback, state.fallback),
         )
         return jax.tree.map(lambda u: jnp.where(accepted, u, 0), result), new_state
+
+    def _usual_norms(self, plan: LayerPlan) -> Any:
+        """Before the first gradient."""
+        if self.outlier_clip is None:
+            return None
+        return {
+            "layers": {label: outliers.start(plan.count(label)) for label in plan.stacks},
+            "others": {path: outliers.start(1) for path in plan.uncovered},
+        }
+
+    def _rest(self, updates: PyTree, state: Any) -> outliers.Limited:
+        """Gradients of what is in no layer, by path; outliers are scaled down."""
+        plan = plans.plan_layers(self.owner, self.layers, updates)
+        made = jax.eval_shape(lambda: self._usual_norms(plan))
+        _settings.check_state(self.owner, made, state.usual_norms)
+        gradients = by_path(updates)
+        rest = {
+            path: plan.without_owned(path, _widened(gradients[path], self.compute))[None]
+            for path in plan.uncovered
+        }
+        usual = (state.usual_norms or {}).get("others")
+        limited = outliers.limit(rest, usual, self.outlier_clip)
+        return limited._replace(blocks={path: x[0] for path, x in limited.blocks.items()})
 
     def _learn(self, plan: LayerPlan, state: Any, taps: Taps, finite: Array) -> "_Learned":
         """The factors after a step, and what becomes of them."""
@@ -210,12 +256,17 @@ class NaturalGradient:
         weight = _corrected(rate, state.factor_updates) if self.bias_correction else rate
         move = functools.partial(self.curvature.move, plan, taps=taps, decay=weight, allowed=moving)
         if isinstance(self.factor_every, int | np.integer) and self.factor_every == 1:
-            stacks, failed_moves, sound = move(state.stacks)  # a branch would copy the state
+            stacks, failed_moves, sound, strange = move(state.stacks)  # a branch copies the state
         else:
-            stacks, failed_moves, sound = flow.cond(
+            stacks, failed_moves, sound, strange = flow.cond(
                 moving,
                 move,
-                lambda stacks: (stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)),
+                lambda stacks: (
+                    stacks,
+                    jnp.zeros([], jnp.int32),
+                    jnp.ones([], bool),
+                    jnp.zeros([], bool),
+                ),
                 state.stacks,
             )
         sound, moved = finite & sound, moving & sound
@@ -229,8 +280,9 @@ class NaturalGradient:
         )
         stacks = {label: stack._replace(inverse=inverses[label]) for label, stack in stacks.items()}
         weight = _corrected(rate, state.count) if self.bias_correction else rate
-        stacks, failed = self.curvature.correct(plan, stacks, taps, weight, sound)
-        return _Learned(stacks, sound, moved, due, failed_moves + failed_inverses + failed)
+        stacks, failed, found = self.curvature.correct(plan, stacks, taps, weight, sound)
+        failures = failed_moves + failed_inverses + failed
+        return _Learned(stacks, sound, moved, due, failures, strange | found)
 
     def _directions(
         self,
@@ -238,20 +290,19 @@ class NaturalGradient:
         stacks: Stacks,
         gradients: Mapping[str, Array],
         blocks: Mapping[str, Array],
+        rest: Mapping[str, Array],
     ) -> dict[str, Array]:
         """The natural gradient by path; the gradient where there is neither layer nor fallback."""
+        directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
         if self.fallback is None:
-            directions = dict(gradients)
-        else:
-            directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
+            directions |= rest
         natural = self.curvature.precondition(stacks, blocks, self.damping)
         plan.put(directions, natural)
         if self.norm_constraint is None:
             return directions
         products = [jnp.sum(blocks[label] * natural[label]) for label in blocks]
         if self.fallback is None:
-            rest = [plan.without_owned(path, gradients[path]) for path in plan.uncovered]
-            products += [_squared_norm(g, self.compute) for g in rest]
+            products += [_squared_norm(g, self.compute) for g in rest.values()]
         length = sum(products, jnp.zeros([], self.compute))
         scale = _constrain(length, self.learning_rate, self.norm_constraint)
         return {path: _times(scale, u) for path, u in directions.items()}
@@ -271,6 +322,7 @@ class NaturalGradient:
         self,
         plan: LayerPlan,
         updates: PyTree,
+        rest: Mapping[str, Array],
         state: Any,
         params: PyTree | None,
         extra_args: Mapping[str, Any],
@@ -278,11 +330,10 @@ class NaturalGradient:
         """What the fallback makes of parameters in no layer, by path, and its state."""
         if self.fallback is None:
             return {}, state.fallback
-        gradients, given = by_path(updates), {} if params is None else by_path(params)
-        rest = {path: plan.without_owned(path, gradients[path]) for path in plan.uncovered}
+        given = {} if params is None else by_path(params)
         given = {path: given[path] for path in rest if path in given}
         others, new = optax.with_extra_args_support(self.fallback).update(
-            _masked(updates, rest),
+            _masked(updates, rest, cast=True),
             state.fallback,
             None if params is None else _masked(params, given),
             **extra_args,
@@ -299,6 +350,7 @@ class _Learned(NamedTuple):
     moved: Array  # whether the factors took in the taps, bool []
     due: Array  # whether they were refreshed, bool []
     failures: Array  # blocks that kept what they had, int32 []
+    strange: Array  # whether there were outliers among what the layers saw, bool []
 
 
 def natural_gradient(
@@ -313,6 +365,7 @@ def natural_gradient(
     factor_every: ArrayLike,
     refresh_every: ArrayLike,
     norm_constraint: ArrayLike | None,
+    outlier_clip: ArrayLike | None,
     learning_rate: optax.ScalarOrSchedule | None,
     fallback: optax.GradientTransformation | None,
     factor_dtype: DTypeLike | None,
@@ -326,6 +379,7 @@ def natural_gradient(
     _settings.check_interval(owner, "factor_every", factor_every)
     _settings.check_interval(owner, "refresh_every", refresh_every)
     _settings.check_range(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+    outliers.check(owner, outlier_clip)
     _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     if norm_constraint is not None and learning_rate is None:
         raise ValueError(
@@ -350,6 +404,7 @@ def natural_gradient(
         factor_every=factor_every,
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
+        outlier_clip=outlier_clip,
         learning_rate=learning_rate,
         fallback=fallback,
         factor_dtype=dtype,

@@ -27,6 +27,7 @@ def scale_by_ekfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -59,6 +60,7 @@ def scale_by_ekfac(
       refresh_every: accepted steps from one eigendecomposition to the next, more often while the
         factors are young.
       norm_constraint: needs `learning_rate`.
+      outlier_clip: also of what is averaged into the eigenvalues.
       learning_rate: for the norm constraint.
       fallback: the transformation of parameters that belong to no layer.
       factor_dtype: real dtype of the stored factors, bases and eigenvalues.
@@ -97,7 +99,7 @@ def scale_by_ekfac(
     _settings.check_choice(owner, "approx", approx, kernels.APPROXIMATIONS)
     return natural_gradient(
         owner,
-        ekfac_stacks.Curvature(owner, damping_rule, approx, precision),
+        ekfac_stacks.Curvature(owner, damping_rule, approx, precision, outlier_clip),
         layers=layers,
         decay=decay,
         bias_correction=bias_correction,
@@ -106,6 +108,7 @@ def scale_by_ekfac(
         factor_every=factor_every,
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
+        outlier_clip=outlier_clip,
         learning_rate=learning_rate,
         fallback=fallback,
         factor_dtype=factor_dtype,
@@ -126,6 +129,7 @@ def ekfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -152,6 +156,7 @@ def ekfac(
       refresh_every: steps from one eigendecomposition to the next, once the factors have settled.
       norm_constraint: bound of the squared length of a step in the metric of the curvature; needs a
         learning rate.
+      outlier_clip: how many times its usual norm what a block gets may be long.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
       fallback: the transformation of parameters that belong to no layer; `None`: their gradients,
@@ -205,6 +210,7 @@ def ekfac(
         factor_every=factor_every,
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
+        outlier_clip=outlier_clip,
         learning_rate=learning_rate,
         fallback=fallback,
         factor_dtype=factor_dtype,

@@ -4,8 +4,9 @@ The bases are refreshed now and then; the eigenvalues are averaged over all step
 changes they are carried over, as the diagonal of the same matrix in the new basis.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from optax_kron.capture.plan import LayerPlan, Member
 from optax_kron.capture.spectra import eigenvalues_of_member, seen_blocks
 from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, ekfac, kfac
-from optax_kron.transforms import _blocks, kfac_stacks
+from optax_kron.transforms import _blocks, _program, kfac_stacks, outliers
 from optax_kron.transforms.kfac_stacks import Stacks
 
 
@@ -32,8 +33,11 @@ class Spectrum(NamedTuple):
     known: Array  # whether the eigenvalues have been set, bool [N]
 
 
+@_program.settings
 class Curvature(kfac_stacks.Curvature):
     """How factors and eigenvalues are estimated and applied."""
+
+    averages: ClassVar[int] = 3
 
     def start(self, layer: Layer, count: int, dtype: DTypeLike) -> Spectrum:
         """See `kfac_stacks.Curvature`."""
@@ -80,32 +84,44 @@ class Curvature(kfac_stacks.Curvature):
         taps: Mapping[str, Sequence[Tap]],
         decay: Array,
         allowed: Array,
-    ) -> tuple[Stacks, Array]:
+    ) -> tuple[Stacks, Array, Array]:
         """See `kfac_stacks.Curvature`: the eigenvalues take in what the layers saw."""
-        corrected, failures = {}, jnp.zeros([], jnp.int32)
+        corrected, failures, strange = {}, jnp.zeros([], jnp.int32), jnp.zeros([], bool)
         for label, members in plan.stacks.items():
             stack = stacks[label]
-            found, seen, start = [], [], 0
+            lambdas, seen, start = [], [], 0
             for member in members:
                 stop = start + member.layer.blocks
                 own = taps[member.layer.name]
-                found.append(
+                lambdas.append(
                     self._eigenvalues(member, own, stack.inverse, slice(start, stop), decay)
                 )
                 seen.append(seen_blocks(member, own))
                 start = stop
             old = stack.inverse
-            values, seen = jnp.concatenate(found), jnp.concatenate(seen)
+            values, seen = jnp.concatenate(lambdas), jnp.concatenate(seen)
             rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
-            new = _blocks.blend(old.values, values, rate)
+            before, values, last, found = outliers.limit_moments(
+                old.values,
+                values,
+                jnp.sum(values, axis=(1, 2)),
+                None if stack.usual is None else stack.usual[2],
+                self.outlier_clip,
+            )
+            new = _blocks.blend(before, values, rate)
             finite = _blocks.finite_blocks([new])
             moves = allowed & seen & stack.started & finite
             failures += jnp.sum(allowed & ~finite, dtype=jnp.int32)
             spectrum = old._replace(
                 values=_blocks.select_blocks(moves, new, old.values), known=old.known | moves
             )
-            corrected[label] = stack._replace(inverse=spectrum)
-        return corrected, failures
+            usual = stack.usual
+            if usual is not None:
+                choose = functools.partial(_blocks.select_blocks, moves)
+                usual = *usual[:2], jax.tree.map(choose, last, usual[2])
+            corrected[label] = stack._replace(inverse=spectrum, usual=usual)
+            strange |= jnp.any(moves & found)
+        return corrected, failures, strange
 
     def _eigenvalues(
         self, member: Member, taps: Sequence[Tap], spectrum: Spectrum, rows: slice, decay: Array

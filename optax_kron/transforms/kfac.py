@@ -29,6 +29,7 @@ def scale_by_kfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
     factor_dtype: DTypeLike | None = None,
@@ -70,6 +71,9 @@ def scale_by_kfac(
         `min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`, which keeps the change of the model's outputs in bounds;
         P is the damped curvature, and the identity on parameters in no layer, but for those with a
         `fallback`, which are neither counted nor scaled. `None`: no constraint.
+      outlier_clip: a block whose gradient, or what is averaged into one of its factors, is more
+        than so many times as long as it usually is, is scaled down to that; ≥ 1. Of second moments
+        the length is the root of the trace. The usual one is a running mean. `None`: no bound.
       learning_rate: what the updates will be multiplied with further down the chain, a number or
         a schedule. For the norm constraint alone, which needs it; nothing is scaled by it here.
       fallback: the transformation of parameters that belong to no layer, complete with a momentum
@@ -127,7 +131,7 @@ def scale_by_kfac(
         bias_correction = damping_rule != "trace"
     return natural_gradient(
         owner,
-        kfac_stacks.Curvature(owner, damping_rule, approx, precision),
+        kfac_stacks.Curvature(owner, damping_rule, approx, precision, outlier_clip),
         layers=layers,
         decay=decay,
         bias_correction=bias_correction,
@@ -136,6 +140,7 @@ def scale_by_kfac(
         factor_every=factor_every,
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
+        outlier_clip=outlier_clip,
         learning_rate=learning_rate,
         fallback=fallback,
         factor_dtype=factor_dtype,
@@ -156,6 +161,7 @@ def kfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     norm_constraint: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -183,6 +189,7 @@ def kfac(
         settled.
       norm_constraint: bound of the squared length of a step in the metric of the curvature; needs a
         learning rate.
+      outlier_clip: how many times its usual norm what a block gets may be long.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
       fallback: the transformation of parameters that belong to no layer; `None`: their gradients,
@@ -237,6 +244,7 @@ def kfac(
         factor_every=factor_every,
         refresh_every=refresh_every,
         norm_constraint=norm_constraint,
+        outlier_clip=outlier_clip,
         learning_rate=learning_rate,
         fallback=fallback,
         factor_dtype=factor_dtype,

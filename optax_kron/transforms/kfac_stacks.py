@@ -8,7 +8,7 @@ for the contraction of each layer's taps, whose shapes are its own.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from optax_kron.capture.moments import moments_of_member
 from optax_kron.capture.plan import LayerPlan, factor_shape
 from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, flow, kfac
-from optax_kron.transforms import _blocks
+from optax_kron.transforms import _blocks, _program, outliers
 
 Stacks = Mapping[str, "KfacStack"]
 
@@ -50,8 +50,12 @@ class KfacStack(NamedTuple):
     output_factor: Array  # G [N, d_out, d_out], or its diagonal [N, d_out], factor_dtype
     started: Array  # whether the factors have been set, bool [N]
     inverse: Any  # of the factors at the last refresh that went well: Inverses or Eigenbases
+    # Of the roots of the traces of what the factors take in, A, G and what else is averaged; None
+    # without outlier_clip.
+    usual: tuple[outliers.Usual, ...] | None
 
 
+@_program.settings
 @dataclasses.dataclass(frozen=True)
 class Curvature:
     """How factors are estimated, inverted and applied; the settings of `scale_by_kfac`."""
@@ -60,6 +64,9 @@ class Curvature:
     rule: str
     approx: str
     precision: jax.lax.PrecisionLike
+    outlier_clip: ArrayLike | None
+
+    averages: ClassVar[int] = 2  # second moments that are averaged over steps
 
     def init(self, plan: LayerPlan, dtype: DTypeLike) -> Stacks | Array:
         """Factors of zero, and inverses at the identity."""
@@ -77,6 +84,9 @@ class Curvature:
                 output_factor=jnp.zeros(shapes[1], dtype),
                 started=jnp.zeros(count, bool),
                 inverse=self.start(layer, count, dtype),
+                usual=None
+                if self.outlier_clip is None
+                else tuple(outliers.start(count) for _ in range(self.averages)),
             )
         return stacks
 
@@ -97,7 +107,7 @@ class Curvature:
         taps: Mapping[str, Sequence[Tap]],
         decay: Array,
         allowed: Array,
-    ) -> tuple[Stacks, Array, Array]:
+    ) -> tuple[Stacks, Array, Array, Array]:
         """Average what the layers saw into the factors.
 
         Args:
@@ -108,11 +118,12 @@ class Curvature:
           allowed: whether to move them at all, bool [].
 
         Returns:
-          The new stacks; how many blocks failed, so that their old factors were kept; and whether
-          all taps were finite: if not, the stacks are the old ones.
+          The new stacks; how many blocks failed, so that their old factors were kept; whether
+          all taps were finite: if not, the stacks are the old ones; and whether there were outliers
+          among them.
         """
         if not plan.stacks:
-            return stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool)
+            return stacks, jnp.zeros([], jnp.int32), jnp.ones([], bool), jnp.zeros([], bool)
         # Of the layers that are here, others may be hidden.
         used = {
             m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
@@ -130,21 +141,20 @@ class Curvature:
             pairs = [seen_by(m, used[m.layer.name]) for m in members]
             *moments, weight = map(jnp.concatenate, zip(*pairs, strict=True))
             rate = jnp.where(stack.started, decay, 0)  # the first moments are taken as they are
-            new = [
-                _blocks.blend(old, moment, rate)
-                for old, moment in zip(stack[:2], moments, strict=True)
-            ]
+            new, usual, strange = self._blend(stack, moments, rate)
             own = [tap for m in members for tap in used[m.layer.name]]
             if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in own):
                 # No entry of a second moment is larger than those on its diagonal.
                 suspects = [kfac.diagonal_rows(x) for x in moments]
             else:
                 suspects = [_blocks.largest(x) for x in new]
-            found[label] = new, suspects, weight > 0
-        checks = _blocks.finite_rows([row for _, suspects, _ in found.values() for row in suspects])
+            found[label] = new, suspects, weight > 0, usual, strange
+        checks = _blocks.finite_rows(
+            [row for _, suspects, *_ in found.values() for row in suspects]
+        )
         finite = list(map(jnp.logical_and, checks[::2], checks[1::2]))
         # A layer in a branch not taken has seen nothing.
-        seen = [allowed & some for _, _, some in found.values()]
+        seen = [allowed & some for _, _, some, *_ in found.values()]
 
         def refuse():
             sound = guards.all_finite(used)
@@ -158,16 +168,36 @@ class Curvature:
             lambda: (jnp.ones([], bool), seen, jnp.zeros([], jnp.int32)),
             refuse,
         )
-        moved = {}
-        for (label, (new, _, _)), moves in zip(found.items(), taken, strict=True):
+        moved, strange = {}, [jnp.zeros(1, bool)]
+        for (label, (new, _, _, usual, outlying)), moves in zip(found.items(), taken, strict=True):
             stack = stacks[label]
+            choose = functools.partial(_blocks.select_blocks, moves)
             moved[label] = KfacStack(
-                _blocks.select_blocks(moves, new[0], stack.input_factor),
-                _blocks.select_blocks(moves, new[1], stack.output_factor),
+                choose(new[0], stack.input_factor),
+                choose(new[1], stack.output_factor),
                 stack.started | moves,
                 stack.inverse,
+                jax.tree.map(choose, usual, stack.usual),
             )
-        return moved, failures, sound
+            strange.append(moves & outlying)
+        return moved, failures, sound, jnp.any(jnp.concatenate(strange))
+
+    def _blend(
+        self, stack: KfacStack, moments: Sequence[Array], rate: Array
+    ) -> tuple[list[Array], tuple[outliers.Usual, ...] | None, Array]:
+        """The factors after the moments of a step, the usual norms, and which were outliers."""
+        new, usual, strange = [], list(stack.usual or ()), jnp.zeros(len(rate), bool)
+        for i, (old, moment) in enumerate(zip(stack[:2], moments, strict=True)):
+            trace = jnp.sum(kfac.diagonal_rows(moment), axis=1)
+            before = None if stack.usual is None else stack.usual[i]
+            old, moment, after, found = outliers.limit_moments(
+                old, moment, trace, before, self.outlier_clip
+            )
+            new.append(_blocks.blend(old, moment, rate))
+            if after is not None:
+                usual[i] = after
+            strange |= found
+        return new, None if stack.usual is None else tuple(usual), strange
 
     def refresh(
         self,
@@ -185,10 +215,10 @@ class Curvature:
         Returns:
           The new inverses; and how many blocks failed, so that their last inverse was kept.
         """
-        stacks = {label: KfacStack(*rest, last[0][label]) for label, rest in factors.items()}
+        stacks = {label: KfacStack(*rest, last[0][label], None) for label, rest in factors.items()}
         inverses, failures = {}, jnp.zeros([], jnp.int32)
         for label, (new, finite) in self.decompose(stacks, damping).items():
-            _, _, started, old = stacks[label]
+            started, old = stacks[label].started, stacks[label].inverse
             inverses[label] = jax.tree.map(
                 functools.partial(_blocks.select_blocks, started & finite), new, old
             )
@@ -246,7 +276,7 @@ class Curvature:
 
     def correct(
         self, plan: LayerPlan, stacks: Stacks, taps: Any, decay: Array, allowed: Array
-    ) -> tuple[Stacks, Array]:
+    ) -> tuple[Stacks, Array, Array]:
         """What else is learned from the taps of a step, with the new inverses: nothing.
 
         Args:
@@ -257,10 +287,10 @@ class Curvature:
           allowed: whether to learn at all, bool [].
 
         Returns:
-          The new stacks; and how many blocks failed, int32 [].
+          The new stacks; how many blocks failed, int32 []; whether there were outliers, bool [].
         """
         del plan, taps, decay, allowed
-        return stacks, jnp.zeros([], jnp.int32)
+        return stacks, jnp.zeros([], jnp.int32), jnp.zeros([], bool)
 
     def precondition(
         self, stacks: Stacks, blocks: Mapping[str, Array], damping: ArrayLike

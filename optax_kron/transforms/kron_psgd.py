@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron.blocking import Blocking
 from optax_kron.kernels import psgd
-from optax_kron.transforms import _program, _settings, kron_stacks
+from optax_kron.transforms import _program, _settings, kron_stacks, outliers
 from optax_kron.transforms.kron_steps import CRITERIA, KronPsgd, ScaleByKronPsgdState
 
 __all__ = [
@@ -65,7 +65,7 @@ def update_probability_schedule(
 def scale_by_kron_psgd(
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: optax.ScalarOrSchedule = 0.1,
+    precond_lr: optax.ScalarOrSchedule = 0.3,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
@@ -73,6 +73,7 @@ def scale_by_kron_psgd(
     init_scale: ArrayLike | None = None,
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = _DEFAULT_BLOCKING,
     cache_preconditioner: bool = True,
     factor_dtype: DTypeLike | None = None,
@@ -102,6 +103,9 @@ def scale_by_kron_psgd(
       rms_clip: cap of the root mean square of each parameter's update. `None`: no cap.
       max_abs_clip: a parameter's update with a larger entry than this is rescaled as a whole.
         `None`: no cap.
+      outlier_clip: a block whose gradient, or Hessian-vector product, is more than so many times as
+        long as it usually is, is scaled down to that before anything is made of it; ≥ 1. The usual
+        norm is a running mean. `None`: no bound.
       blocking: how parameters become blocks, and which axes get a diagonal factor.
       cache_preconditioner: keep `P = QᴴQ` in the state between moves of the factors. Steps without
         a move take half the operations, the factors twice the memory.
@@ -154,6 +158,7 @@ def scale_by_kron_psgd(
     _settings.check_range(owner, "init_scale", init_scale, open_left=True, optional=True)
     _settings.check_range(owner, "rms_clip", rms_clip, open_left=True, optional=True)
     _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True, optional=True)
+    outliers.check(owner, outlier_clip)
     _settings.check_blocking(owner, blocking)
     dtype = _settings.real_factor_dtype(owner, factor_dtype)
     _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
@@ -169,6 +174,7 @@ def scale_by_kron_psgd(
             newton=criterion == "newton",
             precision=precision,
             cached=bool(cache_preconditioner),
+            given_scale=init_scale is not None,
         ),
         criterion=criterion,
         update_probability=update_probability,
@@ -177,6 +183,7 @@ def scale_by_kron_psgd(
         init_scale=init_scale,
         rms_clip=rms_clip,
         max_abs_clip=max_abs_clip,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         factor_dtype=dtype,
         seed=seed,
@@ -188,7 +195,7 @@ def kron_psgd(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: optax.ScalarOrSchedule = 0.1,
+    precond_lr: optax.ScalarOrSchedule = 0.3,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
@@ -196,6 +203,7 @@ def kron_psgd(
     init_scale: ArrayLike | None = None,
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     blocking: Blocking = _DEFAULT_BLOCKING,
@@ -223,6 +231,7 @@ def kron_psgd(
       init_scale: initial scale of the preconditioner.
       rms_clip: cap of the root mean square of each parameter's update.
       max_abs_clip: cap of the largest entry of each parameter's update.
+      outlier_clip: how many times its usual norm a block's gradient may be long.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`. A function needs
         `static_args=("mask",)` under `optax.inject_hyperparams`.
@@ -274,6 +283,7 @@ def kron_psgd(
         init_scale=init_scale,
         rms_clip=rms_clip,
         max_abs_clip=max_abs_clip,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         cache_preconditioner=cache_preconditioner,
         factor_dtype=factor_dtype,

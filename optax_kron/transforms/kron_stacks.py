@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, linalg, psgd
-from optax_kron.transforms import _blocks, _program
+from optax_kron.transforms import _blocks, _program, outliers
 
 PyTree = Any
 Stacks = Mapping[str, "KronStack"]
@@ -136,6 +136,7 @@ class Fit:
     newton: bool
     precision: jax.lax.PrecisionLike
     cached: bool
+    given_scale: bool
 
     def refresh(
         self,
@@ -223,6 +224,21 @@ class Fit:
 
     def _apply(self, factors, x, kernel):
         return kernel(tuple(map(contract.widen, factors)), x, precision=self.precision)
+
+    def rescale(self, stacks: Stacks, past: Mapping[str, Array]) -> Stacks:
+        """The stacks, if what set their scale, at first, had been `past` [N] times as large."""
+        if self.given_scale:
+            return stacks
+        rescaled = {}
+        for label, stack in stacks.items():
+            # P is inverse to what it fits, the terms of the fit's curvature are proportional to it.
+            by = past[label] ** (-1 / len(stack.factors))
+            rescaled[label] = stack._replace(
+                factors=outliers.times(stack.factors, jnp.sqrt(by)),
+                bounds=outliers.times(stack.bounds, past[label]),
+                preconditioner=outliers.times(stack.preconditioner, by),
+            )
+        return rescaled
 
     def cache(self, stacks: Stacks) -> Stacks:
         """Form `P` of every factor, where there is room for it."""

@@ -14,7 +14,14 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
 from optax_kron.kernels import flow
-from optax_kron.transforms import _program, _settings, clipping, kron_stacks, moving_average
+from optax_kron.transforms import (
+    _program,
+    _settings,
+    clipping,
+    kron_stacks,
+    moving_average,
+    outliers,
+)
 
 PyTree = Any
 # A probe, as a tree like the gradients, and its product with the Hessian.
@@ -34,8 +41,11 @@ class ScaleByKronPsgdState(NamedTuple):
       refreshes: how often the factors have moved, int32 [].
       failed_refreshes: blocks whose move was not finite and was dropped, int32 [].
       skipped_steps: gradients that were not finite and were dropped, int32 [].
+      outlier_steps: gradients with a block that was an outlier and was scaled down, int32 [].
       cached: whether the cached preconditioners belong to the factors, bool [].
       key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `refreshes`.
+      usual_norms: of the gradients of every block, by kind of block, and with "newton" of the
+        Hessian-vector products; `None` without `outlier_clip`.
       momentum: moving average of the gradients, [N, ...] by kind of block; `None` without momentum.
       stacks: the factors and what belongs to them, by kind of block.
 
@@ -56,8 +66,10 @@ class ScaleByKronPsgdState(NamedTuple):
     refreshes: Array
     failed_refreshes: Array
     skipped_steps: Array
+    outlier_steps: Array
     cached: Array
     key: Array
+    usual_norms: Mapping[str, Any] | None
     momentum: Mapping[str, Array] | Array | None  # an array for a tree without leaves
     stacks: Mapping[str, kron_stacks.KronStack] | Array  # likewise
 
@@ -81,6 +93,7 @@ class KronPsgd:
     init_scale: ArrayLike | None
     rms_clip: ArrayLike | None
     max_abs_clip: ArrayLike | None
+    outlier_clip: ArrayLike | None
     blocking: Blocking
     factor_dtype: jnp.dtype
     seed: int | Array
@@ -94,17 +107,25 @@ class KronPsgd:
         """The state before the first step."""
         plan = plan_blocks(params, self.blocking)
         # Each counter is a buffer of its own, so that the state can be donated.
-        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps")
+        counters = ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
         return ScaleByKronPsgdState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
             due_share=jnp.zeros([], jnp.float32),
             cached=jnp.zeros([], bool),
             key=_settings.key_data(self.seed),
+            usual_norms=self._usual_norms(plan),
             momentum=moving_average.start(plan, self.momentum, self.momentum_dtype),
             stacks=kron_stacks.init(
                 plan, self.init_scale, self.factor_dtype, cached=self.fit.cached
             ),
         )
+
+    def _usual_norms(self, plan: BlockPlan) -> dict[str, Any] | None:
+        """Before the first gradient."""
+        if self.outlier_clip is None:
+            return None
+        seen = ("gradients", "products") if self.fit.newton else ("gradients",)
+        return {name: outliers.start_stacks(plan) for name in seen}
 
     def update(
         self,
@@ -172,10 +193,18 @@ class KronPsgd:
         probed: Probed | Callable[[], Probed] | None,
     ) -> tuple[PyTree, Any]:
         """One step with all that may come from outside; `probed` is read where the factors move."""
-        gradients = plan.split(updates, self._compute)
+        made = jax.eval_shape(lambda: self._usual_norms(plan))
+        _settings.check_state(self.owner, made, state.usual_norms)
+        limited = outliers.limit(
+            plan.split(updates, self._compute),
+            (state.usual_norms or {}).get("gradients"),
+            self.outlier_clip,
+        )
+        gradients = limited.blocks
         average, direction = None, gradients
         if self.momentum is not None:
-            average = moving_average.step(gradients, state.momentum, self.momentum)
+            before = limited.rescaled(state.momentum)
+            average = moving_average.step(gradients, before, self.momentum)
         # A gradient that is not finite shows in the average.
         finite = guards.all_finite(gradients if average is None else average)
         count = state.count + finite.astype(jnp.int32)
@@ -184,10 +213,17 @@ class KronPsgd:
         due, due_share = _is_due(self.update_probability, state)
         due = finite & due
         stacks = state.stacks
+        if not self.fit.newton:
+            stacks = limited.rescaled_stacks(self.fit.rescale, stacks, finite)
         if self.fit.cached:
             stale = finite & ~due & ~state.cached
             stacks = flow.cond(stale, self.fit.cache, lambda x: x, stacks)
-        stacks, failed, blocks = self._move(plan, stacks, gradients, direction, state, due, probed)
+        stacks, failed, blocks, *seen = self._move(
+            plan, stacks, gradients, direction, state, due, probed
+        )
+        usual, found = {"gradients": limited.usual}, limited.found
+        if seen:
+            usual["products"], found = seen[0], found | seen[1]
         blocks = clipping.clip_leaves(plan, blocks, finite, self.rms_clip, self.max_abs_clip)
         new_state = ScaleByKronPsgdState(
             count=count,
@@ -195,8 +231,12 @@ class KronPsgd:
             refreshes=state.refreshes + due.astype(jnp.int32),
             failed_refreshes=state.failed_refreshes + failed,
             skipped_steps=state.skipped_steps + (~finite).astype(jnp.int32),
+            outlier_steps=state.outlier_steps + (finite & found).astype(jnp.int32),
             cached=guards.select(finite, ~due, state.cached),
             key=state.key,
+            usual_norms=None
+            if state.usual_norms is None
+            else guards.select(finite, usual, state.usual_norms),
             momentum=guards.select(finite, average, state.momentum),
             stacks=stacks,
         )
@@ -211,8 +251,11 @@ class KronPsgd:
         state: Any,
         due: Array,
         probed: Any,
-    ) -> tuple[kron_stacks.Stacks, Array, dict[str, Array]]:
-        """The factors after a step, how many blocks failed, and the preconditioned momentum."""
+    ) -> tuple[Any, ...]:
+        """The factors after a step, how many blocks failed, and the preconditioned momentum.
+
+        And with "newton", the usual norms of the products, and whether there was an outlier.
+        """
         # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
         # every operation that reads it.
         draw = functools.partial(
@@ -220,19 +263,25 @@ class KronPsgd:
         )
         nothing = jnp.zeros(jax.eval_shape(draw).shape, self._compute)
         drawn = flow.cond(due, draw, lambda: nothing)
+        usual = (state.usual_norms or {}).get("products")
 
         def refresh(stacks):
             rows, noise = kron_stacks.take_rows(plan, drawn)
             if probed is not None:
                 probe, product = probed() if callable(probed) else probed
-                fitted, probes = (plan.split(tree, self._compute) for tree in (product, probe))
+                products, probes = (plan.split(tree, self._compute) for tree in (product, probe))
+                seen = outliers.limit(products, usual, self.outlier_clip)
+                fitted = seen.blocks
+                stacks = seen.rescaled_stacks(self.fit.rescale, stacks, due)
             else:
                 fitted = gradients if self.criterion == "whiten_gradient" else direction
-                probes = kron_stacks.shape_noise(plan, noise)
-            return self.fit.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
+                probes, seen = kron_stacks.shape_noise(plan, noise), None
+            moved = self.fit.refresh(plan, stacks, fitted, probes, direction, rows, state.refreshes)
+            return moved if seen is None else (*moved, seen.usual, seen.found)
 
         def keep(stacks):
-            return stacks, jnp.zeros([], jnp.int32), self.fit.precondition(stacks, direction)
+            kept = stacks, jnp.zeros([], jnp.int32), self.fit.precondition(stacks, direction)
+            return kept if probed is None else (*kept, usual, jnp.zeros([], bool))
 
         return flow.cond(due, refresh, keep, stacks)
 

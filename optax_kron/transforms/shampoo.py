@@ -32,6 +32,7 @@ def scale_by_shampoo(
     grafting: str | None = "adam",
     graft_decay: ArrayLike = 0.95,
     graft_epsilon: ArrayLike = 1e-8,
+    outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -66,6 +67,9 @@ def scale_by_shampoo(
         "rmsprop", "adam"; `None`: Shampoo's own.
       graft_decay: of the grafted optimizer's second moment, in [0, 1), unless "adagrad" or "sgd".
       graft_epsilon: what it adds to the root of the second moment.
+      outlier_clip: a block whose gradient is more than so many times as long as it usually is, is
+        scaled down to that before anything is made of it; ≥ 1. The usual norm is a running mean.
+        `None`: no bound.
       blocking: how parameters become blocks, and which axes get a diagonal statistic. By default
         axes longer than 1024 are cut, and those longer than 8192, as of vocabularies, get a
         diagonal one instead: `ok.Blocking(block_size=1024, max_cut=8192)`.
@@ -134,6 +138,7 @@ def scale_by_shampoo(
         method,
         momentum=momentum,
         momentum_dtype=momentum_dtype,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         factor_dtype=factor_dtype,
     )
@@ -156,6 +161,7 @@ def shampoo(
     graft_epsilon: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -182,6 +188,7 @@ def shampoo(
       graft_epsilon: of the grafted optimizer.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
+      outlier_clip: how many times its usual norm a block's gradient may be long.
       blocking: how parameters become blocks.
       factor_dtype: real dtype of statistics and roots.
       momentum_dtype: dtype of the stored momentum.
@@ -231,6 +238,7 @@ def shampoo(
         grafting=grafting,
         graft_decay=graft_decay,
         graft_epsilon=graft_epsilon,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         factor_dtype=factor_dtype,
         momentum_dtype=momentum_dtype,

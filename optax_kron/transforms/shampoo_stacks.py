@@ -1,7 +1,7 @@
 """Shampoo's statistics and their inverse roots, as stacks: they start, move, and precondition."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, roots
-from optax_kron.transforms import _blocks, _program, moving_average
+from optax_kron.transforms import _blocks, _program, moving_average, outliers
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
@@ -72,6 +72,26 @@ class Shampoo:
             graft=jnp.zeros((count, *signature.shape), wide) if kept else None,
             started=jnp.zeros(count, bool),
         )
+
+    def rescale(self, stacks: Any, past: Mapping[str, Array]) -> Any:
+        """See `Method`."""
+        rescaled = {}
+        for label, stack in stacks.items():
+            by = past[label]
+            acting, order = self._order([S.shape[1] for S in stack.statistics])
+            found = [
+                outliers.times(root, by ** (-2 / order)) if axis in acting else root
+                for axis, root in enumerate(stack.roots)
+            ]
+            statistics, graft = outliers.times((stack.statistics, stack.graft), jnp.square(by))
+            rescaled[label] = stack._replace(statistics=statistics, roots=tuple(found), graft=graft)
+        return rescaled
+
+    def _order(self, sizes: Sequence[int]) -> tuple[list[int], int]:
+        """The axes along which there is a root, and which one."""
+        # Along an axis of length one all is known from the others: its root is one.
+        acting = [axis for axis, size in enumerate(sizes) if size > 1] or [0]
+        return acting, self.root_order or 2 * len(acting)
 
     def step(
         self,
@@ -182,9 +202,7 @@ class Shampoo:
 
         def make(old, statistics, started, settings):
             weight, epsilon = settings
-            # Along an axis of length one all is known from the others: its root is one.
-            acting = [axis for axis, S in enumerate(statistics) if S.shape[0] > 1] or [0]
-            order = self.root_order or 2 * len(acting)
+            acting, order = self._order([S.shape[0] for S in statistics])
             sound, found = jnp.ones([], bool), []
             informed = started
             for axis, (S, last) in enumerate(
@@ -218,7 +236,7 @@ class Shampoo:
         preconditioned = _blocks.mapping(stack.roots)(apply, stack.roots, x)
         graft = self._grafted(stack, x, count)
         if self.grafting is not None:
-            scale = _norms(graft) / _positive(_norms(preconditioned))
+            scale = _blocks.norms(graft) / _blocks.positive(_blocks.norms(preconditioned))
             preconditioned = contract.scaled_blocks(preconditioned, scale)
         return jnp.where(count >= self.start_step, preconditioned, graft)
 
@@ -235,14 +253,3 @@ class Shampoo:
 def _has(stack: ShampooStack, *, dense: bool) -> bool:
     """Whether any axis has a dense statistic, or a diagonal one."""
     return any((S.ndim > 2) == dense for S in stack.statistics)
-
-
-def _norms(x: Array) -> Array:
-    """The Frobenius norm of every block [N, ...], real [N]; squares neither overflow nor vanish."""
-    unit = _positive(_blocks.largest(x)[:, 0])
-    squares = contract.squared_magnitude(contract.scaled_blocks(x, 1 / unit))
-    return unit * jnp.sqrt(jnp.sum(squares.reshape(len(x), -1), axis=1))
-
-
-def _positive(x: Array) -> Array:
-    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)

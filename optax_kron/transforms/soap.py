@@ -28,6 +28,7 @@ def scale_by_soap(
     basis: str = "qr",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
+    outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -57,6 +58,9 @@ def scale_by_soap(
         its multiples. The first bases come before the first update.
       stagger: deal the blocks out to the steps between two refreshes, so that each step refreshes
         some blocks, and none but the first all. `refresh_every` must then be a number.
+      outlier_clip: a block whose gradient is more than so many times as long as it usually is, is
+        scaled down to that before anything is made of it; ≥ 1. The usual norm is a running mean.
+        `None`: no bound.
       blocking: how parameters become blocks, and which axes get a diagonal factor. The one-sided
         variant is `ok.Blocking(dense_axes=1)`; merged axes are `ok.Blocking(merge_below=...)`.
       factor_dtype: real dtype of statistics and bases, float32 by default also for bfloat16 and
@@ -117,6 +121,7 @@ def scale_by_soap(
         method,
         momentum=momentum,
         momentum_dtype=momentum_dtype,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         factor_dtype=factor_dtype,
     )
@@ -136,6 +141,7 @@ def soap(
     stagger: bool = False,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = _DEFAULT_BLOCKING,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -161,6 +167,7 @@ def soap(
       stagger: deal the blocks out to the steps between.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
+      outlier_clip: how many times its usual norm a block's gradient may be long.
       blocking: how parameters become blocks.
       factor_dtype: real dtype of statistics and bases.
       momentum_dtype: dtype of the stored momentum.
@@ -207,6 +214,7 @@ def soap(
         basis=basis,
         refresh_every=refresh_every,
         stagger=stagger,
+        outlier_clip=outlier_clip,
         blocking=blocking,
         factor_dtype=factor_dtype,
         momentum_dtype=momentum_dtype,

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron import guards
 from optax_kron.blocking import BlockPlan, Signature, complex_like
 from optax_kron.kernels import contract, eigenbases
-from optax_kron.transforms import _blocks, _program, moving_average
+from optax_kron.transforms import _blocks, _program, moving_average, outliers
 from optax_kron.transforms._blockwise import Step
 from optax_kron.transforms._rota import Rota
 
@@ -85,6 +85,21 @@ class Soap:
             second_moment=jnp.zeros((count, *signature.shape), wide) if self.has_adam else None,
             started=jnp.zeros(count, bool),
         )
+
+    def rescale(self, stacks: Any, past: Mapping[str, Array]) -> Any:
+        """See `Method`; bases have no scale."""
+        rescaled = {}
+        for label, stack in stacks.items():
+            square = jnp.square(past[label])
+            # Those of a KL variant are such that their product, over the axes, fits the squares.
+            share = square ** (1 / len(stack.bases)) if self.is_kl else square
+            statistics, values = outliers.times((stack.statistics, stack.values), share)
+            rescaled[label] = stack._replace(
+                statistics=statistics,
+                values=values,
+                second_moment=outliers.times(stack.second_moment, square),
+            )
+        return rescaled
 
     def step(
         self,

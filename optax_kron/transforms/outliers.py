@@ -1,0 +1,166 @@
+"""Outliers: a block whose gradient is many times what it usually is, is scaled down.
+
+Whatever an optimizer remembers is an average, of gradients or of their squares. One gradient that
+is 10⁶ times the usual weighs 10¹² in an average of squares: with a decay of 0.95 it takes 540 steps
+until it weighs no more than the others. So the norm x of what a block gets is compared with the
+usual one, u, and bounded by `factor·u` before it is remembered. The usual norm is an average of
+bounded norms itself. It rises in about ten steps and falls in about fifty, faster while it is
+young:
+
+    x' = min(x, factor·u)    u ← u + w·(x' − u)    w = max(1 / age, 0.1 if x' > u else 0.02)
+
+So gradients that have grown for good are followed: with a factor of ten, u nearly doubles at every
+step that is bounded. A gradient of zero tells nothing, and is passed over.
+
+The first one has nothing to be compared with. If the second shows that it was an outlier, it is
+bounded in hindsight: what has been made of it is scaled down, by `past`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from optax_kron import guards
+from optax_kron.kernels import contract
+from optax_kron.transforms import _blocks, _settings
+
+PyTree = Any
+RISE, FALL = 0.1, 0.02
+
+
+class Usual(NamedTuple):
+    """How large what blocks get usually is."""
+
+    norm: Array  # running mean of the norms, float32 [N]; zero before the first
+    age: Array  # how many norms other than zero are in it, int32 [N]
+
+
+class Bounded(NamedTuple):
+    """What to do about the norms of some blocks; all [N]."""
+
+    scale: Array  # of what the blocks get, float32 in [0, 1]
+    past: Array  # of what has been made of what they got before, likewise
+    usual: Usual  # with these norms in it
+    found: Array  # whether it is an outlier, or what came first was, bool
+
+
+def start(count: int) -> Usual:
+    """Before the first norm of so many blocks."""
+    return Usual(jnp.zeros(count, jnp.float32), jnp.zeros(count, jnp.int32))
+
+
+def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
+    """Compare norms of blocks with the usual ones.
+
+    Args:
+      norms: of what the blocks get [N], ≥ 0. Those that are not finite change nothing.
+      usual: the usual ones.
+      factor: how many times the usual is an outlier, ≥ 1.
+    """
+    x = jnp.minimum(norms, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+    u, age = usual
+    factor = jnp.asarray(factor, x.dtype)
+    counts = jnp.isfinite(norms) & (x > 0)
+    known = counts & (u > 0)
+    was_outlier = known & (age == 1) & (x < u / factor)
+    past = jnp.where(was_outlier, factor * (x / jnp.where(known, u, 1)), 1)
+    u = u * past
+    is_outlier = known & (x / factor > u)
+    scale = jnp.where(is_outlier, factor * (u / jnp.where(is_outlier, x, 1)), 1)
+    x = jnp.where(is_outlier, factor * u, x)
+    weight = jnp.maximum(jnp.where(x > u, RISE, FALL), 1 / (age + 1).astype(x.dtype))
+    u = jnp.where(counts, u + weight * (x - u), u)
+    return Bounded(scale, past, Usual(u, age + counts), is_outlier | was_outlier)
+
+
+class Limited(NamedTuple):
+    """Stacks whose outliers are scaled down."""
+
+    blocks: Mapping[str, Array]
+    # By what to scale what was made of the first ones, real [N] by label; None: nothing.
+    past: Mapping[str, Array] | None
+    usual: Mapping[str, Usual] | None
+    found: Array  # whether there was any outlier, bool []
+
+    def rescaled(self, stacks: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What is proportional to gradients before, arrays [N, ...] by label."""
+        if self.past is None:
+            return stacks
+        return {label: times(x, self.past[label]) for label, x in stacks.items()}
+
+    def rescaled_stacks(
+        self, rescale: Callable[[PyTree, Any], PyTree], stacks: PyTree, allowed: Array
+    ) -> PyTree:
+        """What else was made of gradients before; `rescale(stacks, past)` knows how."""
+        if self.past is None:
+            return stacks
+        first = jnp.any(jnp.concatenate([x < 1 for x in self.past.values()]))
+        return guards.replaced_if(rescale, allowed & first, stacks, dict(self.past))
+
+
+def start_stacks(plan: Any) -> dict[str, Usual] | Array:
+    """`start` of all stacks of a plan of blocks or layers."""
+    if not plan.leaves:
+        return jnp.zeros([])  # One leaf where the stacks would be, as optax.tree.map_params needs.
+    return {label: start(plan.count(label)) for label in plan.stacks}
+
+
+def limit(
+    stacks: Mapping[str, Array], usual: Mapping[str, Usual] | Any, factor: ArrayLike | None
+) -> Limited:
+    """Scale down the blocks of stacks that are outliers.
+
+    Args:
+      stacks: blocks [N, ...] by label.
+      usual: of their norms, by label.
+      factor: how many times the usual norm is an outlier; `None`: nothing is.
+    """
+    if factor is None:
+        return Limited(stacks, None, usual, jnp.zeros([], bool))
+    bounded = {label: bound(_blocks.norms(x), usual[label], factor) for label, x in stacks.items()}
+    return Limited(
+        {label: times(x, bounded[label].scale) for label, x in stacks.items()},
+        {label: x.past for label, x in bounded.items()},
+        {label: x.usual for label, x in bounded.items()},
+        jnp.any(jnp.concatenate([jnp.zeros(1, bool), *(x.found for x in bounded.values())])),
+    )
+
+
+def limit_moments(
+    old: Array, new: Array, trace: Array, usual: Usual | None, factor: ArrayLike | None
+) -> tuple[Array, Array, Usual | None, Array]:
+    """Scale down second moments of outliers: the norm is the root of the trace.
+
+    Args:
+      old: average of those of before, [N, ...].
+      new: those of a step, likewise.
+      trace: of the new, [N].
+      usual: of their norms.
+      factor: how many times the usual norm is an outlier; `None`: nothing is.
+
+    Returns:
+      The average and the moments of the step, scaled down where that is due; the usual norms with
+      this one; and which blocks had an outlier, bool [N].
+    """
+    if usual is None or factor is None:
+        return old, new, usual, jnp.zeros(len(new), bool)
+    # Rounding may leave a trace below zero.
+    bounded = bound(jnp.sqrt(jnp.maximum(trace, 0)), usual, factor)
+    old, new = times(old, jnp.square(bounded.past)), times(new, jnp.square(bounded.scale))
+    return old, new, bounded.usual, bounded.found
+
+
+def times(tree: PyTree, by: Array) -> PyTree:
+    """Arrays [N, ...], every block times its own real number [N], in the dtypes that they have."""
+    return jax.tree.map(
+        lambda x: contract.scaled_blocks(x, by.astype(contract.real_dtype(x.dtype))), tree
+    )
+
+
+def check(owner: str, factor: Any) -> None:
+    """Raise unless the setting `outlier_clip` is a number ≥ 1, traced or `None`."""
+    _settings.check_range(owner, "outlier_clip", factor, least=1, optional=True)
