@@ -28,6 +28,10 @@ from optax_kron.transforms import _program, _settings, outliers
 PyTree = Any
 Stacks = Mapping[str, Any]
 
+# Of norm_constraint="auto", for a learning rate of one. With a rate of 0.1 it allows for what
+# norm_constraint=9e-4 does.
+AUTO_NORM = 0.09
+
 
 class ScaleByKfacState(NamedTuple):
     """State of `scale_by_kfac` and `scale_by_ekfac`.
@@ -112,7 +116,7 @@ class NaturalGradient:
     momentum: ArrayLike | None
     factor_every: ArrayLike
     refresh_every: ArrayLike
-    norm_constraint: ArrayLike | None
+    norm_constraint: ArrayLike | str | None
     outlier_clip: ArrayLike | None
     learning_rate: optax.ScalarOrSchedule | None
     fallback: optax.GradientTransformation | None
@@ -303,8 +307,10 @@ class NaturalGradient:
         products = [jnp.sum(blocks[label] * natural[label]) for label in blocks]
         if self.fallback is None:
             products += [_squared_norm(g, self.compute) for g in rest.values()]
-        length = sum(products, jnp.zeros([], self.compute))
-        scale = _constrain(length, self.learning_rate, self.norm_constraint)
+        constraint, lr = self.norm_constraint, self.learning_rate
+        if isinstance(constraint, str):
+            constraint, lr = AUTO_NORM, 1.0
+        scale = _constrain(sum(products, jnp.zeros([], self.compute)), lr, constraint)
         return {path: _times(scale, u) for path, u in directions.items()}
 
     def _with_momentum(self, directions: dict[str, Array], state: Any) -> tuple[Any, Any]:
@@ -364,7 +370,7 @@ def natural_gradient(
     momentum: ArrayLike | None,
     factor_every: ArrayLike,
     refresh_every: ArrayLike,
-    norm_constraint: ArrayLike | None,
+    norm_constraint: ArrayLike | str | None,
     outlier_clip: ArrayLike | None,
     learning_rate: optax.ScalarOrSchedule | None,
     fallback: optax.GradientTransformation | None,
@@ -378,10 +384,15 @@ def natural_gradient(
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     _settings.check_interval(owner, "factor_every", factor_every)
     _settings.check_interval(owner, "refresh_every", refresh_every)
-    _settings.check_range(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+    if isinstance(norm_constraint, str):
+        _settings.check_choice(owner, "norm_constraint", norm_constraint, ("auto",))
+    else:
+        _settings.check_range(
+            owner, "norm_constraint", norm_constraint, open_left=True, optional=True
+        )
     outliers.check(owner, outlier_clip)
     _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
-    if norm_constraint is not None and learning_rate is None:
+    if not (norm_constraint is None or isinstance(norm_constraint, str)) and learning_rate is None:
         raise ValueError(
             f"{owner}: norm_constraint={norm_constraint!r} needs learning_rate, the number or "
             "schedule that the updates are multiplied with; got None."

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from optax_kron import guards
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
-from optax_kron.transforms import _program, _settings
+from optax_kron.transforms import _program, _settings, outliers
 
 PyTree = Any
 
@@ -29,6 +29,8 @@ class ScaleByBranchKfacState(NamedTuple):
       count: steps that were accepted, int32 [].
       failed_refreshes: covariances that had no inverse, int32 [].
       skipped_steps: steps whose gradient or branches were not finite, int32 [].
+      outlier_steps: steps whose gradient was an outlier and was scaled down, int32 [].
+      usual_norm: of the gradients, of which there is one block; `None` without `outlier_clip`.
       update_norm: Euclidean norm of the last preconditioned gradient, float32 [].
       key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `count`.
 
@@ -47,6 +49,8 @@ class ScaleByBranchKfacState(NamedTuple):
     count: Array  # pyright: ignore
     failed_refreshes: Array
     skipped_steps: Array
+    outlier_steps: Array
+    usual_norm: outliers.Usual | None
     update_norm: Array
     key: Array
 
@@ -55,6 +59,7 @@ def scale_by_branch_kfac(
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
     blocks: ArrayLike = 4,
+    outlier_clip: ArrayLike | None = 10.0,
     redraw: bool = True,
     seed: int | Array = 2027,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,6 +73,8 @@ def scale_by_branch_kfac(
       damping: δ ≥ 0, or a schedule of it.
       blocks: number of contiguous diagonal blocks, from 1 to D, whose sizes differ by at most one,
         the larger first.
+      outlier_clip: a gradient that is more than so many times as long as it usually is, is scaled
+        down to that; ≥ 1. The usual norm is a running mean. `None`: no bound.
       redraw: draw another map at every step; otherwise it is the same throughout.
       seed: an integer or a PRNG key; the map is drawn from it.
 
@@ -101,6 +108,7 @@ def scale_by_branch_kfac(
     owner = "branch_kfac"
     _settings.check_range(owner, "damping", damping, schedule=True)
     _settings.check_interval(owner, "blocks", blocks)
+    outliers.check(owner, outlier_clip)
     _settings.check_seed(owner, seed)
 
     def init(params: PyTree) -> Any:
@@ -110,6 +118,8 @@ def scale_by_branch_kfac(
             count=jnp.zeros([], jnp.int32),
             failed_refreshes=jnp.zeros([], jnp.int32),
             skipped_steps=jnp.zeros([], jnp.int32),
+            outlier_steps=jnp.zeros([], jnp.int32),
+            usual_norm=None if outlier_clip is None else outliers.start(1),
             update_norm=jnp.zeros([], jnp.float32),
             key=_settings.key_data(seed),
         )
@@ -129,7 +139,9 @@ def scale_by_branch_kfac(
         _check_leaves(owner, updates)
         known = None if branches is None else _checked_branches(owner, branches, blocks)
         strength = damping(state.count) if callable(damping) else damping
-        return _program.once(_update, updates, state, known, strength, blocks, bool(redraw))
+        return _program.once(
+            _update, updates, state, known, strength, blocks, outlier_clip, bool(redraw)
+        )
 
     return _program.transformation(init, update)
 
@@ -142,6 +154,7 @@ def branch_kfac(
     clip: ArrayLike | None = None,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    outlier_clip: ArrayLike | None = 10.0,
     redraw: bool = True,
     seed: int | Array = 2027,
 ) -> optax.GradientTransformationExtraArgs:
@@ -158,6 +171,7 @@ def branch_kfac(
         rate, and `params` in `update`. `None`: no bound.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
+      outlier_clip: how many times its usual norm a gradient may be long.
       redraw: draw another map at every step.
       seed: an integer or a PRNG key.
 
@@ -195,7 +209,9 @@ def branch_kfac(
     _settings.check_range(owner, "clip", clip, open_left=True, optional=True)
     _settings.check_range(owner, "weight_decay", weight_decay, optional=True)
     _settings.check_mask(owner, mask)
-    preconditioner = scale_by_branch_kfac(damping=damping, blocks=blocks, redraw=redraw, seed=seed)
+    preconditioner = scale_by_branch_kfac(
+        damping=damping, blocks=blocks, outlier_clip=outlier_clip, redraw=redraw, seed=seed
+    )
     if clip is not None and learning_rate is None:
         raise ValueError(
             f"{owner}: clip bounds the parameters after a whole step, so it needs learning_rate; "
@@ -211,10 +227,15 @@ def _update(
     branches: Array | None,
     damping: ArrayLike,
     blocks: ArrayLike,
+    outlier_clip: ArrayLike | None,
     redraw: bool,
 ) -> tuple[PyTree, Any]:
     """One step."""
     leaves, treedef = jax.tree.flatten(updates)
+    scale, usual, found = jnp.ones([], jnp.float32), state.usual_norm, jnp.zeros([], bool)
+    if outlier_clip is not None and usual is not None and leaves:
+        bounded = outliers.bound(_norm(leaves)[None], usual, outlier_clip)
+        scale, usual, found = bounded.scale[0], bounded.usual, bounded.found[0]
     finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
     if branches is not None and any(x.size for x in leaves):
         finite &= guards.all_finite(branches)
@@ -227,6 +248,7 @@ def _update(
         solved, sound = kernels.solve(known, projected, damping, _settings.interval(blocks))
         failed = (~sound).astype(jnp.int32)
         directions = kernels.bring_back(key, solved, leaves)
+    directions = [x * scale.astype(contract.real_dtype(x.dtype)) for x in directions]
     norm = _norm(directions)
     accepted = finite & jnp.isfinite(norm)
     one = accepted.astype(jnp.int32)
@@ -234,6 +256,8 @@ def _update(
         count=state.count + one,
         failed_refreshes=state.failed_refreshes + jnp.where(accepted, failed, 0),
         skipped_steps=state.skipped_steps + 1 - one,
+        outlier_steps=state.outlier_steps + jnp.where(found, one, 0),
+        usual_norm=guards.select(accepted, usual, state.usual_norm),
         update_norm=jnp.where(accepted, norm, state.update_norm),
         key=state.key,
     )

@@ -26,7 +26,7 @@ def scale_by_ekfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
-    norm_constraint: ArrayLike | None = None,
+    norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -59,9 +59,9 @@ def scale_by_ekfac(
       factor_every: as in `scale_by_kfac`; the eigenvalues take in the taps of every step.
       refresh_every: accepted steps from one eigendecomposition to the next, more often while the
         factors are young.
-      norm_constraint: needs `learning_rate`.
+      norm_constraint: a number needs `learning_rate`.
       outlier_clip: also of what is averaged into the eigenvalues.
-      learning_rate: for the norm constraint.
+      learning_rate: for a norm constraint that is a number.
       fallback: the transformation of parameters that belong to no layer.
       factor_dtype: real dtype of the stored factors, bases and eigenvalues.
       momentum_dtype: dtype of the stored momentum.
@@ -128,7 +128,7 @@ def ekfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
-    norm_constraint: ArrayLike | None = None,
+    norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,

@@ -28,7 +28,7 @@ def scale_by_kfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
-    norm_constraint: ArrayLike | None = None,
+    norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -70,12 +70,14 @@ def scale_by_kfac(
       norm_constraint: c > 0. Before the momentum, updates are scaled by
         `min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`, which keeps the change of the model's outputs in bounds;
         P is the damped curvature, and the identity on parameters in no layer, but for those with a
-        `fallback`, which are neither counted nor scaled. `None`: no constraint.
+        `fallback`, which are neither counted nor scaled. "auto": `c = 0.09·lr²`, so that the
+        learning rate tells throughout, and need not be known here. `None`: no constraint.
       outlier_clip: a block whose gradient, or what is averaged into one of its factors, is more
         than so many times as long as it usually is, is scaled down to that; ≥ 1. Of second moments
         the length is the root of the trace. The usual one is a running mean. `None`: no bound.
       learning_rate: what the updates will be multiplied with further down the chain, a number or
-        a schedule. For the norm constraint alone, which needs it; nothing is scaled by it here.
+        a schedule. For a norm constraint that is a number, which needs it; nothing is scaled by it
+        here.
       fallback: the transformation of parameters that belong to no layer, complete with a momentum
         of its own if it is to have one: `optax.scale_by_adam()`, for example. It sees these
         parameters alone. `None`: their gradients, with the same momentum.
@@ -160,7 +162,7 @@ def kfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
-    norm_constraint: ArrayLike | None = None,
+    norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
@@ -187,8 +189,8 @@ def kfac(
       factor_every: steps from one update of the factors to the next.
       refresh_every: steps from one update of the inverses to the next, once the factors have
         settled.
-      norm_constraint: bound of the squared length of a step in the metric of the curvature; needs a
-        learning rate.
+      norm_constraint: bound of the squared length of a step in the metric of the curvature; a
+        number needs a learning rate.
       outlier_clip: how many times its usual norm what a block gets may be long.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
