@@ -165,7 +165,11 @@ def test_gradients_become_white(criterion):
     rows = jnp.diag(jnp.array([3.0, 1.0, 0.1]))
     columns = jnp.diag(jnp.array([5.0, 0.2]))
     tx = ok.scale_by_kron_psgd(
-        momentum=None, criterion=criterion, update_probability=1.0, rms_clip=None
+        momentum=None,
+        precond_lr=0.1,
+        criterion=criterion,
+        update_probability=1.0,
+        rms_clip=None,
     )
 
     def step(state, key):

@@ -232,6 +232,8 @@ def _update(
 ) -> tuple[PyTree, Any]:
     """One step."""
     leaves, treedef = jax.tree.flatten(updates)
+    made = jax.eval_shape(lambda: None if outlier_clip is None else outliers.start(1))
+    _settings.check_state("branch_kfac", made, state.usual_norm)
     scale, usual, found = jnp.ones([], jnp.float32), state.usual_norm, jnp.zeros([], bool)
     if outlier_clip is not None and usual is not None and leaves:
         bounded = outliers.bound(_norm(leaves)[None], usual, outlier_clip)
