@@ -74,7 +74,7 @@ class ScaleByKfacState(NamedTuple):
     fallback: PyTree | None
 
 
-_CONTENTS = ("stacks", "momentum", "fallback")  # what is no counter
+_CONTENTS = ("usual_norms", "stacks", "momentum", "fallback")  # what is no counter
 
 
 class Curvature(Protocol):
@@ -143,7 +143,7 @@ class NaturalGradient:
         }
         rest = {path: leaves[path] for path in plan.uncovered}
         return ScaleByKfacState(
-            **{name: jnp.zeros([], jnp.int32) for name in (*counters, "outlier_steps")},
+            **{name: jnp.zeros([], jnp.int32) for name in counters},
             usual_norms=self._usual_norms(plan),
             stacks=self.curvature.init(plan, self.factor_dtype),
             momentum=None if self.momentum is None else _masked(params, velocity),
