@@ -52,8 +52,8 @@ def back(node: Node, labels: list[Label], known: Knowledge) -> list[Label]:
             continue
         for i, operand in enumerate(node.operands):
             found = _back_one(node, output, label, i, operand)
-            apart = isinstance(label, Data) and isinstance(found, Coupled)
-            if apart and node.name in SELECTIONS:
+            lost = isinstance(found, Coupled) and node.name in SELECTIONS
+            if lost and isinstance(label, Data):
                 found = follow(node, output, label, i, operand, known)
             result[i] = meet(result[i], found, node)
     return result
@@ -107,6 +107,7 @@ def _coarser(label: Data, old: Sequence[int], new: Sequence[int], node: Node) ->
             parts = stride // inner
             found = {}
             for mark, link in label.digit_links().items():
+                assert link.pairs is not None
                 found[mark] = Link(link.reads, Pairs(link.pairs.elements // parts, link.pairs.data))
             return linked(axis, new[axis], found, node)
         stride = top

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
+import jax.core
 import numpy as np
 
 from optax_kron.capture.equations import is_literal
