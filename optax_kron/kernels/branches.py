@@ -52,9 +52,9 @@ def solve(
     """
     samples, dimensions = branches.shape
     group = groups(dimensions, count)
-    centred = branches - jnp.mean(branches, axis=0)
+    centred = branches - jnp.mean(branches, axis=0, keepdims=True)
     covariance = jnp.matmul(centred.T, centred, precision="highest") / max(samples - 1, 1)
-    covariance = jnp.where(group[:, None] == group, covariance, 0)
+    covariance = jnp.where(group[:, None] == group[None], covariance, 0)
     shift = jnp.asarray(damping, branches.dtype)
     (inverse,), (sound,) = positive.inverses([covariance[None]], [shift[None]])
     solved = jnp.matmul(inverse[0], vector, precision="highest")

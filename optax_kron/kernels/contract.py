@@ -18,7 +18,7 @@ Precision = jax.lax.PrecisionLike
 
 def along_axis(vector: Array, axis: int, ndim: int) -> Array:
     """Reshape a vector [d] so that it broadcasts along `axis` of a tensor with `ndim` axes."""
-    return vector.reshape((-1,) + (1,) * (ndim - axis - 1))
+    return vector.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
 
 def apply_factor(

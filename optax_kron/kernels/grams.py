@@ -46,7 +46,8 @@ class GramPair(NamedTuple):
 
         if self.second is None:
             result = product(self.first, self.first)
-            return result + sign * jnp.eye(*result.shape, dtype=result.dtype) * self.weights[start:]
+            identity = jnp.eye(*result.shape, dtype=result.dtype)
+            return result + sign * identity * self.weights[None, start:]
         if self._narrow:
             return product(jnp.concatenate([self.first, sign * self.second], axis=1), self._root)
         return product(self.first, self.first) + sign * product(self.second, self.second)
@@ -63,12 +64,16 @@ class GramPair(NamedTuple):
         if not self._narrow:
             return linalg.norm_bound(self.combine(1, precision=precision), rows)
         root = self._root
-        weights = 0 if self.weights is None else self.weights
-        diagonal = jnp.sum(contract.squared_magnitude(root), axis=1) + weights
+        diagonal = jnp.sum(contract.squared_magnitude(root), axis=1)
+        if self.weights is not None:
+            diagonal = diagonal + self.weights
         scale = jnp.max(diagonal) + jnp.finfo(diagonal.dtype).tiny
 
         def apply(x):
-            return (((x @ root) @ root.conj().T) + x * weights) / scale
+            result = (x @ root) @ root.conj().T
+            if self.weights is not None:
+                result = result + x * self.weights[None]
+            return result / scale
 
         longest = jnp.argmax(diagonal)
         top = (root[longest] @ root.conj().T) / scale

@@ -63,7 +63,7 @@ def input_moment(
         _, data, positions, _ = inputs.shape
         return _gram(inputs[None], precision, diagonal=diagonal) / (data * positions)
     share = _shares(inputs.shape, weights, inputs.dtype)
-    return _gram(inputs[None], precision, share[..., None], diagonal=diagonal)
+    return _gram(inputs[None], precision, share[None, ..., None], diagonal=diagonal)
 
 
 def index_frequencies(

@@ -100,7 +100,7 @@ def power_bound(apply: Callable[[Array], Array], top: Array, rows: Array) -> Arr
     # Each random row is turned so that it adds to the large row rather than cancels it.
     overlap = rows @ top.conj()
     turn = jnp.where(overlap == 0, 1, overlap / (jnp.abs(overlap) + tiny))
-    rows = top + turn.conj()[:, None] * rows
+    rows = top[None] + turn.conj()[:, None] * rows
 
     def step(_, rows):
         # Six products with a norm of up to d would overflow.
@@ -190,7 +190,7 @@ def continue_by_identity(matrices: Array, size: int) -> Array:
         return matrices
     rest = np.diag((np.arange(size) >= length).astype(matrices.dtype))
     widths = [(0, 0)] * (matrices.ndim - 2) + [(0, size - length)] * 2
-    return jnp.pad(matrices, widths) + rest
+    return jnp.pad(matrices, widths) + rest.reshape((1,) * (matrices.ndim - 2) + rest.shape)
 
 
 def _inverse_panels(panels: Mapping[int, Array], precision) -> dict[int, Array]:
@@ -240,7 +240,7 @@ def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Arra
         # [[X, Y], [0, Z]]⁻¹ = [[X⁻¹, −X⁻¹ Y Z⁻¹], [0, Z⁻¹]]: one product for all pairs at once.
         block, pair = index // size, index // (2 * size)
         corners = (pair[:, None] == pair) & (block[:, None] != block)
-        right = jnp.matmul(jnp.where(corners, blocks, 0), inverse, precision=precision)
+        right = jnp.matmul(jnp.where(corners[None], blocks, 0), inverse, precision=precision)
         inverse = inverse - jnp.matmul(inverse, right, precision=precision)
         size *= 2
     return inverse
@@ -249,7 +249,7 @@ def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Arra
 def _substitute(blocks: Array) -> Array:
     """Inverses of upper triangular [..., p, p], row by row from the last."""
     size = blocks.shape[-1]
-    identity = jnp.eye(size, dtype=blocks.dtype)
+    columns = np.arange(size).reshape((1,) * (blocks.ndim - 2) + (size,))
 
     def solve_row(step, inverse):
         i = size - 1 - step
@@ -257,7 +257,7 @@ def _substitute(blocks: Array) -> Array:
         pivot = jax.lax.dynamic_index_in_dim(row, i, axis=-1)
         # Rows of `inverse` from i up are still zero, so that only the solved ones add up.
         known = jnp.sum(row[..., :, None] * inverse, axis=-2)
-        solved = (identity[i] - known) / pivot
+        solved = ((columns == i).astype(blocks.dtype) - known) / pivot
         return jax.lax.dynamic_update_index_in_dim(inverse, solved, i, axis=-2)
 
     return flow.fori_loop(0, size, solve_row, jnp.zeros_like(blocks))
@@ -284,5 +284,6 @@ def _diagonal_blocks(matrices: Array, size: int) -> Array:
 def _block_diagonal(blocks: Array) -> Array:
     """Diagonal blocks [..., k, p, p] to matrices [..., k·p, k·p]; inverse of `_diagonal_blocks`."""
     *batch, count, size, _ = blocks.shape
-    tiles = blocks[..., None, :] * np.eye(count, dtype=blocks.dtype)[:, None, :, None]
+    same = np.eye(count, dtype=blocks.dtype)[:, None, :, None]
+    tiles = blocks[..., None, :] * same.reshape((1,) * len(batch) + same.shape)
     return tiles.reshape(*batch, count * size, count * size)

@@ -144,7 +144,7 @@ def _invert(pools: Sequence[Pool]) -> list[Array]:
 
 def _shifted(matrices: Array, diagonals: Array) -> Array:
     """Matrices [N, d, d] and [N, d] added to their diagonals."""
-    return matrices + diagonals[:, None, :] * np.eye(diagonals.shape[1], dtype=diagonals.dtype)
+    return matrices + diagonals[:, None] * np.eye(diagonals.shape[1], dtype=diagonals.dtype)[None]
 
 
 def _eliminations(counts: Sequence[int]) -> list[int]:
@@ -225,7 +225,7 @@ def _eliminate(matrices: Array) -> Array:
     panel = size // _panels(size)
     if size == panel:
         return _eliminate_panel(matrices)
-    rows, columns = np.arange(size)[:, None], np.arange(size)
+    rows, columns = np.arange(size)[None, :, None], np.arange(size)[None, None]
 
     def eliminate(i, rest):
         start = i * panel
@@ -244,7 +244,7 @@ def _eliminate(matrices: Array) -> Array:
 def _eliminate_panel(matrices: Array) -> Array:
     """`L⁻¹` of one panel, row by row."""
     size = matrices.shape[-1]
-    rows, columns = np.arange(size)[:, None], np.arange(size)
+    rows, columns = np.arange(size)[None, :, None], np.arange(size)[None, None]
 
     def eliminate(i, rest):
         left = jax.lax.dynamic_slice_in_dim(rest, i, 1, axis=2)

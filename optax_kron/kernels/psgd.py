@@ -196,7 +196,7 @@ def _curvature(roots, factor, axis, gradient, geometry, sizes):
     if factor.ndim == 1:
         return grams.GramPair(first, None, weights * jnp.square(factor))
     # E[C_i(V)] seen from the output of Q is Q diag(w) Qᴴ, with a root of its own.
-    return grams.GramPair(first, factor * jnp.sqrt(weights), None)
+    return grams.GramPair(first, factor * jnp.sqrt(weights)[None], None)
 
 
 def _alike(factors):

@@ -104,11 +104,11 @@ def _inverse_root(matrix: Array, order: int, epsilon: Array, method: str) -> tup
         shift = epsilon * jnp.max(values)
         damped = matrix + shift.astype(matrix.dtype) * identity
         shifted = jnp.maximum(values, 0) + shift
-        root = _multiply(basis * shifted ** (-1 / order), basis.conj().T)
+        root = _multiply(basis * (shifted ** (-1 / order))[None], basis.conj().T)
         # What the root would make of the matrix, were both exact.
         near = values > -_INDEFINITE * jnp.max(values)
         expected = jnp.where(near, (values + shift) / shifted, 1)
-        identity = _multiply(basis * expected, basis.conj().T)
+        identity = _multiply(basis * expected[None], basis.conj().T)
     return root, jnp.max(jnp.abs(_multiply(_power(root, order), damped) - identity))
 
 

@@ -153,7 +153,7 @@ class Curvature(kfac_stacks.Curvature):
             if self.rule == "pi":
                 whole = jnp.asarray(damping, values.dtype)
                 amounts = kfac.pi_damping(jnp.mean(a), jnp.mean(g), whole)
-                added = amounts[0] * g + amounts[1] * a[:, None] + whole
+                added = amounts[0] * g[None] + amounts[1] * a[:, None] + whole
             found = kfac.apply_eigen(Q_a, Q_g, values, x, added, precision=self.precision)
             return jnp.where(known, found, x)
 

@@ -300,7 +300,7 @@ class Curvature:
         def apply(inverse, x):
             inverse = jax.tree.map(contract.widen, inverse)
             if isinstance(inverse, Eigenbases):
-                values = inverse.input_values[:, None] * inverse.output_values
+                values = inverse.input_values[:, None] * inverse.output_values[None]
                 bases = inverse.input_basis, inverse.output_basis
                 return kfac.apply_eigen(*bases, values, x, damping, precision=self.precision)
             return kfac.apply_inverses(inverse.input, inverse.output, x, precision=self.precision)

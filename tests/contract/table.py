@@ -190,7 +190,7 @@ def _paths(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _hand_layers(params):
+def hand_layers(params):
     """A layer for every kernel with its bias, and for every other real leaf with elements."""
     leaves, layers = _paths(params), []
     for path, leaf in leaves.items():
@@ -217,7 +217,7 @@ def _hand_taps(loss_fn, params, *args, size=5.0):
     count = max(sum(x.size for x in curved), 1)
     curvature = sum(jnp.sum(jnp.abs(x)).astype(jnp.float32) for x in curved) / count
     leaves, taps = _paths(params), {}
-    for layer in _hand_layers(params):
+    for layer in hand_layers(params):
         layer = layer.resolved(leaves)
         rng = np.random.default_rng([layer.blocks, layer.d_in, layer.d_out])
         inputs, grads = (
@@ -372,7 +372,7 @@ _HAND = {
     "rate": 10.0,
     # Factors that are soon old, so that the time between refreshes tells.
     "settings": {"decay": 0.5, "refresh_every": 1},
-    "settings_for": lambda problem: {"layers": _hand_layers(problem.params)},
+    "settings_for": lambda problem: {"layers": hand_layers(problem.params)},
     "extras": _hand_taps,
     "spoilt_extras": _spoilt_hand_taps,
     "tunable": _KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
