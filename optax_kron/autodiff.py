@@ -81,13 +81,16 @@ def hessian_vector_product(
                 f"hessian_vector_product: v has leaves that params has not: {_listed(unknown)}. "
                 f"params has {_listed(paths)}.{_nnx_hint([*given, *paths])}"
             )
+        # Numbers are parameters too, as jax.grad takes them.
+        leaves = [(path, jnp.asarray(x)) for path, x in leaves]
+        point = params_treedef.unflatten([x for _, x in leaves])
         # Gradients, and so probes like them, may have another dtype than the parameters.
         tangent = [
-            given[path].astype(x.dtype) if path in given else jnp.zeros_like(x)
+            jnp.asarray(given[path]).astype(x.dtype) if path in given else jnp.zeros_like(x)
             for path, (_, x) in zip(paths, leaves, strict=True)
         ]
         tangent = params_treedef.unflatten(tangent)
-        _, result = jax.jvp(gradient, (params,), (tangent,))
+        _, result = jax.jvp(gradient, (point,), (tangent,))
         result = dict(zip(paths, jax.tree.leaves(result), strict=True))
         return treedef.unflatten([result[path] for path in given])
 

@@ -16,8 +16,9 @@ grows with the number of signatures, not of leaves, and a mesh can cut the axis 
 import collections
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,17 +71,18 @@ class Blocking:
     max_cut: int | None = None
 
     def __post_init__(self):
-        _check_size("max_size", self.max_size, least=0)
-        for name in ("block_size", "merge_below", "max_cut"):
-            if getattr(self, name) is not None:
-                _check_size(name, getattr(self, name), least=1)
-        if self.dense_axes is not None:
-            _check_size("dense_axes", self.dense_axes, least=0)
+        least = {"max_size": 0, "block_size": 1, "merge_below": 1, "max_cut": 1, "dense_axes": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None or name == "max_size":
+                # Numbers of NumPy become Python's, so that equal settings are the same.
+                object.__setattr__(self, name, _size(name, value, least=bound))
         skew = self.max_skew
-        if skew is not None and (isinstance(skew, bool | str) or not skew >= 0):
+        if skew is not None and not (_is_number(skew) and skew >= 0):
             raise ValueError(f"Blocking: max_skew must be None or ≥ 0; got {self.max_skew!r}.")
-        if isinstance(self.stacked_axes, int | float | np.number):
-            _check_size("stacked_axes", self.stacked_axes, least=0)
+        if _is_number(self.stacked_axes):
+            stacked = _size("stacked_axes", self.stacked_axes, least=0)
+            object.__setattr__(self, "stacked_axes", stacked)
 
     def _diagonal(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
         """For each axis of a block, whether its factor is diagonal."""
@@ -117,18 +119,20 @@ class Blocking:
         """For each leaf of the tree, how many leading axes are stacked."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         setting: Any = self.stacked_axes
-        if setting is None or isinstance(setting, int | float | np.number):
+        if setting is None or _is_number(setting):
             numbers = [setting or 0] * len(leaves)
-        elif callable(setting):
+        # A tree of numbers may be callable too, as a model is.
+        elif callable(setting) and jax.tree_util.all_leaves([setting]):
             numbers = [
                 _count_stacked(setting, jax.tree_util.keystr(path), jnp.shape(x))
                 for path, x in leaves
             ]
         else:
             numbers = _numbers_by_path(setting, [path for path, _ in leaves])
-        for number, (path, _) in zip(numbers, leaves, strict=True):
-            _check_size(f"stacked_axes of {jax.tree_util.keystr(path)}", number, least=0)
-        return [min(cast(int, n), jnp.ndim(x)) for n, (_, x) in zip(numbers, leaves, strict=True)]
+        return [
+            min(_size(f"stacked_axes of {jax.tree_util.keystr(path)}", n, least=0), jnp.ndim(x))
+            for n, (path, x) in zip(numbers, leaves, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,10 +388,10 @@ def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
 def _count_stacked(function: Callable, path: str, shape: tuple[int, ...]) -> int:
     try:
         return function(path, shape)
-    except TypeError as error:
+    except Exception as error:
         raise ValueError(
             f"Blocking: stacked_axes, a function, was called as stacked_axes({path!r}, {shape}), "
-            f"with a leaf's path and shape, and failed: {error}."
+            f"with a leaf's path and shape, and failed: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -427,6 +431,16 @@ def _numbers_by_path(setting: PyTree, paths: list[Any]) -> list[Any]:
     return [known[path] for path in paths]
 
 
-def _check_size(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _size(name: str, value: Any, *, least: int) -> int:
+    """A whole number of Python or NumPy, as an int."""
+    try:
+        size = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or size < least:
         raise ValueError(f"Blocking: {name} must be an integer ≥ {least}; got {value!r}.")
+    return size

@@ -137,7 +137,7 @@ class NaturalGradient:
         # Each counter is a buffer of its own, so that the state can be donated.
         counters = [name for name in ScaleByKfacState._fields if name not in _CONTENTS]
         velocity = {
-            path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
+            path: jnp.zeros(jnp.shape(leaf), self.momentum_dtype or jnp.result_type(leaf))
             for path, leaf in leaves.items()
             if self.fallback is None or path in plan.owned
         }
@@ -379,7 +379,7 @@ def natural_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation, with its settings checked; arguments as `NaturalGradient`."""
     layers = plans.check_layers(owner, layers)
-    _settings.check_range(owner, "decay", decay, least=-float("inf"))
+    _settings.check_range(owner, "decay", decay, most=1)
     _settings.check_range(owner, "damping", damping, schedule=True)
     _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     _settings.check_interval(owner, "factor_every", factor_every)

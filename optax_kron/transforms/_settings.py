@@ -1,5 +1,6 @@
 """Checks of settings, and the chain that turns a preconditioner into an optimizer."""
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def check_range(
             f"{expected}; got a function. Where schedules are not taken as they are, "
             "optax.inject_hyperparams takes them."
         )
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool | np.bool_ | str):
         raise ValueError(f"{expected}; got {value!r}.")
     if np.ndim(value) or np.iscomplexobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
@@ -74,6 +75,16 @@ def check_interval(owner: str, name: str, value: Any) -> None:
     check_range(owner, name, value, least=1)
     if not isinstance(value, jax.core.Tracer) and float(value) != round(float(value)):
         raise ValueError(f"{owner}: {name} must be an integer ≥ 1; got {value!r}.")
+
+
+def whole_number(value: Any) -> int | None:
+    """The number, if it is an integer from Python or NumPy; `None` for anything else."""
+    if isinstance(value, bool | np.bool_ | jax.core.Tracer):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def interval(value: ArrayLike) -> Array:
@@ -205,7 +216,7 @@ def check_callable(owner: str, name: str, value: Any) -> None:
 
 def check_seed(owner: str, seed: Any) -> None:
     """Raise unless a seed is an integer or a PRNG key."""
-    if seed is None or isinstance(seed, bool | str | float | np.floating):
+    if seed is None or isinstance(seed, bool | np.bool_ | str | float | np.floating):
         raise ValueError(f"{owner}: seed must be an integer or a PRNG key; got {seed!r}.")
 
 
@@ -236,8 +247,8 @@ def key_data(seed: Any) -> jax.Array:
         seed = jax.random.bits(seed, dtype=jnp.uint32)
     elif jnp.ndim(seed) != 0:
         seed = jax.random.bits(jnp.asarray(seed), dtype=jnp.uint32)
-    if isinstance(seed, int):
-        seed = seed % 2**32
+    if isinstance(seed, int | np.integer):
+        seed = int(seed) % 2**32
     seed = jnp.asarray(seed, dtype=jnp.uint32)
     return jax.random.key_data(jax.random.key(seed, impl=_KEY_IMPL))
 

@@ -48,7 +48,7 @@ def scale_by_ekfac(
 
     Args:
       layers: as for all arguments that are not listed here, see `scale_by_kfac`.
-      decay: of the moving averages of the factors and of the eigenvalues, clamped to [0, 1].
+      decay: of the moving averages of the factors and of the eigenvalues, in [0, 1].
       bias_correction: as in `scale_by_kfac`, for both averages.
       damping: δ ≥ 0, or a schedule of it.
       damping_rule: what is added to the eigenvalues. "eigen": δ. "pi": what this rule adds to

@@ -49,7 +49,7 @@ def scale_by_kfac(
         Without a single one there is a warning, in `init`.
         Parts of a parameter may belong to different layers. Parameters that a wrapper such as
         `optax.masked` hides are left out of their layers.
-      decay: of the moving average of the factors, clamped to [0, 1].
+      decay: of the moving average of the factors, in [0, 1]; traced, it is clamped to that.
       bias_correction: whether the average is that of all taps so far with weights `decay^age`, so
         that the first taps, of a network that soon is another, count for no more than later ones.
         Otherwise factors start as what the first taps give, and later are

@@ -108,8 +108,8 @@ def scale_by_shampoo(
     """
     owner = "shampoo"
     _settings.check_range(owner, "decay", decay, most=1, open_right=True, optional=True)
-    whole = isinstance(root_order, int) and not isinstance(root_order, bool)
-    if root_order is not None and not (whole and root_order >= 1):
+    order = _settings.whole_number(root_order)
+    if root_order is not None and (order is None or order < 1):
         raise ValueError(
             f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}. It cannot be "
             'traced: with optax.inject_hyperparams, pass static_args=("root_order",).'
@@ -123,7 +123,7 @@ def scale_by_shampoo(
     method = shampoo_stacks.Shampoo(
         decay=decay,
         bias_correction=bias_correction,
-        root_order=root_order,
+        root_order=order,
         root_method=root_method,
         epsilon=epsilon,
         rota=check_rota(owner, refresh_every, stagger),
