@@ -99,7 +99,7 @@ def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
         found = look(eqn)
         if found is not None:
             return found
-    return _Recognised("opaque" if _holds_program(eqn) else "plain")
+    return _Recognised("opaque" if holds_program(eqn) else "plain")
 
 
 def name(eqn: Any) -> str:
@@ -161,6 +161,13 @@ def is_literal(x: Any) -> bool:
     return isinstance(x, jex.core.Literal)
 
 
+def holds_program(eqn: Any) -> bool:
+    """Whether some parameter is a program, or something that may run one."""
+    if eqn.primitive.name == "call_hi_primitive":
+        return True
+    return any(_may_run(x) for x in eqn.params.values())
+
+
 def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
     """Evaluate one equation of a program, whatever it is, on arrays for its variables.
 
@@ -172,10 +179,16 @@ def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
         # A program is typed by its variables, which know no other shape.
         filled = iter(arguments)
         operands = [x.val if is_literal(x) else next(filled) for x in eqn.invars]
-        return [eqn.primitive.bind(*operands, **eqn.params)]
+        return bind_with(eqn, operands, eqn.params)
     given = dict(zip(variables, arguments, strict=True))
     alone = jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
     return jax.core.eval_jaxpr(alone, (), *given.values())
+
+
+def bind_with(eqn: Any, operands: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
+    """What an equation without a program computes of all operands, with other settings."""
+    result = eqn.primitive.bind(*operands, **settings)
+    return list(result) if eqn.primitive.multiple_results else [result]
 
 
 def place(*calls: Any) -> str:
@@ -300,13 +313,6 @@ def _upgraded(eqn: Any, *names: str) -> Any:
 
 def _is_program(x: Any) -> bool:
     return isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)
-
-
-def _holds_program(eqn: Any) -> bool:
-    """Whether some parameter is a program, or something that may run one."""
-    if eqn.primitive.name == "call_hi_primitive":
-        return True
-    return any(_may_run(x) for x in eqn.params.values())
 
 
 def _may_run(x: Any) -> bool:

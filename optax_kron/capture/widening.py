@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
-from optax_kron.capture.graph import Broadcast, Graph, Node, is_literal
+from optax_kron.capture import equations
+from optax_kron.capture.equations import is_literal
+from optax_kron.capture.graph import Broadcast, Graph, Node
 
 # Whose result is another if its operand has more bits.
 _OF_BITS = frozenset(["bitcast_convert_type"])
@@ -50,19 +51,10 @@ def bind_widely(node: Node, *operands: Any) -> list[Any]:
         return node.bind(*operands)
     if isinstance(node, Broadcast):
         return node.bind(*operands)
-    if node.kind == "plain" and node.name not in _OF_BITS and not _holds_programs(node):
+    if node.kind == "plain" and node.name not in _OF_BITS and not equations.holds_program(node.eqn):
         return _bind(node, operands)
     given = (x.astype(v.dtype) for x, v in zip(operands, node.values, strict=True))
     return [widened(x) for x in node.bind(*given)]
-
-
-def _holds_programs(node: Node) -> bool:
-    leaves = jax.tree.leaves(list(node.params.values()), is_leaf=_is_program)
-    return any(map(_is_program, leaves))
-
-
-def _is_program(x: Any) -> bool:
-    return isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)
 
 
 def _bind(node: Node, operands: tuple[Any, ...]) -> list[Any]:
@@ -72,8 +64,7 @@ def _bind(node: Node, operands: tuple[Any, ...]) -> list[Any]:
         for x in node.operands
     ]
     params = {name: _wide_param(name, value) for name, value in node.params.items()}
-    result = node.eqn.primitive.bind(*arguments, **params)
-    return list(result) if node.eqn.primitive.multiple_results else [result]
+    return equations.bind_with(node.eqn, arguments, params)
 
 
 def _wide_param(name: str, value: Any) -> Any:
