@@ -60,10 +60,9 @@ def refuse(
     Raises:
       RuntimeError: with both values, and the versions of JAX and optax_kron.
     """
-    versions = f"JAX {jax.__version__}, optax_kron {importlib.metadata.version('optax_kron')}"
     remedy = (
-        f"The loss function was not read as this release of JAX means it ({versions}); no layer or "
-        "tap of it can be trusted. Please report it with the loss function."
+        f"The loss function was not read as this release of JAX means it ({_versions()}); no layer "
+        "or tap of it can be trusted. Please report it with the loss function."
     )
     loss, *gradients = (float(x) for x in deviations)
     if not loss <= tolerance:
@@ -78,3 +77,11 @@ def refuse(
                 f"of jax.value_and_grad by {deviation:.1e} of its largest entry, with a loss of "
                 f"{float(losses[0]):.7g} beside {float(losses[1]):.7g}. {remedy}"
             )
+
+
+def _versions() -> str:
+    try:
+        own = importlib.metadata.version("optax_kron")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        own = "of unknown version"
+    return f"JAX {jax.__version__}, optax_kron {own}"
