@@ -1,7 +1,7 @@
 """What is known of a program's values before it runs: integers, and what depends on data."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax.core
@@ -25,6 +25,7 @@ class Knowledge:
         self._maker: dict[Value, Node] = {}
         self._arrays: dict[Value, np.ndarray | None] = {}
         self._fixed: set[Value] = set(parameters)  # what depends on parameters and literals alone
+        self._shown: set[Value] = set(parameters)  # and, of that, on a parameter at all
         self._once: set[Node] = set()  # nodes outside of loops and branches
         self._visit(graph, once=True)
 
@@ -36,19 +37,22 @@ class Knowledge:
             fixed = all(value in self._fixed for value in node.values)
             if fixed:
                 self._fixed.update(node.outputs)
+            if fixed and not self._shown.isdisjoint(node.values):
+                self._shown.update(node.outputs)
             for body in node.bodies:
-                if len(body.inputs) == len(node.operands):
-                    self._enter(node, body, fixed)
-                elif fixed:
-                    self._fixed.update(body.inputs)
+                offset = len(node.operands) - len(body.inputs)
+                if offset >= 0:
+                    self._enter(node.kind, node.operands[offset:], body.inputs, fixed)
                 self._visit(body, once and node.kind == "remat")
 
-    def _enter(self, node: Node, body: Graph, fixed: bool) -> None:
-        for i, (outer, inner) in enumerate(zip(node.operands, body.inputs, strict=True)):
-            first = node.params.get("num_consts", 0)
-            carried = first <= i < first + node.params.get("num_carry", 0)
-            if fixed or (not carried and (is_literal(outer) or outer in self._fixed)):
+    def _enter(self, kind: str, operands: Sequence[Any], inputs: Sequence[Value], fixed: bool):
+        """What a body's inputs are, which are the last operands but for those of a loop's test."""
+        # What starts as a constant may take in data in the next step of a loop.
+        known = self._shown if kind in ("scan", "while") else self._fixed
+        for outer, inner in zip(operands, inputs, strict=True):
+            if not is_literal(outer) and (fixed or outer in known):
                 self._fixed.add(inner)
+                self._shown.update([inner] if outer in self._shown else [])
 
     def depends_on_data(self, value: Value) -> bool:
         """Whether a value depends on more than parameters."""

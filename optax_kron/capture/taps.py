@@ -159,27 +159,29 @@ def _select(traced: Traced, layers: Layers | None) -> None:
         wanted = [name for name in found if name not in refused]
     else:
         wanted = [layer.name for layer in layers]
+        for name in wanted:
+            if name not in found or name in refused:
+                raise _not_found(name, refused.get(name, "it is not found in this loss function"))
         for layer in layers:
-            name, member = layer.name, found.get(layer.name)
-            if member is None or name in refused:
-                reason = refused.get(name, "it is not found in this loss function")
-            elif layer.bias is not None and member.layer.bias is None:
-                why = analysis.uncovered.get(layer.bias, "it is a layer of its own")
-                reason = f"the bias {layer.bias} does not belong to it here ({why})"
-            else:
-                if layer.bias is None and member.layer.kernel is not None:
-                    found[name] = member.without_bias()
-                continue
-            raise ValueError(
-                f"value_and_grad_with_taps: no taps for the layer {name!r}: {reason}. Call "
-                "find_layers again, with this function and numbers."
-            )
+            member = found[layer.name]
+            if layer.bias is not None and member.layer.bias is None:
+                why = analysis.uncovered.get(layer.bias, "it is not added to this product alone")
+                raise _not_found(layer.name, f"its bias has no place in it: {why}")
+            if layer.bias is None and member.layer.kernel is not None:
+                found[layer.name] = member.without_bias()
         if refused == {} and traced.is_concrete:
             layers.checked = True
         sizes = {layer.name: layer.max_size for layer in layers}
         for name in wanted:
             found[name].layer = dataclasses.replace(found[name].layer, max_size=sizes[name])
     analysis.members = [found[name] for name in wanted]
+
+
+def _not_found(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"value_and_grad_with_taps: no taps for the layer {name!r}: {reason}. Call find_layers "
+        "again, with this function and numbers."
+    )
 
 
 def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, key, samples):

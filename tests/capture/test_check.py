@@ -88,7 +88,7 @@ def test_a_bias_that_fails_alone_costs_no_kernel_its_block(monkeypatch):
     assert taps["k"][0].inputs.shape[-1] == 27
     # Layers that were found without numbers have the bias.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *args))
-    with pytest.raises(ValueError, match="its bias is not"):
+    with pytest.raises(ValueError, match="its bias has no place"):
         value_and_grad_with_taps(loss_fn, find_layers(loss_fn, *shapes))(
             params, *args, key=jax.random.key(0)
         )
