@@ -182,7 +182,9 @@ def _white(factor, axis, gradient, sizes):
     length = factor.shape[-1]
     if sizes is None:
         return jnp.full(length, gradient.size // max(length, 1), real)
-    return _mask(factor, sizes, axis, real) * (_count(gradient, sizes) / sizes[axis])
+    return _mask(factor, sizes, axis, real) * (
+        _count(gradient, sizes) / jnp.asarray(sizes[axis], real)
+    )
 
 
 def _curvature(roots, factor, axis, gradient, geometry, sizes):

@@ -130,6 +130,7 @@ class NaturalGradient:
 
     def init(self, params: PyTree) -> Any:
         """The state before the first step."""
+        params = _program.as_arrays(params)
         plan = plans.plan_layers(self.owner, self.layers, params)
         if not plan.stacks and any(0 not in shape for shape in plan.leaves.values()):
             _settings.warn_without_layers(self.owner, self.layers, self.fallback)
@@ -137,7 +138,7 @@ class NaturalGradient:
         # Each counter is a buffer of its own, so that the state can be donated.
         counters = [name for name in ScaleByKfacState._fields if name not in _CONTENTS]
         velocity = {
-            path: jnp.zeros(jnp.shape(leaf), self.momentum_dtype or jnp.result_type(leaf))
+            path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
             for path, leaf in leaves.items()
             if self.fallback is None or path in plan.owned
         }

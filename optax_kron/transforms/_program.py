@@ -35,8 +35,12 @@ def settings(cls: Class) -> Class:
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """Numbers as arrays, as `jax.grad` takes them for such."""
-    return jax.tree.map(jnp.asarray, tree)
+    """Numbers as arrays, as `jax.grad` takes them for such; abstract arrays stay what they are."""
+    return jax.tree.map(lambda x: x if _is_abstract(x) else jnp.asarray(x), tree)
+
+
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def is_concrete(tree: PyTree) -> bool:
