@@ -45,8 +45,12 @@ def while_loop(
     """`jax.lax.while_loop`."""
     if _is_manual():
         carry = _settled(step, carry, condition)
-        step = _as_typed(step, carry)
-    return jax.lax.while_loop(condition, step, carry)
+
+    def typed(old):
+        new = step(old)
+        return _like(new, carry) if _is_manual() else new
+
+    return jax.lax.while_loop(condition, typed, carry)
 
 
 def fori_loop(
@@ -57,9 +61,12 @@ def fori_loop(
         bounds = jax.numpy.asarray(lower), jax.numpy.asarray(upper)
         index = varying_like(*bounds)
         carry = _settled(lambda carry: step(index, carry), carry, lambda _: bounds)
-        inner = step
-        step = lambda i, old: _like(inner(i, old), carry)  # noqa: E731
-    return jax.lax.fori_loop(lower, upper, step, carry)
+
+    def typed(i, old):
+        new = step(i, old)
+        return _like(new, carry) if _is_manual() else new
+
+    return jax.lax.fori_loop(lower, upper, typed, carry)
 
 
 def scan(
@@ -72,13 +79,12 @@ def scan(
     if _is_manual():
         first = one_step(xs)
         carry = _settled(lambda carry: jax.eval_shape(step, carry, first)[0], carry)
-        inner = step
 
-        def step(old, x):
-            new, y = inner(old, x)
-            return _like(new, carry), y
+    def typed(old, x):
+        new, y = step(old, x)
+        return (_like(new, carry) if _is_manual() else new), y
 
-    return jax.lax.scan(step, carry, xs, **settings)
+    return jax.lax.scan(typed, carry, xs, **settings)
 
 
 def one_step(xs: PyTree) -> PyTree:
@@ -134,16 +140,12 @@ def _widened(x: Any, axes: frozenset[str]) -> Any:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (of JAX 0.8 alone)
 
 
 def _like(tree: PyTree, types: PyTree) -> PyTree:
     """Every array of a tree widened to vary at least as another's."""
     return jax.tree.map(lambda x, y: _widened(x, _axes(y)), tree, types)
-
-
-def _as_typed(step: Callable[[PyTree], PyTree], carry: PyTree) -> Callable[[PyTree], PyTree]:
-    return lambda old: _like(step(old), carry)
 
 
 def _settled(

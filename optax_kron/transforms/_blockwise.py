@@ -174,8 +174,9 @@ class Blockwise:
             average = moving_average.step(gradients, before, self.momentum)
             finite &= guards.all_finite(average)
         count = state.count + finite.astype(jnp.int32)
-        if average is not None and not _settings.is_off(self.momentum):
-            direction = moving_average.correct(average, self.momentum, count, compute)
+        decay = self.momentum
+        if decay is not None and average is not None and not _settings.is_off(decay):
+            direction = moving_average.correct(average, decay, count, compute)
         stacks = limited.rescaled_stacks(self.method.rescale, state.stacks, finite)
         done = self.method.step(plan, stacks, gradients, direction, count, finite)
         new_state = ScaleByBlocksState(

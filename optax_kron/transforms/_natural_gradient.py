@@ -112,7 +112,7 @@ class NaturalGradient:
     layers: Sequence[Layer]
     decay: ArrayLike
     bias_correction: bool
-    damping: optax.ScalarOrSchedule
+    damping: Any  # a number, or until a step has its value, a schedule
     momentum: ArrayLike | None
     factor_every: ArrayLike
     refresh_every: ArrayLike

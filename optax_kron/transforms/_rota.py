@@ -79,7 +79,7 @@ class Rota:
             new, failures = guards.replaced_if(refresh_all, due, (dict(old), none), dict(read))
             return new, failures, due
 
-        every = int(self.every)
+        every = int(np.asarray(self.every))
         turns = _deal(plan, old, every)
         turn = count % every
         first = jnp.where(all_due, 0, turn)

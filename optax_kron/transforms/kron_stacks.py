@@ -131,7 +131,7 @@ class Fit:
     """How the factors follow the criterion; the settings of `scale_by_kron_psgd`."""
 
     geometry: str
-    precond_lr: ArrayLike
+    precond_lr: Any  # a number, or of the settings a schedule
     damping: ArrayLike
     newton: bool
     precision: jax.lax.PrecisionLike

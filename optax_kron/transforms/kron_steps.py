@@ -208,8 +208,9 @@ class KronPsgd:
         # A gradient that is not finite shows in the average.
         finite = guards.all_finite(gradients if average is None else average)
         count = state.count + finite.astype(jnp.int32)
-        if average is not None and not _settings.is_off(self.momentum):
-            direction = moving_average.correct(average, self.momentum, count, self._compute)
+        decay = self.momentum
+        if decay is not None and average is not None and not _settings.is_off(decay):
+            direction = moving_average.correct(average, decay, count, self._compute)
         due, due_share = _is_due(self.update_probability, state)
         due = finite & due
         stacks = state.stacks
@@ -268,7 +269,8 @@ class KronPsgd:
         def refresh(stacks):
             rows, noise = kron_stacks.take_rows(plan, drawn)
             if probed is not None:
-                probe, product = probed() if callable(probed) else probed
+                pair: Any = probed() if callable(probed) else probed
+                probe, product = pair
                 products, probes = (plan.split(tree, self._compute) for tree in (product, probe))
                 seen = outliers.limit(products, usual, self.outlier_clip)
                 fitted = seen.blocks
