@@ -148,12 +148,12 @@ class Layer:
     @property
     def has_diagonal_input(self) -> bool:
         """Whether the input factor is diagonal: of embeddings, and of kernels with many inputs."""
-        return self.is_embedding or self.d_in - (self.bias is not None) > self.max_size
+        return self.is_embedding or bool(self.d_in - (self.bias is not None) > self.max_size)
 
     @property
     def has_diagonal_output(self) -> bool:
         """Whether the output factor is diagonal: of layers with many outputs."""
-        return self.d_out > self.max_size
+        return bool(self.d_out > self.max_size)
 
     @property
     def _view(self) -> Arrangement:
