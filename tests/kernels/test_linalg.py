@@ -248,3 +248,13 @@ def test_map_blocks_does_not_batch_on_cpu():
     calls = [line for line in text.splitlines() if "custom_call" in line and "potrf" in line]
     assert calls
     assert not [line for line in calls if "4x3x3" in line]
+
+
+def test_lapack_safe_does_not_batch_on_cpu():
+    """Nor do two vmaps, one in the other."""
+    stack = jnp.broadcast_to(jnp.eye(3), (2, 5, 3, 3))
+    safe = linalg.lapack_safe(jnp.linalg.cholesky)
+    text = jax.jit(jax.vmap(jax.vmap(safe))).lower(stack).as_text()
+    calls = [line for line in text.splitlines() if "custom_call" in line and "potrf" in line]
+    assert calls
+    assert not [line for line in calls if "5x3x3" in line]
