@@ -1,22 +1,23 @@
 """EKFAC as a transformation: its numbers against dense ones, its stacks and its guards."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from optax_kron import (
-    ekfac,
-    find_layers,
-    losses,
-    scale_by_ekfac,
-    scale_by_kfac,
-    value_and_grad_with_taps,
-)
+import optax_kron as ok
+from optax_kron import find_layers, losses, value_and_grad_with_taps
 from optax_kron.capture.layers import Layer
 from optax_kron.capture.moments import moments_of
 from optax_kron.capture.tap import Tap, Taps
+
+# The natural gradient itself, without the norm constraint that is on by default.
+ekfac = functools.partial(ok.ekfac, norm_constraint=None)
+scale_by_ekfac = functools.partial(ok.scale_by_ekfac, norm_constraint=None)
+scale_by_kfac = functools.partial(ok.scale_by_kfac, norm_constraint=None)
 
 RTOL = 1e-9  # of float64 against the dense reference
 DENSE = Layer("dense", kernel="kernel")

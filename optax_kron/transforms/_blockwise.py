@@ -165,10 +165,10 @@ class Blockwise:
             return updates, state._replace(count=state.count + 1)
         compute = jnp.promote_types(self.factor_dtype, jnp.float32)
         gradients = plan.split(updates, compute)
+        finite = _squares_fit(gradients)
         limited = outliers.limit(gradients, state.usual_norms, self.outlier_clip)
         gradients = limited.blocks
         average, direction = None, gradients
-        finite = _squares_fit(gradients)
         if self.momentum is not None:
             before = limited.rescaled(state.momentum)
             average = moving_average.step(gradients, before, self.momentum)

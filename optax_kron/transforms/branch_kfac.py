@@ -29,10 +29,10 @@ class ScaleByBranchKfacState(NamedTuple):
       count: steps that were accepted, int32 [].
       failed_refreshes: covariances that had no inverse, int32 [].
       skipped_steps: steps whose gradient or branches were not finite, int32 [].
-      outlier_steps: steps whose gradient was an outlier and was scaled down, int32 [].
-      usual_norm: of the gradients, of which there is one block; `None` without `outlier_clip`.
       update_norm: Euclidean norm of the last preconditioned gradient, float32 [].
       key: raw PRNG key, uint32 [2]. It never changes: each draw folds in `count`.
+      outlier_steps: steps whose gradient was an outlier and was scaled down, int32 [].
+      usual_norm: of the gradients, of which there is one block; `None` without `outlier_clip`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -49,10 +49,10 @@ class ScaleByBranchKfacState(NamedTuple):
     count: Array  # pyright: ignore
     failed_refreshes: Array
     skipped_steps: Array
-    outlier_steps: Array
-    usual_norm: outliers.Usual | None
     update_norm: Array
     key: Array
+    outlier_steps: Array
+    usual_norm: outliers.Usual | None
 
 
 def scale_by_branch_kfac(

@@ -9,8 +9,8 @@ young:
 
     x' = min(x, factor·u)    u ← u + w·(x' − u)    w = max(1 / age, 0.1 if x' > u else 0.02)
 
-So gradients that have grown for good are followed: with a factor of ten, u nearly doubles at every
-step that is bounded. A gradient of zero tells nothing, and is passed over.
+The third outlier in a row is none: gradients have grown for good, and it becomes the usual norm.
+A gradient of zero, or whose squares are, tells nothing and is passed over.
 
 The first one has nothing to be compared with. If the second shows that it was an outlier, it is
 bounded in hindsight: what has been made of it is scaled down, by `past`.
@@ -30,13 +30,15 @@ from optax_kron.transforms import _blocks, _settings
 
 PyTree = Any
 RISE, FALL = 0.1, 0.02
+LONGEST_RUN = 2
 
 
 class Usual(NamedTuple):
     """How large what blocks get usually is."""
 
     norm: Array  # running mean of the norms, float32 [N]; zero before the first
-    age: Array  # how many norms other than zero are in it, int32 [N]
+    age: Array  # how many norms are in it, int32 [N]
+    run: Array  # how many of them, the last ones, were outliers, int32 [N]
 
 
 class Bounded(NamedTuple):
@@ -50,7 +52,9 @@ class Bounded(NamedTuple):
 
 def start(count: int) -> Usual:
     """Before the first norm of so many blocks."""
-    return Usual(jnp.zeros(count, jnp.float32), jnp.zeros(count, jnp.int32))
+    # Each number is a buffer of its own, so that the state can be donated.
+    norm, age, run = (jnp.zeros(count, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32))
+    return Usual(norm, age, run)
 
 
 def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
@@ -61,20 +65,24 @@ def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
       usual: the usual ones.
       factor: how many times the usual is an outlier, ≥ 1.
     """
-    x = jnp.minimum(norms, jnp.finfo(jnp.float32).max).astype(jnp.float32)
-    u, age = usual
+    limits = jnp.finfo(jnp.float32)
+    x = jnp.minimum(norms, limits.max).astype(jnp.float32)
+    u, age, run = usual
     factor = jnp.asarray(factor, x.dtype)
-    counts = jnp.isfinite(norms) & (x > 0)
+    counts = jnp.isfinite(norms) & (x > limits.tiny**0.5)
     known = counts & (u > 0)
     was_outlier = known & (age == 1) & (x < u / factor)
     past = jnp.where(was_outlier, factor * (x / jnp.where(known, u, 1)), 1)
     u = u * past
-    is_outlier = known & (x / factor > u)
+    is_larger = known & (x / factor > u)
+    is_outlier = is_larger & (run < LONGEST_RUN)
     scale = jnp.where(is_outlier, factor * (u / jnp.where(is_outlier, x, 1)), 1)
     x = jnp.where(is_outlier, factor * u, x)
     weight = jnp.maximum(jnp.where(x > u, RISE, FALL), 1 / (age + 1).astype(x.dtype))
+    weight = jnp.where(is_larger & ~is_outlier, 1, weight)
     u = jnp.where(counts, u + weight * (x - u), u)
-    return Bounded(scale, past, Usual(u, age + counts), is_outlier | was_outlier)
+    run = jnp.where(counts, jnp.where(is_outlier, run + 1, 0), run)
+    return Bounded(scale, past, Usual(u, age + counts, run), is_outlier | was_outlier)
 
 
 class Limited(NamedTuple):

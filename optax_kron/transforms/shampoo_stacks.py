@@ -1,7 +1,7 @@
 """Shampoo's statistics and their inverse roots, as stacks: they start, move, and precondition."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,24 +74,15 @@ class Shampoo:
         )
 
     def rescale(self, stacks: Any, past: Mapping[str, Array]) -> Any:
-        """See `Method`."""
+        """See `Method`; it is as though there had been none, so that the roots are made anew."""
         rescaled = {}
         for label, stack in stacks.items():
             by = past[label]
-            acting, order = self._order([S.shape[1] for S in stack.statistics])
-            found = [
-                outliers.times(root, by ** (-2 / order)) if axis in acting else root
-                for axis, root in enumerate(stack.roots)
-            ]
             statistics, graft = outliers.times((stack.statistics, stack.graft), jnp.square(by))
-            rescaled[label] = stack._replace(statistics=statistics, roots=tuple(found), graft=graft)
+            rescaled[label] = stack._replace(
+                statistics=statistics, graft=graft, started=stack.started & (by == 1)
+            )
         return rescaled
-
-    def _order(self, sizes: Sequence[int]) -> tuple[list[int], int]:
-        """The axes along which there is a root, and which one."""
-        # Along an axis of length one all is known from the others: its root is one.
-        acting = [axis for axis, size in enumerate(sizes) if size > 1] or [0]
-        return acting, self.root_order or 2 * len(acting)
 
     def step(
         self,
@@ -202,7 +193,9 @@ class Shampoo:
 
         def make(old, statistics, started, settings):
             weight, epsilon = settings
-            acting, order = self._order([S.shape[0] for S in statistics])
+            # Along an axis of length one all is known from the others: its root is one.
+            acting = [axis for axis, S in enumerate(statistics) if S.shape[0] > 1] or [0]
+            order = self.root_order or 2 * len(acting)
             sound, found = jnp.ones([], bool), []
             informed = started
             for axis, (S, last) in enumerate(
