@@ -235,6 +235,8 @@ class NaturalGradient:
         """Before the first gradient."""
         if self.outlier_clip is None:
             return None
+        if not plan.leaves:
+            return jnp.zeros([])  # One leaf where they would be, as optax.tree.map_params needs.
         return {
             "layers": {label: outliers.start(plan.count(label)) for label in plan.stacks},
             "others": {path: outliers.start(1) for path in plan.uncovered},

@@ -82,7 +82,7 @@ def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
     weight = jnp.where(is_larger & ~is_outlier, 1, weight)
     u = jnp.where(counts, u + weight * (x - u), u)
     run = jnp.where(counts, jnp.where(is_outlier, run + 1, 0), run)
-    return Bounded(scale, past, Usual(u, age + counts, run), is_outlier | was_outlier)
+    return Bounded(scale, past, Usual(u, age + counts.astype(age.dtype), run), is_outlier | was_outlier)
 
 
 class Limited(NamedTuple):
@@ -104,7 +104,7 @@ class Limited(NamedTuple):
         self, rescale: Callable[[PyTree, Any], PyTree], stacks: PyTree, allowed: Array
     ) -> PyTree:
         """What else was made of gradients before; `rescale(stacks, past)` knows how."""
-        if self.past is None:
+        if not self.past:
             return stacks
         first = jnp.any(jnp.concatenate([x < 1 for x in self.past.values()]))
         return guards.replaced_if(rescale, allowed & first, stacks, dict(self.past))
