@@ -82,7 +82,8 @@ def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
     weight = jnp.where(is_larger & ~is_outlier, 1, weight)
     u = jnp.where(counts, u + weight * (x - u), u)
     run = jnp.where(counts, jnp.where(is_outlier, run + 1, 0), run)
-    return Bounded(scale, past, Usual(u, age + counts.astype(age.dtype), run), is_outlier | was_outlier)
+    age = age + counts.astype(age.dtype)
+    return Bounded(scale, past, Usual(u, age, run), is_outlier | was_outlier)
 
 
 class Limited(NamedTuple):
