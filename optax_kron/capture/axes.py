@@ -244,13 +244,13 @@ def _gather(params, i, operand, output, axis):
 
 
 def _scatter(params, i, operand, output, axis):
+    if i == 0:
+        return axis  # what is not overwritten stays where it is
     numbers = params["dimension_numbers"]
     batching = tuple(numbers.operand_batching_dims)
     if axis in batching:
         position = batching.index(axis)
         indices_axis = numbers.scatter_indices_batching_dims[position]
-        if i == 0:
-            return axis
         if i == 1:
             return indices_axis
         scattered = [a for a in range(operand.ndim) if a not in numbers.update_window_dims]
@@ -260,8 +260,6 @@ def _scatter(params, i, operand, output, axis):
     window = [
         a for a in range(output.ndim) if a not in numbers.inserted_window_dims and a not in batching
     ]
-    if i == 0:
-        return axis
     return numbers.update_window_dims[window.index(axis)] if i == 2 else None
 
 
@@ -277,6 +275,7 @@ def _tile(params, i, operand, output, axis):
     return axis  # the caller compares the lengths
 
 
+_SCATTERS = ("add", "sub", "mul", "min", "max")
 _RULES = {
     "stack": _stack,
     "unstack": _unstack,
@@ -296,7 +295,5 @@ _RULES = {
     "conv_general_dilated": _conv,
     "gather": _gather,
     "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter_add": _scatter,
-    "scatter-mul": _scatter,
+    **{f"scatter{sign}{kind}": _scatter for sign in "-_" for kind in _SCATTERS},
 }

@@ -103,6 +103,13 @@ def losses_of_all_and_of_some(p):
     return weighted(out, X) + weighted(out[ROWS], X) + weighted(out[:3], X)
 
 
+def some_rows_replaced(p):
+    # Whose outputs are no longer the network's weigh nothing: their losses are masked.
+    out = net(p, X).at[ROWS].set(0.5)
+    read = jnp.zeros(N).at[ROWS].set(1)
+    return jnp.sum((1 - read) * losses.squared_error(out, draw(N, 2)).sum(-1))
+
+
 def losses_of_two_parts(p):
     out = net(p, X)
     return weighted(out[:3], X) + weighted(out[3:], X)
@@ -118,6 +125,7 @@ def selected_after_a_map(p):
 
 
 SEVERAL = [
+    some_rows_replaced,
     *(two_batches, two_batches_of_one_size, losses_of_all_and_of_some, losses_of_two_parts),
     *(targets_from_the_next_example, selected_after_a_map),
 ]
