@@ -69,3 +69,17 @@ def test_core_needs_only_its_declared_dependencies(path):
     allowed = standard | {"jax", "numpy", "optax", "optax_kron"}
     allowed |= OPTIONAL.get(path.name, set())
     assert {module.split(".")[0] for module in imported_modules(path)} <= allowed
+
+
+LOOPS = ("while_loop", "fori_loop", "scan", "cond", "switch", "platform_dependent")
+ROOMS_OF_ARRAYS = [p for p in FILES if room(p.relative_to(PACKAGE).parts) != "capture"]
+
+
+@pytest.mark.parametrize("path", ROOMS_OF_ARRAYS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_loops_and_branches_are_those_of_flow(path):
+    """Which take constants inside of `jax.shard_map` too."""
+    if path.name == "flow.py":
+        return
+    nodes = ast.walk(ast.parse(path.read_text()))
+    called = {ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute)}
+    assert not called & {f"jax.lax.{name}" for name in LOOPS}
