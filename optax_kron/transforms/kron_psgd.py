@@ -88,7 +88,8 @@ def scale_by_kron_psgd(
     criterion. It is made of matrix products, and so are the triangular solves of "EQ".
 
     Args:
-      momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum; 0 keeps its place in the state.
+      momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum;
+        of 0 the state keeps its place.
       precond_lr: relative step of the factors, in (0, 1), or a schedule of it.
       geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5", or
         "QUAD" (Q Hermitian).
