@@ -21,7 +21,8 @@ def trace(row, params, injected):
     settings = row.all_settings(problem, **row.switched_on)
     extras = row.make_extras(problem, params)
     with jax.numpy_rank_promotion("raise"), jax.enable_checks(True):
-        inject = optax.inject_hyperparams(row.factory, static_args=("refresh_every",))
+        static = ("refresh_every",) if "stagger" in row.settings else ()
+        inject = optax.inject_hyperparams(row.factory, static_args=static)
         factory = inject if injected else row.factory
         tx = factory(0.01, **settings)
         state = jax.eval_shape(tx.init, params)
