@@ -182,7 +182,7 @@ def ekfac(
       >>> params = jnp.zeros((4, 3))
       >>> layers = ok.find_layers(loss_fn, params, x, y)
       >>> with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
-      >>> tx = ok.ekfac(0.5, layers=layers, momentum=None)
+      >>> tx = ok.ekfac(0.5, layers=layers, momentum=None, norm_constraint=None)
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):

@@ -214,7 +214,8 @@ def kfac(
       >>> inputs, kernel = jax.random.normal(jax.random.key(0), (2, 6, 4))
       >>> targets = inputs @ kernel[:4]
       >>> params = jnp.zeros((4, 4))
-      >>> tx = ok.kfac(0.5, layers=[ok.Layer("linear", kernel="")], momentum=None)
+      >>> layers = [ok.Layer("linear", kernel="")]
+      >>> tx = ok.kfac(0.5, layers=layers, momentum=None, norm_constraint=None)
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
