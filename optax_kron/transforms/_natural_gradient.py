@@ -238,7 +238,7 @@ class NaturalGradient:
         if not plan.leaves:
             return jnp.zeros([])  # One leaf where they would be, as optax.tree.map_params needs.
         return {
-            "layers": {label: outliers.start(plan.count(label)) for label in plan.stacks},
+            "layers": outliers.start_stacks(plan),
             "others": {path: outliers.start(1) for path in plan.uncovered},
         }
 
