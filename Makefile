@@ -35,7 +35,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-flags test-ranks lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-lapack soak clean
+.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-lapack soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -54,9 +54,6 @@ test-oldest: ## Run capture, contract, kernels and operators on the oldest suppo
 
 test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
 	$(UPGRADES) $(call within,1800) $(RUN) -m pytest -n 2 tests/capture $(ARGS)
-
-test-ranks: $(VENV)/.installed-test ## Run the contract with implicit broadcasting of ranks refused
-	JAX_NUMPY_RANK_PROMOTION=raise $(call within,1800) $(RUN) -m pytest -n 2 tests/contract $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .

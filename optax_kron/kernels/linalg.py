@@ -33,10 +33,11 @@ def lapack_safe(fn: Callable) -> Callable:
     JAX 0.10 needs it: its LAPACK calls hand parts of their batch to the threads that run the
     program and wait for them, and calls that don't need one another occupy all threads. In
     processes with eight such calls, on two cores and JAX 0.10.2, 3 of 3 hung in `inv` and in
-    `solve`, 1 of 3 in `qr` and in `triangular_solve`, none of 3 in `eigh`, `cholesky` and `svd`. On
-    JAX 0.8.0, 0.11.2 and 0.12.0.1 none of 12 hung in the first four, nor did any that went through
-    this function on 0.10.2 (`benchmarks/lapack_hang.py`). The same parts slow small matrices down
-    (jax#36927), and corrupt memory in `eigh` on hundreds of cores, also in 0.11.0 (jax#39292).
+    `solve`, 1 of 3 in `qr` and in `triangular_solve`, 1 of 7 in `cholesky`, none in `eigh` (7) and
+    `svd` (3). On JAX 0.8.0, 0.11.2 and 0.12.0.1 none of 12 hung in the first four, nor did any that
+    went through this function on 0.10.2 (`benchmarks/lapack_hang.py`). The same parts slow small
+    matrices down (jax#36927), and corrupt memory in `eigh` on hundreds of cores, also in 0.11.0
+    (jax#39292).
 
     Args:
       fn: maps arrays to a pytree of arrays.
