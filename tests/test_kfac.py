@@ -81,15 +81,23 @@ def kept(state):
 def test_trace_rule_is_the_layer_of_the_reference(x64, ema):
     """Factors, damping, inverse, natural gradient and average over several updates."""
     layer = reference.Layer(3, 2, ema=ema, damping=1e-3)
-    tx = scale_by_kfac(
-        layers=[KERNEL], decay=ema, damping=1e-3, damping_rule="trace", momentum=None,
-        refresh_every=1, factor_dtype="float64",
-    )  # fmt: skip
-    state, update = tx.init({"kernel": jnp.zeros((3, 2))}), jax.jit(tx.update)
+
+    def tx(decay):
+        return scale_by_kfac(
+            layers=[KERNEL], decay=decay, damping=1e-3, damping_rule="trace", momentum=None,
+            refresh_every=1, factor_dtype="float64",
+        )  # fmt: skip
+
+    @jax.jit
+    def update(decay, grads, state, taps):
+        # Where it is traced, and cannot be refused, it is clamped, as the reference's is.
+        return tx(decay).update(grads, state, taps=taps)
+
+    state = tx(0.5).init({"kernel": jnp.zeros((3, 2))})
     for step in range(4):
         a, g, W = (draw(*s, seed=10 * step + i) for i, s in enumerate([(5, 3), (5, 2), (3, 2)]))
         layer.update(a, g)
-        updates, state = update({"kernel": W}, state, taps=Taps({"dense": Tap(a, g)}))
+        updates, state = update(ema, {"kernel": W}, state, Taps({"dense": Tap(a, g)}))
         stack = state.stacks["3x2"]
         np.testing.assert_allclose(stack.input_factor[0], layer.A, rtol=RTOL)
         np.testing.assert_allclose(stack.output_factor[0], layer.G, rtol=RTOL)
@@ -609,6 +617,7 @@ TUNED = {
     "damping": 0.1,
     "momentum": 0.5,
     "norm_constraint": 1e-6,
+    "outlier_clip": 1.0,
     "factor_every": 2,
     "refresh_every": 3,
     "weight_decay": 0.1,
@@ -834,7 +843,7 @@ def test_dtypes_are_kept(dtype):
     state = tx.init(grads)
     updates, after = tx.update(grads, state, taps=taps)
     chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
-    assert {x.dtype.name for x in jax.tree.leaves(state.stacks)} == {"float32", "bool"}
+    assert {x.dtype.name for x in jax.tree.leaves(state.stacks)} == {"float32", "int32", "bool"}
     assert {x.dtype for x in jax.tree.leaves(state.momentum)} == {jnp.dtype(dtype)}
     assert optax.tree.norm(updates) > 0
 
