@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--optimizer", choices=("optax_kron", "adamw"), default="optax_kron")
     parser.add_argument("--geometry", default="EQ")
     parser.add_argument("--probability", type=float, help="of a factor update; default: library's")
-    parser.add_argument("--precond-lr", type=float, default=0.1)
+    parser.add_argument("--precond-lr", type=float)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
     parser.add_argument("--steps", type=int, default=200)

@@ -20,22 +20,22 @@ import optax
 import timing
 
 
-def make_optimizer(library, learning_rate, probability=None, geometry="EQ", precond_lr=0.1):
-    """A complete optimizer; `probability=None` leaves the library's own update schedule."""
+def make_optimizer(library, learning_rate, probability=None, geometry="EQ", precond_lr=None):
+    """A complete optimizer; `None` leaves the library's own schedule of updates, or step of them."""
     if library == "adamw":
         return optax.adamw(learning_rate)
     if library == "psgd_jax":
         from psgd_jax.kron import kron
 
         extra = {} if probability is None else {"preconditioner_update_probability": probability}
-        return kron(learning_rate, b1=0.9, preconditioner_lr=precond_lr, **extra)
+        extra |= {} if precond_lr is None else {"preconditioner_lr": precond_lr}
+        return kron(learning_rate, b1=0.9, **extra)
     if library == "optax_kron":
         import optax_kron
 
         extra = {} if probability is None else {"update_probability": probability}
-        return optax_kron.kron_psgd(
-            learning_rate, momentum=0.9, precond_lr=precond_lr, geometry=geometry, **extra
-        )
+        extra |= {} if precond_lr is None else {"precond_lr": precond_lr}
+        return optax_kron.kron_psgd(learning_rate, momentum=0.9, geometry=geometry, **extra)
     raise ValueError(f"unknown library {library!r}: expected adamw, psgd_jax or optax_kron")
 
 
@@ -91,7 +91,7 @@ def parse_arguments():
     parser.add_argument("--probability", type=float, help="of a factor update; default: library's")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
-    parser.add_argument("--precond-lr", type=float, default=0.1, help="autoencoder only")
+    parser.add_argument("--precond-lr", type=float, help="autoencoder only; default: library's")
     parser.add_argument("--steps", type=int, help="timed (step) or trained (autoencoder)")
     parser.add_argument("--seed", type=int, default=0, help="of the autoencoder's weights")
     return parser.parse_args()

@@ -58,7 +58,9 @@ OPTIMIZERS = {
 
 def digits():
     """Images [N, 64] in [0, 1] and labels [N]."""
-    return jnp.asarray(models.digits_images()), jnp.asarray(load_digits().target.astype(np.int32))
+    return jnp.asarray(models.digits_images()), jnp.asarray(
+        load_digits(return_X_y=True)[1].astype(np.int32)
+    )
 
 
 def logits_of(params, x):
@@ -151,7 +153,7 @@ def ratios(name, seed=0):
 
 def main():
     """Print a table; exit code 1 if an optimizer is not back."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -5,9 +5,8 @@ the machine does meanwhile hits both. Ratios (ours / peer's) are taken between n
 median of the rounds is reported.
 
 Settings on both sides: geometry EQ (psgd_jax has no other), float32, momentum 0.9 (bias-corrected,
-and what the factors are fitted on), preconditioner learning rate 0.1 (`--precond-lr`), dense
-factors for every axis of a matrix and diagonal ones for vectors, state donated; else each library's
-defaults. Model T, random gradients:
+and what the factors are fitted on), dense factors for every axis of a matrix and diagonal ones for
+vectors, state donated; else each library's defaults. Model T, random gradients:
 
 - *every step*: factors updated at every step;
 - *between*: updated at 3 % of the steps, both on a fixed count, so at most 4 of the 102 timed
@@ -15,8 +14,9 @@ defaults. Model T, random gradients:
 
 Digits autoencoder: 200 full-batch steps from the same weights, the same learning rates and
 schedules for both, each library's default schedule of factor updates; a step is loss, gradient,
-update and application. Ours runs twice: with geometry QEQ, which fits faster at the same
-preconditioner learning rate and is what the criteria look at, and with EQ.
+update and application. The preconditioner learning rate is each library's default unless one is given for
+both (`--precond-lr`). Ours runs twice: with geometry QEQ, which fits faster and is what the criteria
+look at, and with EQ.
 """
 
 import argparse
@@ -85,7 +85,9 @@ def steps_table(results):
 
 def autoencoder_tasks(args):
     """One task for every learning rate and schedule."""
-    base = ("--task", "autoencoder", "--seed", args.seed, "--precond-lr", args.precond_lr)
+    base = ("--task", "autoencoder", "--seed", args.seed)
+    if args.precond_lr is not None:
+        base += ("--precond-lr", args.precond_lr)
     return {
         f"{schedule} {rate:g}": (*base, "--learning-rate", rate, "--schedule", schedule)
         for schedule in args.schedules
@@ -153,7 +155,7 @@ def parse_arguments():
         "--schedules", nargs="+", choices=("constant", "cosine"), default=["constant"]
     )
     parser.add_argument(
-        "--precond-lr", type=float, default=0.1, help="of both sides, on the autoencoder"
+        "--precond-lr", type=float, help="of both sides, on the autoencoder; default: each its own"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the autoencoder's weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
