@@ -21,7 +21,7 @@ import timing
 
 
 def make_optimizer(library, learning_rate, probability=None, geometry="EQ", precond_lr=None):
-    """A complete optimizer; `None` leaves the library's own schedule of updates, or step of them."""
+    """A complete optimizer; `None` leaves the library's own schedule or size of factor updates."""
     if library == "adamw":
         return optax.adamw(learning_rate)
     if library == "psgd_jax":
