@@ -413,7 +413,7 @@ def test_a_state_of_another_optimizer_or_setting_is_refused():
             "shampoo: grafting must be one of sgd, adagrad, rmsprop, adam, None; got 'lion'",
         ),
         ({"refresh_every": len}, "got a function. Where schedules are not taken"),
-        ({"root_order": jnp.int32(2)}, 'static_args=("root_order",)'),
+        ({"root_order": jnp.ones(2, int)}, 'static_args=("root_order",)'),
         ({"refresh_every": 0}, "shampoo: refresh_every must be a number in [1, inf]"),
         ({"refresh_every": 1.5}, "shampoo: refresh_every must be an integer ≥ 1; got 1.5"),
         ({"blocking": 128}, "shampoo: blocking must be an ok.Blocking; got 128"),

@@ -1,6 +1,7 @@
 """Data in several batches: what layers saw of each, and their share in the whole."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,10 +45,16 @@ class Batches:
     ):
         self.owner = owner
         checked = plans.check_layers(owner, layers)
-        if not checked:
+        if not checked and getattr(layers, "structure", None) is None:
             raise ValueError(
                 f"{owner}: there is not a single layer, and so no curvature. print(ok.find_layers("
                 "...)) says why parameters are in no layer."
+            )
+        if not checked:
+            warnings.warn(
+                f"{owner}: there is not a single layer, so the curvature is zero. print(layers) says "
+                "why parameters are in no layer.",
+                stacklevel=3,
             )
         layers = layers if hasattr(layers, "structure") else checked
         if isinstance(source, Mapping):

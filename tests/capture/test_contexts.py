@@ -1,6 +1,7 @@
 """What surrounds a loss changes nothing: switches of JAX, placements, effects, and meshes."""
 
 import contextlib
+import functools
 import itertools
 
 import equinox as eqx
@@ -46,7 +47,9 @@ def everything(loss_fn, fisher="mc", reduce=False):
 
 def assert_same(found, expected):
     assert found[0] == expected[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[1], expected[1])
+    # Sums of a dozen float32 numbers in two orders: programs differ, and so may what XLA makes of them.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found[1], expected[1])
 
 
 def mesh():

@@ -139,12 +139,8 @@ def test_layers_of_another_function():
         return jnp.mean(ok.losses.softmax_cross_entropy_with_integer_labels(z, y))
 
     layers = ok.find_layers(loss_fn, PARAMS, X, Y)
-    with pytest.raises(
-        ValueError, match=r"no taps for the layer 'dense'.*dense/bias does not belong"
-    ):
-        taps_of(other, layers=layers)
     with pytest.raises(ValueError, match=r"no taps for the layer 'table'.*not found in this loss"):
-        taps_of(other, layers=[layers["table"]])
+        taps_of(other, layers=layers)
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_another_function_is_an_error(monkeypatch):
             with pytest.raises(RuntimeError, match=r"jax\.value_and_grad gives") as error:
                 call(PARAMS, X, Y)
             assert f"{true:.7g}" in str(error.value)
-            assert f"JAX {jax.__version__}, optax_kron 0" in str(error.value)
+            assert f"JAX {jax.__version__}, optax_kron " in str(error.value)
 
 
 def test_gradients_are_compared_one_by_one():
