@@ -58,9 +58,8 @@ OPTIMIZERS = {
 
 def digits():
     """Images [N, 64] in [0, 1] and labels [N]."""
-    return jnp.asarray(models.digits_images()), jnp.asarray(
-        load_digits(return_X_y=True)[1].astype(np.int32)
-    )
+    labels = load_digits(return_X_y=True)[1].astype(np.int32)
+    return jnp.asarray(models.digits_images()), jnp.asarray(labels)
 
 
 def logits_of(params, x):

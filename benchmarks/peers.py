@@ -14,9 +14,9 @@ vectors, state donated; else each library's defaults. Model T, random gradients:
 
 Digits autoencoder: 200 full-batch steps from the same weights, the same learning rates and
 schedules for both, each library's default schedule of factor updates; a step is loss, gradient,
-update and application. The preconditioner learning rate is each library's default unless one is given for
-both (`--precond-lr`). Ours runs twice: with geometry QEQ, which fits faster and is what the criteria
-look at, and with EQ.
+update and application. The preconditioner learning rate is each library's default, unless one is
+given for both (`--precond-lr`). Ours runs twice: with geometry QEQ, which fits faster and is what
+the criteria look at, and with EQ.
 """
 
 import argparse
