@@ -107,7 +107,8 @@ class Limited(NamedTuple):
         """What else was made of gradients before; `rescale(stacks, past)` knows how."""
         if not self.past:
             return stacks
-        first = jnp.any(jnp.concatenate([x < 1 for x in self.past.values()]))
+        # There is no block if all leaves are empty.
+        first = jnp.any(jnp.concatenate([jnp.zeros(1, bool), *(x < 1 for x in self.past.values())]))
         return guards.replaced_if(rescale, allowed & first, stacks, dict(self.past))
 
 

@@ -378,6 +378,8 @@ _HAND = {
     "tunable": _KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
 }
 
+_UNBOUNDED = _HAND["settings"] | {"norm_constraint": None}
+
 _STACK_TUNABLE = {
     "learning_rate": 0.02,
     "momentum": 0.5,
@@ -424,7 +426,8 @@ ROWS = (
     _kfac("captured", core=False, **_CAPTURED),
     _kfac("hand", **_HAND),
     _kfac("captured", method="ekfac", core=False, **_CAPTURED),
-    _kfac("hand", method="ekfac", steps=2, **_HAND),
+    # Without the bound, so that steps are as long as the curvature says, and tell what it is.
+    _kfac("hand", method="ekfac", steps=2, **_HAND | {"settings": _UNBOUNDED}),
     _blockwise(
         "shampoo",
         "eigh",
