@@ -21,15 +21,15 @@ from optax_kron.blocking import complex_like
 from optax_kron.capture import plan as plans
 from optax_kron.capture.layers import Layer, by_path, map_by_path
 from optax_kron.capture.plan import LayerPlan
-from optax_kron.capture.tap import Tap, Taps
+from optax_kron.capture.tap import Moments, Tap, Taps
 from optax_kron.kernels import contract, flow
 from optax_kron.transforms import _program, _settings, outliers
 
 PyTree = Any
 Stacks = Mapping[str, Any]
 
-# Of norm_constraint="auto", for a learning rate of one. With a rate of 0.1 it allows for what
-# norm_constraint=9e-4 does.
+# Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
+# With a rate of 0.1 it allows for what norm_constraint=9e-4 does.
 AUTO_NORM = 0.09
 
 
@@ -204,7 +204,10 @@ class NaturalGradient:
         layers = outliers.limit(blocks, usual, self.outlier_clip)
         found = layers.found | rest.found | learned.strange
         usual = {"layers": layers.usual, "others": rest.usual}
-        directions = self._directions(plan, learned.stacks, gradients, layers.blocks, rest.blocks)
+        weight = _loss_weight(taps, self.compute)
+        directions = self._directions(
+            plan, learned.stacks, gradients, layers.blocks, rest.blocks, weight
+        )
         directions, velocity = self._with_momentum(directions, state)
         for path, u in others.items():
             u = u.astype(gradients[path].dtype)
@@ -298,6 +301,7 @@ class NaturalGradient:
         gradients: Mapping[str, Array],
         blocks: Mapping[str, Array],
         rest: Mapping[str, Array],
+        loss_weight: Array,
     ) -> dict[str, Array]:
         """The natural gradient by path; the gradient where there is neither layer nor fallback."""
         directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
@@ -312,7 +316,7 @@ class NaturalGradient:
             products += [_squared_norm(g, self.compute) for g in rest.values()]
         constraint, lr = self.norm_constraint, self.learning_rate
         if isinstance(constraint, str):
-            constraint, lr = AUTO_NORM, 1.0
+            constraint, lr = AUTO_NORM * loss_weight, 1.0
         scale = _constrain(sum(products, jnp.zeros([], self.compute)), lr, constraint)
         return {path: _times(scale, u) for path, u in directions.items()}
 
@@ -442,6 +446,26 @@ def _refresh_is_due(
     # Of factors that do not change at all, with a decay of one, none is ever young.
     age = (1 - decay) * state.factor_updates.astype(decay.dtype)
     return (state.refreshes == 0) | waited | (moved & (age < 1) & (decay < 1))
+
+
+def _loss_weight(taps: Taps, dtype: DTypeLike) -> Array:
+    """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
+
+    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
+    without weights are those of a mean.
+    """
+
+    def of_group(tap):
+        if isinstance(tap, Moments):
+            return jnp.max(tap.weight).astype(dtype)
+        if tap.weights is None:
+            return jnp.ones([], dtype)
+        weights = tap.weights.astype(dtype)
+        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
+
+    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
+    total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
+    return jnp.where(total > 0, total, 1)
 
 
 def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> PyTree:

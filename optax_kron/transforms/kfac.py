@@ -70,8 +70,9 @@ def scale_by_kfac(
       norm_constraint: c > 0. Before the momentum, updates are scaled by
         `min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`, which keeps the change of the model's outputs in bounds;
         P is the damped curvature, and the identity on parameters in no layer, but for those with a
-        `fallback`, which are neither counted nor scaled. "auto": `c = 0.09·lr²`, so that the
-        learning rate tells throughout, and need not be known here. `None`: no constraint.
+        `fallback`, which are neither counted nor scaled. "auto": `c = 0.09·lr²·Σw`, so that the
+        learning rate tells throughout, and need not be known here; w are the weights of the
+        examples in the loss, whose sum is one for a mean. `None`: no constraint.
       outlier_clip: a block whose gradient, or what is averaged into one of its factors, is more
         than so many times as long as it usually is, is scaled down to that; ≥ 1. Of second moments
         the length is the root of the trace. The usual one is a running mean. `None`: no bound.

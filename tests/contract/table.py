@@ -371,14 +371,12 @@ _CAPTURED = {
 _HAND = {
     "rate": 10.0,
     # Factors that are soon old, so that the time between refreshes tells.
-    "settings": {"decay": 0.5, "refresh_every": 1},
+    "settings": {"decay": 0.5, "refresh_every": 1, "norm_constraint": None},
     "settings_for": lambda problem: {"layers": hand_layers(problem.params)},
     "extras": _hand_taps,
     "spoilt_extras": _spoilt_hand_taps,
     "tunable": _KFAC_TUNABLE | {"decay": 0.9, "refresh_every": 5},
 }
-
-_UNBOUNDED = _HAND["settings"] | {"norm_constraint": None}
 
 _STACK_TUNABLE = {
     "learning_rate": 0.02,
@@ -424,10 +422,10 @@ ROWS = (
     ),
     _psgd("no_momentum", settings={"momentum": None}),
     _kfac("captured", core=False, **_CAPTURED),
+    # Taps by hand do not say what the examples weigh in the loss: without the bound on steps.
     _kfac("hand", **_HAND),
     _kfac("captured", method="ekfac", core=False, **_CAPTURED),
-    # Without the bound, so that steps are as long as the curvature says, and tell what it is.
-    _kfac("hand", method="ekfac", steps=2, **_HAND | {"settings": _UNBOUNDED}),
+    _kfac("hand", method="ekfac", steps=2, **_HAND),
     _blockwise(
         "shampoo",
         "eigh",
