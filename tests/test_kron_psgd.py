@@ -166,8 +166,8 @@ def test_gradients_become_white(criterion):
     columns = jnp.diag(jnp.array([5.0, 0.2]))
     tx = ok.scale_by_kron_psgd(
         momentum=None,
-        precond_lr=0.1,
         criterion=criterion,
+        precond_lr=0.1,
         update_probability=1.0,
         rms_clip=None,
     )
