@@ -53,6 +53,7 @@ class ScaleByKfacState(NamedTuple):
         down, int32 [].
       usual_norms: of the gradients of blocks in layers, and of other parameters by path; `None`
         without `outlier_clip`.
+      loss_weight: sum of the examples' weights in the loss of the last step, float32 [].
       stacks: by kind of block, the factors [N, ...], and as `inverse` what was made of them: of
         `ekfac` bases and eigenvalues. An array for a tree without leaves.
       momentum: velocity like the parameters, masked where a fallback has the leaf.
@@ -69,12 +70,13 @@ class ScaleByKfacState(NamedTuple):
     mismatched_steps: Array
     outlier_steps: Array
     usual_norms: Mapping[str, Mapping[str, outliers.Usual]] | None
+    loss_weight: Array
     stacks: Stacks | Array
     momentum: PyTree | None
     fallback: PyTree | None
 
 
-_CONTENTS = ("usual_norms", "stacks", "momentum", "fallback")  # what is no counter
+_CONTENTS = ("usual_norms", "loss_weight", "stacks", "momentum", "fallback")  # what is no counter
 
 
 class Curvature(Protocol):
@@ -146,6 +148,7 @@ class NaturalGradient:
         return ScaleByKfacState(
             **{name: jnp.zeros([], jnp.int32) for name in counters},
             usual_norms=self._usual_norms(plan),
+            loss_weight=jnp.zeros([], jnp.float32),
             stacks=self.curvature.init(plan, self.factor_dtype),
             momentum=None if self.momentum is None else _masked(params, velocity),
             fallback=None if self.fallback is None else self.fallback.init(_masked(params, rest)),
@@ -204,9 +207,16 @@ class NaturalGradient:
         layers = outliers.limit(blocks, usual, self.outlier_clip)
         found = layers.found | rest.found | learned.strange
         usual = {"layers": layers.usual, "others": rest.usual}
-        weight = _loss_weight(taps, self.compute)
+        weight, most = _loss_weight(taps, self.compute)
+        # A loss that weighs more than it did, once, must not lift the bound of that step.
+        last = jnp.where(state.loss_weight > 0, state.loss_weight, most).astype(weight.dtype)
         directions = self._directions(
-            plan, learned.stacks, gradients, layers.blocks, rest.blocks, weight
+            plan,
+            learned.stacks,
+            gradients,
+            layers.blocks,
+            rest.blocks,
+            jnp.minimum(weight, last),
         )
         directions, velocity = self._with_momentum(directions, state)
         for path, u in others.items():
@@ -228,6 +238,7 @@ class NaturalGradient:
             usual_norms=None
             if state.usual_norms is None
             else guards.select(accepted, usual, state.usual_norms),
+            loss_weight=guards.select(accepted, weight, state.loss_weight),
             stacks=learned.stacks,
             momentum=guards.select(accepted, velocity, state.momentum),
             fallback=guards.select(accepted, fallback, state.fallback),
@@ -448,11 +459,14 @@ def _refresh_is_due(
     return (state.refreshes == 0) | waited | (moved & (age < 1) & (decay < 1))
 
 
-def _loss_weight(taps: Taps, dtype: DTypeLike) -> Array:
+def _loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
     """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
 
     It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
     without weights are those of a mean.
+
+    Returns:
+      It, and how often it holds that at most if it is no multiple of a sum.
     """
 
     def of_group(tap):
@@ -465,7 +479,8 @@ def _loss_weight(taps: Taps, dtype: DTypeLike) -> Array:
 
     totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
     total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
-    return jnp.where(total > 0, total, 1)
+    examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
+    return jnp.where(total > 0, total, 1), max(examples, default=1)
 
 
 def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> PyTree:

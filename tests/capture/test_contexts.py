@@ -47,7 +47,7 @@ def everything(loss_fn, fisher="mc", reduce=False):
 
 def assert_same(found, expected):
     assert found[0] == expected[0]
-    # Sums of a dozen float32 numbers in two orders: programs differ, and so may what XLA makes of them.
+    # Sums of a dozen float32 numbers in two orders, as XLA may make other code of other programs.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, found[1], expected[1])
 
