@@ -61,7 +61,7 @@ def first(tx, grads, taps):
 )
 def test_kfac_is_the_dense_solution_with_the_diagonal_taken(x64, size, rule, approx):
     layer, grads, tap, wide = problem(size)
-    settings = {"damping_rule": rule, "approx": approx, "momentum": None}
+    settings = {"damping_rule": rule, "approx": approx, "momentum": None, "norm_constraint": None}
     tx = scale_by_kfac(layers=[layer], factor_dtype="float64", **settings)
     updates, state = first(tx, grads, Taps({"dense": tap}))
     factors = reference.factors(tap.inputs[0], tap.output_grads[:, 0], approx=approx)
@@ -97,7 +97,8 @@ def test_ekfac_is_diagonal_in_the_basis_with_unit_vectors_on_wide_sides(x64, siz
 def test_without_columns_the_wide_output_factor_is_the_identity(x64, make):
     layer, grads, tap, wide = problem(SIZES["both"])
     tap = tap._replace(output_grads=tap.output_grads[:0])
-    tx = make(layers=[layer], factor_dtype="float64", damping_rule="eigen", momentum=None)
+    settings = {"damping_rule": "eigen", "momentum": None, "norm_constraint": None}
+    tx = make(layers=[layer], factor_dtype="float64", **settings)
     updates, _ = first(tx, grads, Taps({"dense": tap}))
     A, _ = reference.factors(tap.inputs[0], np.zeros((1, 9, 3, 6)))
     expected = reference.solve(diagonal_if(wide[0], A), np.eye(6), rows(grads), 1e-3, "eigen")
@@ -339,6 +340,7 @@ def test_hidden_parameters_of_a_wide_layer(x64, hidden, reduce):
     whole = layer.resolved(by_path(grads))
     taps = Taps({"dense": moments_of(whole, tap) if reduce else tap})
     settings = {"momentum": None, "factor_dtype": "float64", "damping_rule": "eigen"}
+    settings |= {"norm_constraint": None}
     tx = optax.masked(
         scale_by_kfac(layers=[layer], **settings), {name: name != hidden for name in grads}
     )

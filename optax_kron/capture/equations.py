@@ -105,8 +105,9 @@ def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
 def name(eqn: Any) -> str:
     """Of the primitive; one of another library that bears the name of JAX's gets another."""
     own = eqn.primitive.name
-    if _upgraded(eqn) is not None:
-        return _UPGRADED[type(eqn.params["_prim"]).__name__]
+    if own == _HOLDER and "_prim" in eqn.params:
+        held = type(eqn.params["_prim"]).__name__
+        return held if _upgraded(eqn) is None else _UPGRADED[held]
     return own if _SHOWN.get(own, eqn.primitive) is eqn.primitive else f"{own} (not of JAX)"
 
 
@@ -163,9 +164,14 @@ def is_literal(x: Any) -> bool:
 
 def holds_program(eqn: Any) -> bool:
     """Whether some parameter is a program, or something that may run one."""
-    if eqn.primitive.name == "call_hi_primitive":
+    if eqn.primitive.name == _HOLDER:
         return True
     return any(_may_run(x) for x in eqn.params.values())
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether a value is a place that equations write to and read from, and no array."""
+    return hasattr(aval, "inner_aval")
 
 
 def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
@@ -295,6 +301,7 @@ def _is_mark(eqn: Any) -> bool:
     return _is(eqn, "jit", "pjit") and str(eqn.params.get("name", "")).startswith(MARK_PREFIX)
 
 
+_HOLDER = "call_hi_primitive"
 # Classes of primitives that hold their program themselves, under upgrade flags of JAX 0.12, and the
 # names of the equations that stand for them without.
 _UPGRADED = {
@@ -306,7 +313,7 @@ _UPGRADED = {
 
 def _upgraded(eqn: Any, *names: str) -> Any:
     """The primitive that holds its program itself, if it is JAX's own of one of these classes."""
-    held = eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    held = eqn.params.get("_prim") if eqn.primitive.name == _HOLDER else None
     known = type(held).__name__ in (names or _UPGRADED)
     return held if known and type(held).__module__.partition(".")[0] == "jax" else None
 

@@ -55,11 +55,21 @@ class Labels:
             labels = [self[v] for v in node.outputs]
             if node in self._marks:
                 labels = self._mark_labels(node)
+            self._join_written(node)
             inside = node.kind in ("scan", "remat", "cond") and node.has_marks
             if all(label is None for label in labels) and not inside:
                 continue
             for value, label in zip(node.operands, self._back(node, labels), strict=True):
                 self._join(value, label, node)
+
+    def _join_written(self, node: Node) -> None:
+        """What is read later from a reference may be made of all operands of what writes to it."""
+        read = [self[v] for v in node.values if equations.is_reference(v.aval)]
+        marks = [label.marks for label in read if label is not None]
+        if marks:
+            coupled = Coupled(frozenset().union(*marks), node)
+            for value in node.values:
+                self._join(value, coupled, node)
 
     def _mark_labels(self, node: Node) -> list[Label]:
         mark, place = frozenset([self._numbers[node]]), self._marks[node]

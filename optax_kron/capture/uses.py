@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optax_kron.capture import readers, views
+from optax_kron.capture.equations import is_reference
 from optax_kron.capture.graph import Branch, Graph, Node, Value
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.labels import Coupled, Data
@@ -107,7 +108,8 @@ class Uses:
 
     def _visit(self, graph: Graph, env: dict[Value, View], scans, branch) -> None:
         for node in graph.nodes:
-            reached = any(self._labels[v] is not None for v in node.outputs)
+            written = [v for v in node.values if is_reference(v.aval)]
+            reached = any(self._labels[v] is not None for v in (*node.outputs, *written))
             reached |= node.kind in ("scan", "remat", "cond") and node.has_marks
             if not reached or not any(v in env for v in node.values):
                 continue

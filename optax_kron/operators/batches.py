@@ -52,8 +52,8 @@ class Batches:
             )
         if not checked:
             warnings.warn(
-                f"{owner}: there is not a single layer, so the curvature is zero. print(layers) says "
-                "why parameters are in no layer.",
+                f"{owner}: there is not a single layer, so the curvature is zero. print(layers) "
+                "says why parameters are in no layer.",
                 stacklevel=3,
             )
         layers = layers if hasattr(layers, "structure") else checked

@@ -147,6 +147,19 @@ def test_an_opaque_equation_is_named_with_the_line_that_made_it():
     assert "test_opaque.py" in uncovered.reason
 
 
+@pytest.mark.parametrize("flag", ["jax_scan3"] if hasattr(jax.config, "jax_scan3") else [])
+def test_a_loop_that_writes_to_references_is_opaque(flag):
+    """It has no gradient yet, and so no check on numbers."""
+    jax.config.update(flag, True)
+    try:
+        layers = ok.find_layers(loss_of(WAYS["scan"][0]), PARAMS, X, Y, check=False)
+    finally:
+        jax.config.update(flag, False)
+    assert [layer.name for layer in layers] == ["out"]
+    (uncovered,) = layers.uncovered
+    assert uncovered.reason.startswith("used by Scan3 (")
+
+
 @contextlib.contextmanager
 def misread(monkeypatch, **changes):
     """Loops that are read wrong."""
