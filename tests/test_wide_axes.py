@@ -75,7 +75,7 @@ def test_kfac_is_the_dense_solution_with_the_diagonal_taken(x64, size, rule, app
 @sides
 def test_ekfac_is_diagonal_in_the_basis_with_unit_vectors_on_wide_sides(x64, size):
     layer, grads, tap, wide = problem(size)
-    tx = scale_by_ekfac(layers=[layer], factor_dtype="float64", momentum=None)
+    tx = scale_by_ekfac(layers=[layer], norm_constraint=None, factor_dtype="float64", momentum=None)
     updates, state = first(tx, grads, Taps({"dense": tap}))
     factors = reference.factors(tap.inputs[0], tap.output_grads[:, 0])
     bases = [
