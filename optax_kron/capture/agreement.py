@@ -27,21 +27,24 @@ def reference(traced: Traced, arrays: Sequence[Any]) -> tuple[Array, list[Array]
 def disagreement(ours: tuple[Any, Sequence[Any]], theirs: tuple[Any, Sequence[Any]]) -> list[Array]:
     """How far losses, and gradients one by one, are apart, relative to their size."""
     (loss, grads), (true_loss, true_grads) = ours, theirs
-    largest = [jnp.max(jnp.abs(g), initial=0).astype(jnp.float32) for g in true_grads]
-    floor = _SMALL * jnp.max(jnp.stack([jnp.zeros(()), *map(_finite, largest)]))
+    largest = [_largest(g) for g in true_grads]
+    floor = _SMALL * jnp.max(jnp.stack([jnp.zeros(()), *largest]))
     scales = [jnp.maximum(x, floor) for x in largest]
-    return [_apart(loss, true_loss, jnp.abs(true_loss).astype(jnp.float32))] + [
+    return [_apart(loss, true_loss, _largest(true_loss))] + [
         _apart(g, true, scale) for g, true, scale in zip(grads, true_grads, scales, strict=True)
     ]
 
 
-def _finite(x: Array) -> Array:
-    return jnp.where(jnp.isfinite(x), x, 0)
+def _largest(x: Array) -> Array:
+    """The largest magnitude of what is finite."""
+    sizes = jnp.abs(x)
+    return jnp.max(jnp.where(jnp.isfinite(sizes), sizes, 0), initial=0).astype(jnp.float32)
 
 
 def _apart(x: Array, true: Array, scale: Array) -> Array:
-    """The largest difference, where both are not the same kind of infinite or NaN."""
-    same = (x == true) | (jnp.isnan(x) & jnp.isnan(true))
+    """The largest difference, relative; none where both are infinite or NaN."""
+    # Which of these it is, the order of sums may decide.
+    same = (x == true) | ~(jnp.isfinite(x) | jnp.isfinite(true))
     difference = jnp.where(same, 0, jnp.abs(x - true)).astype(jnp.float32)
     return jnp.max(difference, initial=0) / (scale + jnp.finfo(jnp.float32).tiny)
 

@@ -7,6 +7,7 @@ the cotangent of one datum alone, the output-gradients of every other datum vani
 positions have not been taken for each other.
 """
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -30,18 +31,33 @@ class _Deviations(NamedTuple):
       kernel: from the gradient of the kernel, relative to the largest entry of the layer's.
       bias: from that of the bias, relative to the same.
       leak: by which examples mix.
+      finite: whether that gradient is finite; if not, nothing can be told.
     """
 
     kernel: Any
     bias: Any
     leak: Any
+    finite: Any
 
 
-def failures(traced: Traced) -> dict[str, str]:
-    """The layers whose taps are not what they should be, with the reason.
+class Verdict(NamedTuple):
+    """What came of a check.
+
+    Attributes:
+      refused: names of layers whose taps are not what they should be, with the reason.
+      complete: whether all layers could be checked.
+    """
+
+    refused: dict[str, str]
+    complete: bool
+
+
+def judge(traced: Traced) -> Verdict:
+    """Check the layers of a loss function.
 
     First of all, the loss and its gradients are compared. A bias that fails alone is taken from its
-    layer, and the analysis says why: the kernel keeps its block.
+    layer, and the analysis says why: the kernel keeps its block. Layers that can't be checked, as
+    their gradients are not finite, are kept, with a warning.
 
     Raises:
       RuntimeError: if the program that was read is not the loss function.
@@ -63,15 +79,24 @@ def failures(traced: Traced) -> dict[str, str]:
     if (kernels or biases) and has_narrow(analysis.graph):
         # A sum of many numbers of 16 bits may be far off by rounding, be it the gradient itself.
         try:
-            *_, found, _ = _run(traced, widely=True)
+            *_, again, _ = _run(traced, widely=True)
         except TypeError:  # a loop or a branch holds what cannot be had in 32 bits
-            found = {}
-        found = {name: off for name, off in found.items() if name in kernels | biases}
-        if found:
-            kernels, biases = _judged(found, {wide(dtype) for dtype in dtypes})
+            again = {}
+        again = {name: off for name, off in again.items() if name in kernels | biases}
+        if again:
+            kernels, biases = _judged(again, {wide(dtype) for dtype in dtypes})
+            found |= again
     for name, reason in biases.items():
         analysis.drop_bias(name, reason)
-    return kernels
+    unknown = [name for name, off in found.items() if not off.finite]
+    if unknown:
+        warnings.warn(
+            "find_layers and value_and_grad_with_taps could not check the layers "
+            f"{', '.join(map(repr, unknown))}: their gradients are not finite at these numbers. "
+            "They are kept; check them with other numbers.",
+            stacklevel=4,
+        )
+    return Verdict(kernels, not unknown)
 
 
 def _tolerance(dtypes: Collection[Any]) -> float:
@@ -89,6 +114,8 @@ def _judged(
     least = min(tolerance, 100 * float(jnp.finfo(jnp.float32).eps) ** 0.75)
     kernels, biases = {}, {}
     for name, off in found.items():
+        if not off.finite:
+            continue
         if not float(off.kernel) <= tolerance:
             kernels[name] = f"check failed: taps miss the gradient by {float(off.kernel):.1e}"
         elif not float(off.leak) <= least:
@@ -170,7 +197,8 @@ def _deviations(
                 taps_of(member, alone), taps, taps_of(member, alone, first), strict=True
             )
         ]
-        found[layer.name] = _Deviations(kernel, bias, jnp.max(jnp.stack(leaks)))
+        finite = jnp.all(jnp.isfinite(expected))
+        found[layer.name] = _Deviations(kernel, bias, jnp.max(jnp.stack(leaks)), finite)
     ours = linearized.outputs[0], grads
     return ours, found, [jnp.min(w, initial=0) for w in weights]
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from optax_kron.capture.check import failures
+from optax_kron.capture.check import Verdict, judge
 from optax_kron.capture.layers import MAX_SIZE, Layer, check_max_size
 from optax_kron.capture.trace import Traced, trace_loss
 
@@ -87,7 +87,7 @@ class Layers:
         if not self.marked:
             lines += ["", NO_MARK]
         elif not self.checked:
-            lines += ["", "not checked on numbers yet: found with abstract arrays"]
+            lines += ["", "not checked on numbers yet: these were abstract, or not finite"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -122,7 +122,8 @@ def find_layers(
       has_aux: whether `loss_fn` returns auxiliary data.
       check: compare the layers with the gradient, on the given numbers, and leave out those that
         differ. Abstract arguments have no numbers: the check is then made by the first
-        `value_and_grad_with_taps` that has some.
+        `value_and_grad_with_taps` that has some. Nor does it tell anything of layers whose
+        gradients are infinite or NaN: those are kept, with a warning.
       max_size: longest axis that has a dense factor. Of a kernel with more inputs, or more outputs,
         that factor is diagonal: the diagonal of the second moment, of which nothing else is ever
         formed, neither here nor in taps. The table says so.
@@ -148,8 +149,8 @@ def find_layers(
     traced = trace_loss(loss_fn, params, args, has_aux)
     for member in traced.analysis.members:
         member.layer = dataclasses.replace(member.layer, max_size=int(max_size))
-    check = check and traced.is_concrete
-    return describe(traced, failures(traced) if check else {}, check)
+    verdict = judge(traced) if check and traced.is_concrete else Verdict({}, False)
+    return describe(traced, verdict.refused, verdict.complete)
 
 
 def describe(traced: Traced, refused: dict[str, str], checked: bool) -> Layers:

@@ -13,7 +13,7 @@ from jax import Array
 from optax_kron.autodiff import map_stacked
 from optax_kron.capture.analysis import Analysis
 from optax_kron.capture.assemble import member_moments, member_taps
-from optax_kron.capture.check import failures
+from optax_kron.capture.check import Verdict, judge
 from optax_kron.capture.columns import ESTIMATES, columns, one_by_one
 from optax_kron.capture.find import NO_MARK, Layers
 from optax_kron.capture.layers import Layer, map_by_path
@@ -151,9 +151,10 @@ def _inside(traced: Traced) -> dict[Use, InsideMoments]:
 def _select(traced: Traced, layers: Layers | None) -> None:
     """Keep the layers asked for, checked on numbers where that has not been done."""
     analysis = traced.analysis
-    refused: dict[str, str] = {}
+    verdict = Verdict({}, False)
     if (layers is None or not layers.checked) and traced.is_concrete:
-        refused = failures(traced)
+        verdict = judge(traced)
+    refused = verdict.refused
     found = {member.layer.name: member for member in analysis.members}
     if layers is None:
         wanted = [name for name in found if name not in refused]
@@ -169,7 +170,7 @@ def _select(traced: Traced, layers: Layers | None) -> None:
                 raise _not_found(layer.name, f"its bias has no place in it: {why}")
             if layer.bias is None and member.layer.kernel is not None:
                 found[layer.name] = member.without_bias()
-        if refused == {} and traced.is_concrete:
+        if verdict.complete and not refused:
             layers.checked = True
         sizes = {layer.name: layer.max_size for layer in layers}
         for name in wanted:

@@ -1,12 +1,14 @@
 """The check on numbers, in programs of 16 bits, and what it leaves of a layer."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from optax_kron import losses
-from optax_kron.capture import check
+from optax_kron.capture import agreement, check
 from optax_kron.capture.find import find_layers
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.capture.trace import trace_loss
@@ -92,3 +94,60 @@ def test_a_bias_that_fails_alone_costs_no_kernel_its_block(monkeypatch):
         value_and_grad_with_taps(loss_fn, find_layers(loss_fn, *shapes))(
             params, *args, key=jax.random.key(0)
         )
+
+
+def regression(p, x, scale):
+    out = jnp.tanh(x @ p["a"]) @ p["c"]
+    return jnp.sum(losses.squared_error(out, jnp.ones_like(out))) * scale
+
+
+# At one input, or for a loss that is scaled: the layers that can't be checked there.
+NOT_FINITE = {
+    "nan": (jnp.float32, jnp.nan, 1, ["a", "c"]),
+    "inf": (jnp.float32, jnp.inf, 1, ["a"]),
+    # Only the gradients overflow: the derivatives of the outputs are finite, and are checked.
+    "overflow": (jnp.float16, 1, 6e4, []),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_for_jax_either_is_not_misread(name):
+    dtype, at, scale, unknown = NOT_FINITE[name]
+    params = {"a": jnp.ones((3, 4), dtype) / 2, "c": jnp.ones((4, 2), dtype) / 2}
+    x = jnp.linspace(0.1, 1, 18, dtype=dtype).reshape(6, 3).at[2, 1].set(at)
+    args = params, x, jnp.asarray(scale, dtype)
+
+    def warned(function):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = function()
+        messages = [str(w.message) for w in caught]
+        assert len(messages) == bool(unknown), messages
+        assert all(f"{', '.join(map(repr, unknown))}: their" in m for m in messages), messages
+        assert all(w.filename == __file__ for w in caught)
+        return made
+
+    layers = warned(lambda: find_layers(regression, *args))
+    assert [layer.name for layer in layers] == ["a", "c"]
+    assert layers.checked == (not unknown)
+    expected = jax.value_and_grad(regression)(*args)
+    assert not all(np.all(np.isfinite(g)) for g in jax.tree.leaves(expected))
+    for fn in (  # as a step of training without jit
+        value_and_grad_with_taps(regression, fisher="forward"),
+        value_and_grad_with_taps(regression, layers, fisher="forward"),
+    ):
+        value, grads, _ = warned(lambda fn=fn: fn(*args))
+        jax.tree.map(np.testing.assert_array_equal, (value, grads), expected)
+    # Finite numbers check what was found.
+    value_and_grad_with_taps(regression, layers, fisher="forward")(
+        params, jnp.ones_like(x), jnp.ones_like(args[2])
+    )
+    assert layers.checked
+
+
+def test_finite_numbers_beside_others_are_compared():
+    ours = jnp.asarray(jnp.nan), [jnp.asarray([jnp.inf, 1.0]), jnp.asarray([jnp.nan, 1.0])]
+    same = jnp.asarray(jnp.nan), [jnp.asarray([jnp.inf, 1.0]), jnp.asarray([jnp.inf, 1.0])]
+    other = jnp.asarray(1.0), [jnp.asarray([jnp.inf, 2.0]), jnp.asarray([0.0, 1.0])]
+    assert [float(x) for x in agreement.disagreement(ours, same)] == [0, 0, 0]
+    assert not any(x <= 0.25 for x in agreement.disagreement(ours, other))
