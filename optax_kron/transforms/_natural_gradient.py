@@ -23,7 +23,7 @@ from optax_kron.capture.layers import Layer, by_path, map_by_path
 from optax_kron.capture.plan import LayerPlan
 from optax_kron.capture.tap import Moments, Tap, Taps
 from optax_kron.kernels import contract, flow
-from optax_kron.transforms import _program, _settings, outliers
+from optax_kron.transforms import _blocks, _program, _settings, outliers
 
 PyTree = Any
 Stacks = Mapping[str, Any]
@@ -322,7 +322,7 @@ class NaturalGradient:
         plan.put(directions, natural)
         if self.norm_constraint is None:
             return directions
-        products = [jnp.sum(blocks[label] * natural[label]) for label in blocks]
+        products = [_product(blocks[label], natural[label]) for label in blocks]
         if self.fallback is None:
             products += [_squared_norm(g, self.compute) for g in rest.values()]
         constraint, lr = self.norm_constraint, self.learning_rate
@@ -514,6 +514,17 @@ def _times(scale: ArrayLike, x: Array) -> Array:
 
 def _squared_norm(x: Array, dtype: DTypeLike) -> Array:
     return jnp.sum(contract.squared_magnitude(x)).astype(dtype)
+
+
+def _product(gradients: Array, natural: Array) -> Array:
+    """`Σ ⟨g, P⁻¹g⟩` over blocks [N, ...], none of them below its rounding error.
+
+    Where P is more than 1 / ε times larger along g than across it, P⁻¹g is made of what rounding
+    left across g, and the product may be anything, even negative; it would not bound the step.
+    """
+    products = jnp.sum(gradients * natural, axis=tuple(range(1, natural.ndim)))
+    least = jnp.finfo(products.dtype).eps * _blocks.norms(gradients) * _blocks.norms(natural)
+    return jnp.sum(jnp.maximum(products, least))
 
 
 def _constrain(product: Array, learning_rate: Any, norm_constraint: ArrayLike) -> Array:
