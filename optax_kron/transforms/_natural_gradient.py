@@ -21,16 +21,12 @@ from optax_kron.blocking import complex_like
 from optax_kron.capture import plan as plans
 from optax_kron.capture.layers import Layer, by_path, map_by_path
 from optax_kron.capture.plan import LayerPlan
-from optax_kron.capture.tap import Moments, Tap, Taps
+from optax_kron.capture.tap import Tap, Taps
 from optax_kron.kernels import contract, flow
-from optax_kron.transforms import _blocks, _program, _settings, outliers
+from optax_kron.transforms import _norm_constraint, _program, _settings, outliers
 
 PyTree = Any
 Stacks = Mapping[str, Any]
-
-# Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
-# With a rate of 0.1 it allows for what norm_constraint=9e-4 does.
-AUTO_NORM = 0.09
 
 
 class ScaleByKfacState(NamedTuple):
@@ -207,7 +203,7 @@ class NaturalGradient:
         layers = outliers.limit(blocks, usual, self.outlier_clip)
         found = layers.found | rest.found | learned.strange
         usual = {"layers": layers.usual, "others": rest.usual}
-        weight, most = _loss_weight(taps, self.compute)
+        weight, most = _norm_constraint.loss_weight(taps, self.compute)
         # A loss that weighs more than it did, once, must not lift the bound of that step.
         last = jnp.where(state.loss_weight > 0, state.loss_weight, most).astype(weight.dtype)
         directions = self._directions(
@@ -322,13 +318,13 @@ class NaturalGradient:
         plan.put(directions, natural)
         if self.norm_constraint is None:
             return directions
-        products = [_product(blocks[label], natural[label]) for label in blocks]
+        products = [_norm_constraint.product(blocks[label], natural[label]) for label in blocks]
         if self.fallback is None:
-            products += [_squared_norm(g, self.compute) for g in rest.values()]
+            products += [_norm_constraint.squared_norm(g, self.compute) for g in rest.values()]
         constraint, lr = self.norm_constraint, self.learning_rate
         if isinstance(constraint, str):
-            constraint, lr = AUTO_NORM * loss_weight, 1.0
-        scale = _constrain(sum(products, jnp.zeros([], self.compute)), lr, constraint)
+            constraint, lr = _norm_constraint.AUTO_NORM * loss_weight, 1.0
+        scale = _norm_constraint.scale(sum(products, jnp.zeros([], self.compute)), lr, constraint)
         return {path: _times(scale, u) for path, u in directions.items()}
 
     def _with_momentum(self, directions: dict[str, Array], state: Any) -> tuple[Any, Any]:
@@ -459,30 +455,6 @@ def _refresh_is_due(
     return (state.refreshes == 0) | waited | (moved & (age < 1) & (decay < 1))
 
 
-def _loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
-    """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
-
-    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
-    without weights are those of a mean.
-
-    Returns:
-      It, and how often it holds that at most if it is no multiple of a sum.
-    """
-
-    def of_group(tap):
-        if isinstance(tap, Moments):
-            return jnp.max(tap.weight).astype(dtype)
-        if tap.weights is None:
-            return jnp.ones([], dtype)
-        weights = tap.weights.astype(dtype)
-        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
-
-    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
-    total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
-    examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
-    return jnp.where(total > 0, total, 1), max(examples, default=1)
-
-
 def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> PyTree:
     """The tree with leaves given by path, and masked nodes for all others.
 
@@ -510,25 +482,3 @@ def _widened(x: Array, dtype: jnp.dtype) -> Array:
 def _times(scale: ArrayLike, x: Array) -> Array:
     """A real scalar of any dtype times an array, in the dtype of the array."""
     return jnp.asarray(scale).astype(contract.real_dtype(x.dtype)) * x
-
-
-def _squared_norm(x: Array, dtype: DTypeLike) -> Array:
-    return jnp.sum(contract.squared_magnitude(x)).astype(dtype)
-
-
-def _product(gradients: Array, natural: Array) -> Array:
-    """`Σ ⟨g, P⁻¹g⟩` over blocks [N, ...], none of them below its rounding error.
-
-    Where P is more than 1 / ε times larger along g than across it, P⁻¹g is made of what rounding
-    left across g, and the product may be anything, even negative; it would not bound the step.
-    """
-    products = jnp.sum(gradients * natural, axis=tuple(range(1, natural.ndim)))
-    least = jnp.finfo(products.dtype).eps * _blocks.norms(gradients) * _blocks.norms(natural)
-    return jnp.sum(jnp.maximum(products, least))
-
-
-def _constrain(product: Array, learning_rate: Any, norm_constraint: ArrayLike) -> Array:
-    """`min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`."""
-    length = jnp.square(jnp.asarray(learning_rate, product.dtype)) * product
-    bound = jnp.asarray(norm_constraint, product.dtype)
-    return jnp.where(length > bound, jnp.sqrt(bound / jnp.where(length > bound, length, 1)), 1)

@@ -16,7 +16,7 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.nam
 CHECKED = ("perceptron", "cast_to_bf16", "embedding", "conv_grouped", "recurrent", "branches")
 
 
-# Up to JAX 0.8 the derivative of every cast from real to complex numbers warns, that of jax.grad too.
+# Up to JAX 0.8 the derivative of every cast from real to complex numbers warns, also of jax.grad.
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @every_pattern
 def test_layers_and_their_taps(pattern):

@@ -1,0 +1,61 @@
+"""The norm constraint of a natural gradient: how far a step may change what the model says."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron.capture.tap import Moments, Tap, Taps
+from optax_kron.kernels import contract
+from optax_kron.transforms import _blocks
+
+# Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
+# With a rate of 0.1 it allows for what norm_constraint=9e-4 does.
+AUTO_NORM = 0.09
+
+
+def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
+    """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
+
+    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
+    without weights are those of a mean.
+
+    Returns:
+      It, and how often it holds that at most if it is no multiple of a sum.
+    """
+
+    def of_group(tap):
+        if isinstance(tap, Moments):
+            return jnp.max(tap.weight).astype(dtype)
+        if tap.weights is None:
+            return jnp.ones([], dtype)
+        weights = tap.weights.astype(dtype)
+        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
+
+    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
+    total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
+    examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
+    return jnp.where(total > 0, total, 1), max(examples, default=1)
+
+
+def squared_norm(x: Array, dtype: DTypeLike) -> Array:
+    return jnp.sum(contract.squared_magnitude(x)).astype(dtype)
+
+
+def product(gradients: Array, natural: Array) -> Array:
+    """`Σ ⟨g, P⁻¹g⟩` over blocks [N, ...], none of them below its rounding error.
+
+    Where P is more than 1 / ε times larger along g than across it, P⁻¹g is made of what rounding
+    left across g, and the product may be anything, even negative; it would not bound the step.
+    """
+    products = jnp.sum(gradients * natural, axis=tuple(range(1, natural.ndim)))
+    least = jnp.finfo(products.dtype).eps * _blocks.norms(gradients) * _blocks.norms(natural)
+    return jnp.sum(jnp.maximum(products, least))
+
+
+def scale(product: Array, learning_rate: Any, norm_constraint: ArrayLike) -> Array:
+    """`min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`."""
+    length = jnp.square(jnp.asarray(learning_rate, product.dtype)) * product
+    bound = jnp.asarray(norm_constraint, product.dtype)
+    return jnp.where(length > bound, jnp.sqrt(bound / jnp.where(length > bound, length, 1)), 1)
