@@ -231,3 +231,26 @@ def test_defaults_lower_the_loss_of_a_classifier_on_minibatches(method, batch):
         losses = run(rate)
         assert losses[-1] < 0.7 * start, rate
         assert jnp.max(losses) < 1.5 * start, rate
+
+
+@pytest.mark.parametrize("constraint", ["auto", 1e-3])
+@pytest.mark.parametrize("method", [ok.kfac, ok.ekfac], ids=["kfac", "ekfac"])
+def test_the_norm_constraint_holds_for_gradients_whose_squares_overflow(method, constraint):
+    """What is bounded is as long for every gradient of one direction, also of the first step."""
+    params = {"w": jnp.ones((3, 2)), "rest": jnp.ones(4)}
+    grads = {"w": jnp.array([[1.0, -2.0], [3.0, 0.5], [-1.0, 2.0]]), "rest": jnp.arange(4.0)}
+    rng = np.random.default_rng(0)
+    inputs, outputs = (jnp.asarray(rng.normal(size=(6, d)), jnp.float32) for d in (3, 2))
+    taps = ok.Taps({"w": ok.Tap(inputs, outputs)})
+    layers = [ok.Layer(name="w", kernel="w")]
+    tx = method(0.1, layers=layers, norm_constraint=constraint)
+    state = tx.init(params)
+
+    @jax.jit
+    def first(size):
+        return tx.update(jax.tree.map(lambda g: g * size, grads), state, params, taps=taps)[0]
+
+    bounded = first(1e3)
+    assert all(0 < np.max(np.abs(u)) < 10 for u in jax.tree.leaves(bounded))
+    for size in (1e12, 1e19, 1e30):
+        chex.assert_trees_all_close(first(size), bounded, rtol=1e-4)

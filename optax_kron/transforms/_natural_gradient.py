@@ -318,13 +318,13 @@ class NaturalGradient:
         plan.put(directions, natural)
         if self.norm_constraint is None:
             return directions
-        products = [_norm_constraint.product(blocks[label], natural[label]) for label in blocks]
+        pairs = [(blocks[label], natural[label]) for label in blocks]
         if self.fallback is None:
-            products += [_norm_constraint.squared_norm(g, self.compute) for g in rest.values()]
+            pairs += [(g[None], g[None]) for g in rest.values()]
         constraint, lr = self.norm_constraint, self.learning_rate
         if isinstance(constraint, str):
             constraint, lr = _norm_constraint.AUTO_NORM * loss_weight, 1.0
-        scale = _norm_constraint.scale(sum(products, jnp.zeros([], self.compute)), lr, constraint)
+        scale = _norm_constraint.scale(pairs, lr, constraint, self.compute)
         return {path: _times(scale, u) for path, u in directions.items()}
 
     def _with_momentum(self, directions: dict[str, Array], state: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """The norm constraint of a natural gradient: how far a step may change what the model says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,23 +40,50 @@ def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
     return jnp.where(total > 0, total, 1), max(examples, default=1)
 
 
-def squared_norm(x: Array, dtype: DTypeLike) -> Array:
-    return jnp.sum(contract.squared_magnitude(x)).astype(dtype)
+def scale(
+    pairs: Sequence[tuple[Array, Array]],
+    learning_rate: Any,
+    norm_constraint: ArrayLike,
+    dtype: DTypeLike,
+) -> Array:
+    """`min(1, √(c / (lr²·Σ⟨g, P⁻¹g⟩)))`, also where the products overflow.
+
+    Args:
+      pairs: blocks [N, ...] of gradients g, and of natural gradients P⁻¹g.
+      learning_rate: lr.
+      norm_constraint: c.
+      dtype: of the result.
+    """
+    largest = [
+        jnp.max(jnp.stack([jnp.zeros([], dtype), *(_largest(x).astype(dtype) for x in arrays)]))
+        for arrays in zip(*pairs, strict=True)
+    ]
+    units = [jnp.where(x > 0, x, 1) for x in largest]
+    products = [_product(*map(_over, pair, units)).astype(dtype) for pair in pairs]
+    total = sum(products, jnp.zeros([], dtype))
+    # Both roots are in units of those of the largest entries.
+    length = jnp.abs(jnp.asarray(learning_rate, dtype)) * jnp.sqrt(total)
+    bound = jnp.sqrt(jnp.asarray(norm_constraint, dtype))
+    for unit in units:
+        bound = bound / jnp.sqrt(unit)
+    return jnp.where(length > bound, bound / jnp.where(length > bound, length, 1), 1)
 
 
-def product(gradients: Array, natural: Array) -> Array:
+def _product(gradients: Array, natural: Array) -> Array:
     """`Σ ⟨g, P⁻¹g⟩` over blocks [N, ...], none of them below its rounding error.
 
     Where P is more than 1 / ε times larger along g than across it, P⁻¹g is made of what rounding
     left across g, and the product may be anything, even negative; it would not bound the step.
     """
-    products = jnp.sum(gradients * natural, axis=tuple(range(1, natural.ndim)))
+    products = jnp.real(gradients * jnp.conj(natural))
+    products = jnp.sum(products, axis=tuple(range(1, natural.ndim)))
     least = jnp.finfo(products.dtype).eps * _blocks.norms(gradients) * _blocks.norms(natural)
-    return jnp.sum(jnp.maximum(products, least))
+    return jnp.sum(jnp.maximum(products, least.astype(products.dtype)))
 
 
-def scale(product: Array, learning_rate: Any, norm_constraint: ArrayLike) -> Array:
-    """`min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`."""
-    length = jnp.square(jnp.asarray(learning_rate, product.dtype)) * product
-    bound = jnp.asarray(norm_constraint, product.dtype)
-    return jnp.where(length > bound, jnp.sqrt(bound / jnp.where(length > bound, length, 1)), 1)
+def _largest(x: Array) -> Array:
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+def _over(x: Array, unit: Array) -> Array:
+    return x / unit.astype(contract.real_dtype(x.dtype))
