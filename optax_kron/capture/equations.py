@@ -25,6 +25,8 @@ from optax_kron.distributions import MARK_PREFIX
 
 _PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
+# Since JAX 0.11 it is the only class of programs, and its other name goes.
+_CLOSED: Any = getattr(jex.core, "ClosedJaxpr", jex.core.Jaxpr)
 # Primitives by name, of those that JAX shows to the public.
 _SHOWN = {
     value.name: value
@@ -319,7 +321,7 @@ def _upgraded(eqn: Any, *names: str) -> Any:
 
 
 def _is_program(x: Any) -> bool:
-    return isinstance(x, jex.core.Jaxpr | jex.core.ClosedJaxpr)
+    return isinstance(x, jex.core.Jaxpr | _CLOSED)
 
 
 def _may_run(x: Any) -> bool:
@@ -329,7 +331,7 @@ def _may_run(x: Any) -> bool:
 
 
 def _closed(jaxpr: Any) -> Any:
-    return jaxpr if isinstance(jaxpr, jex.core.ClosedJaxpr) else jex.core.ClosedJaxpr(jaxpr, ())
+    return jaxpr if isinstance(jaxpr, _CLOSED) else _CLOSED(jaxpr, ())
 
 
 def _shape(x: Any) -> Any:
