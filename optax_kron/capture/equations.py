@@ -101,7 +101,8 @@ def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
         found = look(eqn)
         if found is not None:
             return found
-    return _Recognised("opaque" if holds_program(eqn) else "plain")
+    is_name = _upgraded(eqn, "CheckpointName") is not None
+    return _Recognised("opaque" if holds_program(eqn) and not is_name else "plain")
 
 
 def name(eqn: Any) -> str:
@@ -304,12 +305,13 @@ def _is_mark(eqn: Any) -> bool:
 
 
 _HOLDER = "call_hi_primitive"
-# Classes of primitives that hold their program themselves, under upgrade flags of JAX 0.12, and the
-# names of the equations that stand for them without.
+# Classes of primitives that stand for others under upgrade flags of JAX 0.12, and keep programs and
+# settings themselves; and the names of those others.
 _UPGRADED = {
     "RematTraced": "remat2",
     "CustomJVPTraced": "custom_jvp_call",
     "CustomVJPTraced": "custom_vjp_call",
+    "CheckpointName": "name",
 }
 
 

@@ -45,6 +45,11 @@ def everything(loss_fn, fisher="mc", reduce=False):
     return str(layers), fn(PARAMS, X, LABELS, key=KEY)
 
 
+@functools.cache
+def plain(fisher="mc"):
+    return everything(loss_with(), fisher)
+
+
 def assert_same(found, expected):
     assert found[0] == expected[0]
     # Sums of a dozen float32 numbers in two orders, as XLA may make other code of other programs.
@@ -74,7 +79,7 @@ def test_where_a_value_lives_changes_nothing(place, of):
     placed = {of: lambda tree: jax.tree.map(place, tree)}
     if place is jax.lax.optimization_barrier:
         placed = {of: place}  # of all parameters in one equation
-    assert_same(everything(loss_with(**placed)), everything(loss_with()))
+    assert_same(everything(loss_with(**placed)), plain())
 
 
 SWITCHES = {
@@ -157,11 +162,10 @@ def branch_with_an_effect(calls):
 @pytest.mark.parametrize("outer", [same, jax.jit], ids=["eager", "jit"])
 def test_a_branch_that_is_not_taken_has_no_effect(outer):
     calls = []
-    plain = everything(loss_with())
     for on_hidden in (raising, branch_with_an_effect(calls)):
         loss_fn = loss_with(on_hidden)
         table, result = everything(loss_fn, fisher="exact")
-        assert table == plain[0]
+        assert table == plain()[0]
         fn = outer(ok.value_and_grad_with_taps(loss_fn, fisher="exact"))
         assert_same((table, fn(PARAMS, X, LABELS)), (table, result))
         ok.ggn_vector_product(loss_fn, PARAMS, X, LABELS)(PARAMS)
