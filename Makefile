@@ -47,13 +47,13 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 demo-%: $(VENV)/.installed-examples ; @mkdir -p out && OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(call within,1800) $(RUN) -m pytest -n 2 $(PARTS) $(ARGS)
+	$(call within,2700) $(RUN) -m pytest -n 2 $(PARTS) $(ARGS)
 
 test-oldest: ## Run capture, contract, kernels and operators on the oldest supported JAX
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt PARTS="$(OLDEST_PARTS)"
 
 test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
-	$(UPGRADES) $(call within,1800) $(RUN) -m pytest -n 2 tests/capture $(ARGS)
+	$(UPGRADES) $(call within,2700) $(RUN) -m pytest -n 2 tests/capture $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .
