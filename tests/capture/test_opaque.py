@@ -62,7 +62,7 @@ def one_step(h, w):
 
 repeat = primitive("repeat", thrice)
 disguised = {name: primitive(name, thrice) for name in ("jit", "scan", "custom_jvp_call", "remat2")}
-strange = primitive("tanh", lambda h, w, **_: [jnp.tanh(h[::-1] @ w)], unknown={"a": (1, "b")})
+strange = primitive("tanh", lambda h, w, **_: [jnp.tanh(h[::-1] @ w)], unknown=("a", (1, "b")))
 
 
 def body_of(h, w):
