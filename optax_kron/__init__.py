@@ -5,9 +5,9 @@ from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
 from optax_kron.capture.ggn import ggn_vector_product
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.tap import Tap, Taps
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms._blockwise import ScaleByBlocksState
 from optax_kron.transforms.branch_kfac import (
     ScaleByBranchKfacState,

@@ -12,6 +12,7 @@ ROOMS = [
     "kernels",
     "guards",
     "blocking",
+    "layers",
     "autodiff",
     "distributions",
     "losses",
@@ -45,6 +46,15 @@ def test_imports_go_down(path):
         parts = module.split(".")
         if parts[0] == "optax_kron" and len(parts) > 1 and parts[1] in ROOMS:
             assert ROOMS.index(parts[1]) <= here, f"{path} imports {module}, from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_that_runs_at_every_step_needs_the_tracer(path):
+    """Optimizers and operators know what a layer is, not how it is found."""
+    where = path.relative_to(PACKAGE)
+    # The exact Gauss-Newton matrix is of a loss function, not of layers.
+    if where.parts[0] in ("transforms", "operators") and where.parts != ("operators", "exact.py"):
+        assert not [m for m in imported_modules(path) if m.startswith("optax_kron.capture")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

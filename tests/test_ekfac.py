@@ -10,9 +10,9 @@ import pytest
 
 import optax_kron as ok
 from optax_kron import find_layers, losses, value_and_grad_with_taps
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.moments import moments_of
-from optax_kron.capture.tap import Tap, Taps
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import moments_of
+from optax_kron.layers.taps import Tap, Taps
 
 # The natural gradient itself, without the norm constraint that is on by default.
 ekfac = functools.partial(ok.ekfac, norm_constraint=None)

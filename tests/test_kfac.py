@@ -10,10 +10,9 @@ import optax
 import pytest
 
 from optax_kron import find_layers, losses, value_and_grad_with_taps
-from optax_kron.capture.layers import Arrangement, Layer, arrange
-from optax_kron.capture.tap import Tap, Taps
-from optax_kron.capture.views import Digit
 from optax_kron.kernels.kfac import APPROXIMATIONS, DAMPING_RULES
+from optax_kron.layers.layer import Arrangement, Digit, Layer, arrange
+from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import kfac as transforms
 from optax_kron.transforms.kfac import ScaleByKfacState
 

@@ -15,7 +15,7 @@ import optax.contrib
 import pytest
 
 import optax_kron as ok
-from optax_kron.capture.layers import by_path
+from optax_kron.layers.paths import by_path
 
 from .contract.table import hand_layers
 

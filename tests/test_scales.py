@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import optax_kron as ok
-from optax_kron.capture.moments import moments_of
-from optax_kron.capture.plan import plan_layers
-from optax_kron.capture.spectra import eigenvalues_of_member
+from optax_kron.layers.moments import moments_of
+from optax_kron.layers.plan import plan_layers
+from optax_kron.layers.spectra import eigenvalues_of_member
 from optax_kron.transforms.kfac import scale_by_kfac
 
 SCALE = 2.0**15

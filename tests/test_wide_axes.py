@@ -10,12 +10,13 @@ import pytest
 
 import optax_kron as ok
 from optax_kron import operators
-from optax_kron.capture.layers import Layer, by_path
-from optax_kron.capture.moments import moments_of
-from optax_kron.capture.plan import plan_layers
-from optax_kron.capture.tap import Moments, Tap, Taps
 from optax_kron.kernels import kfac as kernels
 from optax_kron.kernels import kfoc
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import moments_of
+from optax_kron.layers.paths import by_path
+from optax_kron.layers.plan import plan_layers
+from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms.ekfac import scale_by_ekfac
 from optax_kron.transforms.kfac import scale_by_kfac
 

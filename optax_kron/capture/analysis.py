@@ -14,9 +14,9 @@ from optax_kron.capture.graph import Graph, Value
 from optax_kron.capture.knowledge import Knowledge
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.labels import Coupled, Data, Read, same_examples, shares_data
-from optax_kron.capture.layers import Arrangement, Layer
 from optax_kron.capture.marks import Mark
 from optax_kron.capture.uses import Use, Uses
+from optax_kron.layers.layer import Arrangement, Layer
 
 _FEW_MARKS = 8  # more are not tried out one by one
 

@@ -9,12 +9,13 @@ from jax import Array
 
 from optax_kron.capture.analysis import Analysis, Member
 from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.moments import InsideMoments, moments_of, with_bias
+from optax_kron.capture.inside_moments import InsideMoments
 from optax_kron.capture.pullback import Linearized
-from optax_kron.capture.tap import Moments, Tap
 from optax_kron.capture.uses import Use
 from optax_kron.capture.weighing import Weighing
 from optax_kron.kernels import kfac
+from optax_kron.layers.moments import moments_of, with_bias
+from optax_kron.layers.taps import Moments, Tap
 
 
 def member_taps(

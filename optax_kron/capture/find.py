@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from optax_kron.capture.check import Verdict, judge
-from optax_kron.capture.layers import MAX_SIZE, Layer, check_max_size
 from optax_kron.capture.trace import Traced, trace_loss
+from optax_kron.layers.layer import MAX_SIZE, Layer, check_max_size
 
 PyTree = Any
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_kron.capture.layers import by_path, map_by_path
 from optax_kron.capture.pullback import linearize
 from optax_kron.capture.trace import trace_loss
+from optax_kron.layers.paths import by_path, map_by_path
 
 PyTree = Any
 

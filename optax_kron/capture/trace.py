@@ -11,7 +11,7 @@ import numpy as np
 
 from optax_kron.capture import graph as graphs
 from optax_kron.capture.analysis import Analysis, analyse
-from optax_kron.capture.layers import abstract, are_parameters, as_array, by_path
+from optax_kron.layers.paths import abstract, are_parameters, as_array, by_path
 
 PyTree = Any
 

@@ -12,20 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from optax_kron.capture.graph import Node
+from optax_kron.layers.layer import Digit, Digits, spans
 
 NEW = -1  # axis of digits that a broadcast made
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Digit:
-    """One digit of one axis of the origin: `(index // stride) % size`."""
-
-    axis: int
-    stride: int
-    size: int
-
-
-Digits = tuple[Digit, ...]  # from slow to fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +43,6 @@ class View:
         return dataclasses.replace(
             self, axes=self.axes[1:], steps=(*self.steps, (scan, self.axes[0]))
         )
-
-
-def spans(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The ranges of indices of a whole array."""
-    return tuple((0, d) for d in shape)
 
 
 def whole(origin: Any) -> View:

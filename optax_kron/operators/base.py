@@ -17,8 +17,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_kron.autodiff import map_stacked
-from optax_kron.capture.layers import abstract, is_inexact
 from optax_kron.kernels import contract, eigenbases
+from optax_kron.layers.paths import abstract, is_inexact
 
 PyTree = Any
 

@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optax_kron.capture import plan as plans
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.plan import LayerPlan, Member
-from optax_kron.capture.tap import Moments, Taps
+from optax_kron.layers import plan as plans
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.plan import LayerPlan, Member
+from optax_kron.layers.taps import Moments, Taps
 from optax_kron.operators.base import Structure, check_number
 from optax_kron.operators.curvature import structure_of
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_kron.capture.layers import Layer, by_path, is_inexact, map_by_path, slashed
-from optax_kron.capture.plan import LayerPlan
 from optax_kron.kernels import contract
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.paths import by_path, is_inexact, map_by_path, slashed
+from optax_kron.layers.plan import LayerPlan
 from optax_kron.operators.base import (
     Operator,
     Structure,

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.moments import combined, moments_of_member, weighed_inputs
-from optax_kron.capture.plan import Member
-from optax_kron.capture.spectra import eigenvalues_of_member
-from optax_kron.capture.tap import Moments, Tap
 from optax_kron.kernels import contract, linalg
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.kernels import kfoc as kfoc_kernels
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import combined, moments_of_member, weighed_inputs
+from optax_kron.layers.plan import Member
+from optax_kron.layers.spectra import eigenvalues_of_member
+from optax_kron.layers.taps import Moments, Tap
 from optax_kron.operators.base import check_number
 from optax_kron.operators.batches import Batches, Source
 from optax_kron.operators.blocks import Stacked

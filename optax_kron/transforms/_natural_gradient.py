@@ -18,11 +18,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
 from optax_kron.blocking import complex_like
-from optax_kron.capture import plan as plans
-from optax_kron.capture.layers import Layer, by_path, map_by_path
-from optax_kron.capture.plan import LayerPlan
-from optax_kron.capture.tap import Tap, Taps
 from optax_kron.kernels import contract, flow
+from optax_kron.layers import plan as plans
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.paths import by_path, map_by_path
+from optax_kron.layers.plan import LayerPlan
+from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import _norm_constraint, _program, _settings, outliers
 
 PyTree = Any

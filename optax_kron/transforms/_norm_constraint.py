@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.capture.tap import Moments, Tap, Taps
 from optax_kron.kernels import contract
+from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms import _blocks
 
 # Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.

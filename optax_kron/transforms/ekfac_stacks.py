@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.plan import LayerPlan, Member
-from optax_kron.capture.spectra import eigenvalues_of_member, seen_blocks
-from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, ekfac, kfac
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.plan import LayerPlan, Member
+from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
+from optax_kron.layers.taps import Tap
 from optax_kron.transforms import _blocks, _program, kfac_stacks, outliers
 from optax_kron.transforms.kfac_stacks import Stacks
 

@@ -7,8 +7,8 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.capture.layers import Layer
 from optax_kron.kernels import kfac as kernels
+from optax_kron.layers.layer import Layer
 from optax_kron.transforms import _settings, kfac_stacks
 from optax_kron.transforms._natural_gradient import ScaleByKfacState, natural_gradient
 

@@ -17,11 +17,11 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.capture.layers import Layer
-from optax_kron.capture.moments import moments_of_member
-from optax_kron.capture.plan import LayerPlan, factor_shape
-from optax_kron.capture.tap import Tap
 from optax_kron.kernels import contract, flow, kfac
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import moments_of_member
+from optax_kron.layers.plan import LayerPlan, factor_shape
+from optax_kron.layers.taps import Tap
 from optax_kron.transforms import _blocks, _program, outliers
 
 Stacks = Mapping[str, "KfacStack"]

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_kron.capture.layers import by_path
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.layers.paths import by_path
 
 
 def per_example(layer, tap):

@@ -9,8 +9,8 @@ import pytest
 
 from optax_kron import losses
 from optax_kron.capture.find import find_layers
-from optax_kron.capture.moments import moments_of
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.layers.moments import moments_of
 
 N, HEIGHT, WIDTH, CHANNELS, OUT = 2, 6, 5, 4, 4
 KERNEL = (3, 2)

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import optax_kron as ok
-from optax_kron.capture.layers import by_path, paths_of
+from optax_kron.layers.paths import by_path, paths_of
 
 from .helpers import assert_examples
 from .patterns import N, classify, draw, labels

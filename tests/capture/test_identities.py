@@ -9,9 +9,9 @@ import pytest
 from optax_kron import losses
 from optax_kron.capture.find import find_layers
 from optax_kron.capture.ggn import ggn_vector_product
-from optax_kron.capture.layers import by_path
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.kernels import kfac
+from optax_kron.layers.paths import by_path
 
 from . import patterns
 

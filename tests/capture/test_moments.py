@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optax_kron.capture.find import find_layers
-from optax_kron.capture.moments import moments_of
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.layers.moments import moments_of
 
 from .patterns import PATTERNS
 

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import optax_kron as ok
-from optax_kron.capture.layers import by_path
-from optax_kron.capture.plan import plan_layers
+from optax_kron.layers.paths import by_path
+from optax_kron.layers.plan import plan_layers
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 Y = jnp.arange(6) % 2

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_kron import find_layers, ggn_vector_product, losses, value_and_grad_with_taps
-from optax_kron.capture.layers import by_path
+from optax_kron.layers.paths import by_path
 
 N = 5
 

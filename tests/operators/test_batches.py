@@ -61,7 +61,7 @@ def test_weights_make_sums_of_sums(kind):
 def test_second_moments_will_do_for_kfac():
     layers, taps_of = problem(jnp.mean)
     whole = operators.kfac(taps_of(range(12)), layers).as_matrix()
-    from optax_kron.capture.moments import moments_of
+    from optax_kron.layers.moments import moments_of
 
     def moments(rows):
         taps = taps_of(rows)

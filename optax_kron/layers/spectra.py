@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_kron.capture.moments import moments_of_member, weighed_inputs
-from optax_kron.capture.plan import Member
-from optax_kron.capture.tap import Moments, Tap
 from optax_kron.kernels import contract, ekfac, kfac
+from optax_kron.layers.moments import moments_of_member, weighed_inputs
+from optax_kron.layers.plan import Member
+from optax_kron.layers.taps import Moments, Tap
 
 
 def eigenvalues_of_member(

@@ -11,8 +11,9 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_kron.capture.layers import Layer, by_path, paths_of, spellings
-from optax_kron.capture.tap import Moments, Tap, Taps, magnitude
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.paths import by_path, paths_of, spellings
+from optax_kron.layers.taps import Moments, Tap, Taps, magnitude
 
 PyTree = Any
 # Clipping, averages over batches and the like change a gradient's scale by less, the usual loss

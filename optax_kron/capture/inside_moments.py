@@ -1,0 +1,100 @@
+"""Second moments of inputs and output-gradients, formed inside the traced function.
+
+Neither is kept: a step of a scan adds its moments to those of the steps before, and a checkpoint
+recomputes what it did not save. The moment of inputs is one more output of the function. That of
+output-gradients is known only in the backward pass: it is read as the cotangent of a dummy operand,
+of a function whose derivative is declared to be that.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optax_kron.capture.canonical import Canonical
+from optax_kron.capture.graph import Node
+from optax_kron.capture.labels import Data
+from optax_kron.capture.uses import Use
+from optax_kron.kernels import contract, flow, kfac
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import with_bias
+
+
+def can_be_inside(layer: Layer, use: Use, label: Data) -> bool:
+    """Whether the moments of a use can be formed where it is.
+
+    Not those of a bias alone, whose gradients are summed over all positions before they are
+    squared; nor where the steps of a scan count the data. Both are small, or formed afterwards.
+    """
+    return layer.kernel is not None and not isinstance(label.axis, Node)
+
+
+class InsideMoments:
+    """The second moments of one use, as seen from inside all scans around it.
+
+    Args:
+      layer: that the use belongs to.
+      use: of its kernel.
+      label: where the use's output holds the data.
+      weights: of the data in the loss [N], or of their positions inside the scans [N, S].
+      biased: whether the layer's bias is added to this use.
+    """
+
+    def __init__(self, layer: Layer, use: Use, label: Data, weights: Array, biased: bool):
+        self.layer, self.use, self.biased = layer, use, biased
+        self.weights = weights
+        self.form = Canonical(use, label, inside=True)
+        self.stacked = frozenset(scan for scan, _ in use.view.steps)
+
+    def dummy(self) -> Array:
+        """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out, or 1 if diagonal]."""
+        steps = [scan.loop.length for scan in self.use.scans if scan in self.stacked]
+        d_out = self.layer.d_out
+        shape = jax.eval_shape(self.form.output_grads, self._output())
+        width = 1 if self.layer.has_diagonal_output else d_out
+        zeros = jnp.zeros((*steps, shape.shape[0], d_out, width), contract.wide_dtype(shape.dtype))
+        return flow.varying_like(zeros, self.use.output.aval)
+
+    def _output(self) -> Any:
+        return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)
+
+    def of_inputs(self, record: Array) -> Array:
+        """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal [blocks, d_in, 1]."""
+        # Undo the kernel's mean.
+        total = kfac.total_weight(self.weights, self.form.positions)[:, None, None]
+        if self.layer.is_embedding:
+            indices = self.form.inputs(record, record.dtype)
+            found = kfac.index_frequencies(
+                indices, self.layer.d_in, self.weights, dtype=self.weights.dtype
+            )
+            return found[..., None] * total
+        x = self.form.inputs(record, record.dtype)
+        x = contract.widen(x)
+        if self.layer.bias is not None:
+            x = with_bias(x, self.biased)
+        if self.layer.has_diagonal_input:
+            return kfac.input_moment(x, self.weights, diagonal=True)[..., None] * total
+        return kfac.input_moment(x, self.weights) * total
+
+    def watch(self, value: Array, dummy: Array) -> Array:
+        """The value; its cotangent's second moment `Σ_n Σ_s g gᵀ` becomes that of the dummy."""
+
+        @jax.custom_vjp
+        def watched(value, dummy):
+            return value
+
+        def forward(value, dummy):
+            return value, None
+
+        def backward(_, cotangent):
+            g = self.form.output_grads(cotangent)
+            g = contract.widen(g)
+            if self.layer.has_diagonal_output:
+                moment = kfac.output_moment(g[None], diagonal=True)[..., None]
+            else:
+                moment = kfac.output_moment(g[None])
+            return cotangent, (moment * g.shape[1]).astype(dummy.dtype)
+
+        watched.defvjp(forward, backward)
+        return watched(value, dummy)
