@@ -26,6 +26,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from optax_kron.kernels.contract import complex_like
+
 PyTree = Any
 
 
@@ -378,11 +380,6 @@ def _pad_vectors(plans: list[LeafPlan | None]) -> list[LeafPlan | None]:
         return dataclasses.replace(plan, signature=signature)
 
     return [padded(plan) for plan in plans]
-
-
-def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
-    """The real dtype, or the complex one of its precision (at least complex64)."""
-    return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)
 
 
 def _count_stacked(function: Callable, path: str, shape: tuple[int, ...]) -> int:

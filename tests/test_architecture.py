@@ -76,7 +76,7 @@ def test_one_module_reads_equations(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_core_needs_only_its_declared_dependencies(path):
     standard = sys.stdlib_module_names
-    allowed = standard | {"jax", "numpy", "optax", "optax_kron"}
+    allowed = standard | {"jax", "jaxtyping", "numpy", "optax", "optax_kron"}
     allowed |= OPTIONAL.get(path.name, set())
     assert {module.split(".")[0] for module in imported_modules(path)} <= allowed
 

@@ -11,7 +11,7 @@ import pytest
 
 from optax_kron import find_layers, losses, value_and_grad_with_taps
 from optax_kron.kernels.kfac import APPROXIMATIONS, DAMPING_RULES
-from optax_kron.layers.layer import Arrangement, Digit, Layer, arrange
+from optax_kron.layers.layer import Arrangement, AxisFactor, Layer, arrange
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import kfac as transforms
 from optax_kron.transforms.kfac import ScaleByKfacState
@@ -242,7 +242,7 @@ def test_blocks_are_independent(x64):
 
 def part(rows, start, stop, columns):
     """Rows of a matrix as a kernel."""
-    digits = ((), (Digit(0, 1, stop - start),), (Digit(1, 1, columns),))
+    digits = ((), (AxisFactor(0, 1, stop - start),), (AxisFactor(1, 1, columns),))
     return Arrangement((rows, columns), ((start, stop), (0, columns)), digits)
 
 

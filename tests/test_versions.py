@@ -29,7 +29,7 @@ def minimum(package):
     return tuple(map(int, version.split(".")))
 
 
-@pytest.mark.parametrize("package", ["jax", "optax", "numpy", "flax"])
+@pytest.mark.parametrize("package", ["jax", "jaxtyping", "optax", "numpy", "flax"])
 def test_the_oldest_that_are_supported_are_tested(package):
     least = minimum(package)
     assert tuple(map(int, oldest()[package].split(".")))[: len(least)] == least

@@ -14,7 +14,7 @@ import jax
 from optax_kron.capture import views
 from optax_kron.capture.axes import dot_free_axes
 from optax_kron.capture.graph import Node, Value
-from optax_kron.capture.views import NEW, Digit, Digits, View
+from optax_kron.capture.views import NEW, AxisFactor, AxisFactors, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read(node: Node, i: int, view: View) -> Reading | None:
     return None if reader is None else reader(node, i, view)
 
 
-def _slots(role: str, digits: Digits, axis: int) -> Slots:
+def _slots(role: str, digits: AxisFactors, axis: int) -> Slots:
     """Slots of a role for the kernel's digits, free ones for digits that a broadcast made."""
     return tuple(
         Slot("free", (axis, n), d.size) if d.axis == NEW else Slot(role, d, d.size)
@@ -184,7 +184,7 @@ def _indexed(view: View, sizes, axes) -> int | None:
     return moving[0] if len(moving) == 1 else None
 
 
-def _row_digit(view: View, indexed: int, sizes, batching) -> Digit | None:
+def _row_digit(view: View, indexed: int, sizes, batching) -> AxisFactor | None:
     """The kernel's digit that a lookup of whole rows along an axis enumerates, if there is one."""
     rows = [a for a in range(len(view.shape)) if a != indexed and a not in batching]
     if sizes[indexed] != 1 or any(sizes[a] != view.shape[a] for a in rows):

@@ -16,7 +16,7 @@ from optax_kron.capture.graph import Branch, Graph, Node, Value
 from optax_kron.capture.labelling import Labels
 from optax_kron.capture.labels import Coupled, Data
 from optax_kron.capture.readers import Reading, Slot, Slots
-from optax_kron.capture.views import NEW, Digit, Digits, View
+from optax_kron.capture.views import NEW, AxisFactor, AxisFactors, View
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,7 +53,7 @@ class Use:
         steps = [Slot("block", d, d.size) for _, digits in self.view.steps for d in digits]
         return [*steps, *(slot for axis in axes for slot in axis)]
 
-    def digits(self, role: str) -> Digits:
+    def digits(self, role: str) -> AxisFactors:
         """The kernel's digits of a role, in the order of the parameter."""
         return views.merge({slot.key for slot in self.slots if slot.role == role})
 
@@ -68,7 +68,7 @@ class MergedBias:
     """
 
     use: Use
-    digits: tuple[tuple[Digit, Digits], ...]
+    digits: tuple[tuple[AxisFactor, AxisFactors], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Uses:
             kernel.bias = MergedBias(bias, pairs)
 
 
-def _slots_of(digits: Digits, axes: tuple[Slots, ...], name) -> Slots | None:
+def _slots_of(digits: AxisFactors, axes: tuple[Slots, ...], name) -> Slots | None:
     """The slots of an output that some digits of its axes enumerate."""
     found: list[Slot] = []
     for n, digit in enumerate(digits):
@@ -314,12 +314,12 @@ def _slots_of(digits: Digits, axes: tuple[Slots, ...], name) -> Slots | None:
     return tuple(found)
 
 
-def _pair(kernel: Use, view: View, bias: Use) -> tuple[tuple[Digit, Digits], ...] | None:
+def _pair(kernel: Use, view: View, bias: Use) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
     """Which digits of a bias stand beside which of the kernel's blocks and outputs.
 
     `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
     """
-    pairs: dict[Digit, Digits] = {}
+    pairs: dict[AxisFactor, AxisFactors] = {}
     steps = dict(bias.view.steps)
     if set(steps) != {scan for scan, _ in kernel.view.steps}:
         return None

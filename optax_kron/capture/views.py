@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from optax_kron.capture.graph import Node
-from optax_kron.layers.layer import Digit, Digits, spans
+from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 NEW = -1  # axis of digits that a broadcast made
 
@@ -30,8 +30,8 @@ class View:
 
     origin: Any
     part: tuple[tuple[int, int], ...]
-    axes: tuple[Digits, ...]
-    steps: tuple[tuple[Any, Digits], ...] = ()
+    axes: tuple[AxisFactors, ...]
+    steps: tuple[tuple[Any, AxisFactors], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,28 +48,28 @@ class View:
 def whole(origin: Any) -> View:
     """A value as an image of itself."""
     shape = origin.shape
-    axes = tuple((Digit(i, 1, d),) if d != 1 else () for i, d in enumerate(shape))
+    axes = tuple((AxisFactor(i, 1, d),) if d != 1 else () for i, d in enumerate(shape))
     return View(origin, spans(shape), axes)
 
 
-def merge(digits: Iterable[Digit]) -> Digits:
-    """Digits in the order of the origin, neighbours made one."""
-    merged: list[Digit] = []
+def merge(digits: Iterable[AxisFactor]) -> AxisFactors:
+    """AxisFactors in the order of the origin, neighbours made one."""
+    merged: list[AxisFactor] = []
     for digit in sorted(digits, key=lambda d: (d.axis, -d.stride)):
         last = merged[-1] if merged else None
         if last and last.axis == digit.axis and last.stride == digit.stride * digit.size:
-            merged[-1] = Digit(digit.axis, digit.stride, last.size * digit.size)
+            merged[-1] = AxisFactor(digit.axis, digit.stride, last.size * digit.size)
         else:
             merged.append(digit)
     return tuple(merged)
 
 
-def regroup(digits: Sequence[Digit], sizes: Sequence[int]) -> list[Digits] | None:
+def regroup(digits: Sequence[AxisFactor], sizes: Sequence[int]) -> list[AxisFactors] | None:
     """Distribute digits over axes of given sizes, splitting them where need be."""
     left = [d for d in digits if d.size != 1]
     groups = []
     for size in reversed(sizes):
-        group: list[Digit] = []
+        group: list[AxisFactor] = []
         missing = size
         while missing > 1:
             if not left:
@@ -79,8 +79,8 @@ def regroup(digits: Sequence[Digit], sizes: Sequence[int]) -> list[Digits] | Non
                 group.insert(0, digit)
                 missing //= digit.size
             elif digit.size % missing == 0:
-                group.insert(0, Digit(digit.axis, digit.stride, missing))
-                left.append(Digit(digit.axis, digit.stride * missing, digit.size // missing))
+                group.insert(0, AxisFactor(digit.axis, digit.stride, missing))
+                left.append(AxisFactor(digit.axis, digit.stride * missing, digit.size // missing))
                 missing = 1
             else:
                 return None
@@ -135,7 +135,7 @@ def _broadcast(node, view):
     for a, size in enumerate(shape):
         old = view.axes[dimensions.index(a)] if a in dimensions else ()
         grown = size != math.prod(d.size for d in old)
-        axes.append((Digit(NEW, 1, size),) if grown else old)
+        axes.append((AxisFactor(NEW, 1, size),) if grown else old)
     return axes
 
 
@@ -171,7 +171,7 @@ def _ranges(view: View, ranges: Sequence[tuple[int, int]]) -> View | None:
             return None
         first, last = start // inner, limit // inner
         part[slow.axis] = (low + first * slow.stride, low + last * slow.stride)
-        kept = Digit(slow.axis, slow.stride, last - first)
+        kept = AxisFactor(slow.axis, slow.stride, last - first)
         axes[a] = (*([kept] if kept.size != 1 else []), *rest)
     return dataclasses.replace(view, part=tuple(part), axes=tuple(axes))
 

@@ -189,6 +189,11 @@ def widen(x: Array) -> Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
+    """The real dtype, or the complex one of its precision (at least complex64)."""
+    return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)
+
+
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype with the precision of `dtype`: float32 for complex64, and so on."""
     return jnp.finfo(dtype).dtype

@@ -21,15 +21,15 @@ MAX_SIZE = 8192  # longest axis of a kernel with a dense factor, as in `ok.Block
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Digit:
-    """One digit of one axis of the origin: `(index // stride) % size`."""
+class AxisFactor:
+    """A factor of an axis of an array, as a reshape splits it: `(index // stride) % size`."""
 
     axis: int
     stride: int
     size: int
 
 
-Digits = tuple[Digit, ...]  # from slow to fast
+AxisFactors = tuple[AxisFactor, ...]  # from slow to fast
 
 
 def spans(shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -49,7 +49,7 @@ class Arrangement:
 
     shape: tuple[int, ...]
     part: tuple[tuple[int, int], ...]
-    roles: tuple[Digits, ...]
+    roles: tuple[AxisFactors, ...]
 
     @property
     def arranged_shape(self) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Arrangement:
 
 def arrange(shape: Sequence[int], *roles: Sequence[int]) -> Arrangement:
     """All of a parameter, its axes distributed over roles."""
-    digits = [tuple(Digit(a, 1, shape[a]) for a in axes if shape[a] != 1) for axes in roles]
+    digits = [tuple(AxisFactor(a, 1, shape[a]) for a in axes if shape[a] != 1) for axes in roles]
     return Arrangement(tuple(shape), spans(shape), tuple(digits))
 
 

@@ -17,7 +17,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.blocking import complex_like
 from optax_kron.kernels import contract, flow
 from optax_kron.layers import plan as plans
 from optax_kron.layers.layer import Layer
@@ -477,7 +476,7 @@ def _masked(tree: PyTree, leaves: Mapping[str, Any], *, cast: bool = False) -> P
 def _widened(x: Array, dtype: jnp.dtype) -> Array:
     """The array at the precision of a real dtype, or at its own if that is higher."""
     real = max(contract.real_dtype(x.dtype), dtype, key=lambda d: d.itemsize)
-    return x.astype(complex_like(real, jnp.iscomplexobj(x)))
+    return x.astype(contract.complex_like(real, jnp.iscomplexobj(x)))
 
 
 def _times(scale: ArrayLike, x: Array) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.blocking import BlockPlan, Signature, complex_like
+from optax_kron.blocking import BlockPlan, Signature
 from optax_kron.kernels import contract, linalg, psgd
 from optax_kron.transforms import _blocks, _program, outliers
 
@@ -46,7 +46,7 @@ def init(
             if diagonal:
                 factor = jnp.ones((count, size), dtype)
             else:
-                identity = jnp.eye(size, dtype=complex_like(dtype, signature.is_complex))
+                identity = jnp.eye(size, dtype=contract.complex_like(dtype, signature.is_complex))
                 factor = jnp.tile(identity, (count, 1, 1))
             factors.append((factor * scale).astype(factor.dtype))
         stacks[label] = KronStack(

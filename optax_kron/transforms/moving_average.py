@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_kron.blocking import BlockPlan, complex_like
+from optax_kron.blocking import BlockPlan
+from optax_kron.kernels import contract
 
 Stacks = Mapping[str, Array]
 
@@ -27,7 +28,7 @@ def start(
 
     def zeros(label, signature):
         own = jnp.result_type(*(leaf.dtype for _, leaf in plan.members(label)))
-        chosen = own if dtype is None else complex_like(dtype, signature.is_complex)
+        chosen = own if dtype is None else contract.complex_like(dtype, signature.is_complex)
         return jnp.zeros((plan.count(label), *signature.shape), chosen)
 
     return {label: zeros(label, signature) for label, signature in plan.stacks.items()}
@@ -54,7 +55,7 @@ def correct(average: Stacks, decay: ArrayLike, count: Array, dtype: DTypeLike) -
     divisor = weight(decay, count, dtype)
 
     def divide(m):
-        return m.astype(complex_like(dtype, jnp.iscomplexobj(m))) / divisor
+        return m.astype(contract.complex_like(dtype, jnp.iscomplexobj(m))) / divisor
 
     return jax.tree.map(divide, average)
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.blocking import BlockPlan, Signature, complex_like
+from optax_kron.blocking import BlockPlan, Signature
 from optax_kron.kernels import contract, roots
 from optax_kron.transforms import _blocks, _program, moving_average, outliers
 from optax_kron.transforms._blockwise import Step
@@ -61,7 +61,7 @@ class Shampoo:
                 statistics.append(jnp.zeros((count, size), dtype))
                 found.append(jnp.ones((count, size), dtype))
             else:
-                own = complex_like(dtype, signature.is_complex)
+                own = contract.complex_like(dtype, signature.is_complex)
                 statistics.append(jnp.zeros((count, size, size), own))
                 found.append(jnp.tile(jnp.eye(size, dtype=own), (count, 1, 1)))
         wide = jnp.promote_types(dtype, jnp.float32)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_kron import guards
-from optax_kron.blocking import BlockPlan, Signature, complex_like
+from optax_kron.blocking import BlockPlan, Signature
 from optax_kron.kernels import contract, eigenbases
 from optax_kron.transforms import _blocks, _program, moving_average, outliers
 from optax_kron.transforms._blockwise import Step
@@ -73,7 +73,7 @@ class Soap:
 
     def start(self, count: int, signature: Signature, dtype: DTypeLike) -> SoapStack:
         """See `Method`: statistics of zero, bases of the identity."""
-        own = complex_like(dtype, signature.is_complex)
+        own = contract.complex_like(dtype, signature.is_complex)
         axes = list(zip(signature.shape, signature.diagonal, strict=True))
         wide = jnp.promote_types(dtype, jnp.float32)
         return SoapStack(
