@@ -51,7 +51,7 @@ OPTIMIZERS = {
     "kl_shampoo": lambda layers: ok.soap(0.01, variant="kl_shampoo"),
     "branch_kfac": lambda layers: ok.branch_kfac(0.05, damping=1.0),
     "kfac pi": lambda layers: ok.kfac(0.03, layers=layers),
-    "kfac eigen": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="eigen"),
+    "kfac exact": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="exact"),
     # With the usual 1e-3 of the mean eigenvalue the loss has peaks without any outlier.
     "kfac trace": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="trace", damping=0.03),
     "ekfac": lambda layers: ok.ekfac(0.03, layers=layers),

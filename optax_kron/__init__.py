@@ -8,20 +8,16 @@ from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Tap, Taps
-from optax_kron.transforms._blockwise import ScaleByBlocksState
 from optax_kron.transforms.branch_kfac import (
     ScaleByBranchKfacState,
     branch_kfac,
     scale_by_branch_kfac,
 )
 from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
-from optax_kron.transforms.kfac import ScaleByKfacState, kfac, scale_by_kfac
-from optax_kron.transforms.kron_psgd import (
-    ScaleByKronPsgdState,
-    kron_psgd,
-    scale_by_kron_psgd,
-    update_probability_schedule,
-)
+from optax_kron.transforms.kfac import kfac, scale_by_kfac
+from optax_kron.transforms.kron_psgd import kron_psgd, scale_by_kron_psgd
+from optax_kron.transforms.preconditioner import KronState
+from optax_kron.transforms.schedule import update_probability_schedule
 from optax_kron.transforms.shampoo import scale_by_shampoo, shampoo
 from optax_kron.transforms.soap import scale_by_soap, soap
 
@@ -29,12 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Blocking",
+    "KronState",
     "Layer",
     "Layers",
-    "ScaleByBlocksState",
     "ScaleByBranchKfacState",
-    "ScaleByKfacState",
-    "ScaleByKronPsgdState",
     "Tap",
     "Taps",
     "branch_kfac",

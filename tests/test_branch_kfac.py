@@ -12,7 +12,7 @@ import pytest
 
 from optax_kron import branch_kfac, scale_by_branch_kfac
 from optax_kron.kernels import branches as kernels
-from optax_kron.transforms import _settings
+from optax_kron.transforms import validation
 from tests.reference import branch_kfac as reference
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 0)}
@@ -29,7 +29,7 @@ def tree(seed, dtype=np.float64):
 
 
 def map_of(like, dimensions, count, seed=2027, *, redraw=True):
-    key = _settings.key_of(_settings.key_data(seed))
+    key = validation.key_of(validation.key_data(seed))
     key = jax.random.fold_in(key, count) if redraw else key
     return np.asarray(kernels.dense_map(key, jax.tree.leaves(like), dimensions, jnp.float64))
 

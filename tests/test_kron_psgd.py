@@ -91,7 +91,7 @@ def test_clips_see_parameters_not_blocks():
     updates, state = run(
         ok.scale_by_kron_psgd(rms_clip=0.5, init_scale=100.0, blocking=blocking), PARAMS, 2
     )
-    assert any(stack.started.shape[0] > 1 for stack in state.stacks.values())
+    assert any(stack.initialized.shape[0] > 1 for stack in state.stacks.values())
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_allclose(jnp.sqrt(jnp.mean(leaf**2)), 0.5, rtol=1e-5)
 
@@ -257,7 +257,7 @@ def test_an_idle_parameter_keeps_its_factors_until_its_first_gradient():
         g = gradients(w, step)
         u, state = update({"a": g["a"], "b": jnp.zeros((3, 2))}, state)
     np.testing.assert_array_equal(u["b"], 0)
-    np.testing.assert_array_equal(state.stacks["3x2"].started, [True, False])
+    np.testing.assert_array_equal(state.stacks["3x2"].initialized, [True, False])
     u, state = update(gradients(w, 99), state)
     rms = jax.tree.map(lambda x: float(jnp.sqrt(jnp.mean(x**2))), u)
     assert 0.2 < rms["b"] < 1.2

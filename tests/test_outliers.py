@@ -83,7 +83,7 @@ OPTIMIZERS = {
     "kl_soap": lambda layers: ok.soap(0.01, variant="kl_soap"),
     "kl_shampoo": lambda layers: ok.soap(0.01, variant="kl_shampoo"),
     "kfac": lambda layers: ok.kfac(0.03, layers=layers),
-    "kfac eigen": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="eigen"),
+    "kfac exact": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="exact"),
     "kfac trace": lambda layers: ok.kfac(0.03, layers=layers, damping_rule="trace"),
     "ekfac": lambda layers: ok.ekfac(0.03, layers=layers),
     "branch_kfac": lambda layers: ok.branch_kfac(0.005, damping=1.0),

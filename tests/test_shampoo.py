@@ -13,7 +13,7 @@ from optax_kron import Blocking, scale_by_shampoo, scale_by_soap, shampoo
 from tests.reference import shampoo as reference
 
 RTOL = 1e-9  # float64 against the reference
-PLAIN = {"momentum": None, "grafting": None, "factor_dtype": "float64", "epsilon": 1e-6}
+PLAIN = {"momentum": None, "grafting": None, "factor_dtype": "float64", "relative_damping": 1e-6}
 
 
 def gradients(shape, steps=5, seed=0, is_complex=False):
@@ -90,8 +90,10 @@ def test_complex_gradients():
 @pytest.mark.parametrize("shape", [(4, 3), (3, 4, 2)], ids=str)
 def test_newton_roots_give_the_updates_of_eigendecompositions(shape):
     stream = gradients(shape, steps=8)
-    tx = scale_by_shampoo(**{**PLAIN, "epsilon": 1e-9}, refresh_every=1)
-    newton = scale_by_shampoo(**{**PLAIN, "epsilon": 1e-9}, refresh_every=1, root_method="newton")
+    tx = scale_by_shampoo(**{**PLAIN, "relative_damping": 1e-9}, refresh_every=1)
+    newton = scale_by_shampoo(
+        **{**PLAIN, "relative_damping": 1e-9}, refresh_every=1, root_method="newton"
+    )
     # After a few gradients the statistics have full rank, and the damping hardly tells.
     assert_close(run(newton, stream)[0][-1], run(tx, stream)[0][-1], rtol=1e-6)
 
@@ -122,7 +124,7 @@ def test_blocks_are_preconditioned_one_by_one():
 def test_grafting_takes_the_length_of_the_other_optimizer(grafting, expected):
     stream = gradients((4, 3))
     settings = PLAIN | {"grafting": grafting}
-    tx = scale_by_shampoo(**settings, graft_decay=0.8, graft_epsilon=0.0, refresh_every=1)
+    tx = scale_by_shampoo(**settings, b2=0.8, eps=0.0, refresh_every=1)
     bare = scale_by_shampoo(**PLAIN, refresh_every=1)
     weights = 0.2 * 0.8 ** np.arange(len(stream))[::-1]
     second = np.tensordot(weights, stream**2, axes=1)
@@ -263,7 +265,11 @@ def test_noise_in_the_statistics_spoils_no_root(dtype, epsilon, method):
     fixed = rng.normal(size=(16, 2))
     stream = [jnp.asarray(fixed @ rng.normal(size=(2, 16)), jnp.float32) for _ in range(8)]
     tx = scale_by_shampoo(
-        factor_dtype=dtype, epsilon=epsilon, root_method=method, refresh_every=1, grafting=None
+        factor_dtype=dtype,
+        relative_damping=epsilon,
+        root_method=method,
+        refresh_every=1,
+        grafting=None,
     )
     updates, states = run(tx, stream)
     assert int(states[-1].failed_refreshes) == 0
@@ -276,7 +282,11 @@ def test_newton_roots_of_low_rank_in_float64():
     rng = np.random.default_rng(3)
     stream = [np.outer(rng.normal(size=64), rng.normal(size=64)) for _ in range(2)]
     tx = scale_by_shampoo(
-        factor_dtype="float64", epsilon=0.0, root_method="newton", root_order=8, refresh_every=1
+        factor_dtype="float64",
+        relative_damping=0.0,
+        root_method="newton",
+        root_order=8,
+        refresh_every=1,
     )
     _, states = run(tx, stream)
     assert int(states[-1].failed_refreshes) == 0
@@ -379,7 +389,7 @@ def test_a_gradient_whose_square_overflows_is_not_taken_in():
 
 
 def test_without_damping_padding_makes_no_difference():
-    settings = {"epsilon": 0.0, "grafting": None, "momentum": None}
+    settings = {"relative_damping": 0.0, "grafting": None, "momentum": None}
     b, c = jnp.array([1.0, -2, 3]), jnp.ones(7)
     alone, _ = run(scale_by_shampoo(**settings), [b])
     tx = scale_by_shampoo(**settings)
@@ -407,7 +417,7 @@ def test_a_state_of_another_optimizer_or_setting_is_refused():
         ({"root_order": 0}, "shampoo: root_order must be an int ≥ 1 or None; got 0"),
         ({"root_order": 2.5}, "shampoo: root_order must be an int ≥ 1 or None; got 2.5"),
         ({"root_method": "svd"}, "shampoo: root_method must be one of eigh, newton; got 'svd'"),
-        ({"epsilon": -1.0}, "shampoo: epsilon must be a number in [0, inf]"),
+        ({"relative_damping": -1.0}, "shampoo: relative_damping must be a number in [0, inf]"),
         (
             {"grafting": "lion"},
             "shampoo: grafting must be one of sgd, adagrad, rmsprop, adam, None; got 'lion'",

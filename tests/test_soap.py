@@ -19,7 +19,7 @@ from tests.test_shampoo import (
     run,
 )
 
-EXACT = {"factor_dtype": "float64", "momentum": 0.9, "decay": 0.8, "factor_decay": 0.7}
+EXACT = {"factor_dtype": "float64", "momentum": 0.9, "b2": 0.8, "decay": 0.7}
 VARIANTS = ("soap", "kl_shampoo", "kl_soap")
 
 
@@ -31,7 +31,7 @@ VARIANTS = ("soap", "kl_shampoo", "kl_soap")
 def test_ten_steps_are_those_of_the_reference(shape, every, variant, is_complex):
     stream = gradients(shape, steps=10, is_complex=is_complex)
     stage = reference.Soap(shape, variant=variant, every=every)
-    settings = EXACT | {"variant": variant, "refresh_every": every, "floor": 0.0}
+    settings = EXACT | {"variant": variant, "refresh_every": every, "relative_damping": 0.0}
     updates, states = run(scale_by_soap(**settings), stream)
     assert int(states[-1].failed_refreshes) == 0
     for actual, G in zip(updates, stream, strict=True):
@@ -57,7 +57,7 @@ def test_with_bases_held_at_the_identity_it_is_adam():
     tx = scale_by_soap(refresh_every=1000)
     state = tx.init(stream[0])
     (label,) = state.stacks
-    held = state.stacks[label]._replace(started=jnp.ones(1, bool))
+    held = state.stacks[label]._replace(initialized=jnp.ones(1, bool))
     state = state._replace(stacks={label: held})
     reference_state, update = adam().init(stream[0]), jax.jit(tx.update)
     for G in stream:
@@ -125,8 +125,8 @@ def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
         ({"variant": "sop"}, "soap: variant must be one of soap, kl_shampoo, kl_soap; got 'sop'"),
         ({"basis": "svd"}, "soap: basis must be one of qr, eigh; got 'svd'"),
         ({"decay": 1.0}, "soap: decay must be a number in [0, 1)"),
-        ({"factor_decay": -0.1}, "soap: factor_decay must be a number in [0, 1)"),
-        ({"floor": 2.0}, "soap: floor must be a number in [0, 1]"),
+        ({"decay": -0.1}, "soap: decay must be a number in [0, 1)"),
+        ({"relative_damping": 2.0}, "soap: relative_damping must be a number in [0, 1]"),
         ({"refresh_every": 0}, "soap: refresh_every must be a number in [1, inf]"),
         ({"mask": True}, "soap: mask must be a tree of bools or a function"),
         ({"weight_decay": -1.0}, "soap: weight_decay must be a number in [0, inf]"),
@@ -141,7 +141,7 @@ def test_a_setting_out_of_range_is_refused(settings, message):
 def test_inverted_eigenvalues_have_a_floor():
     G = np.diag([1.0, 1e-3]).astype(np.float32)
     for floor in (0.0, 0.25):
-        tx = scale_by_soap(variant="kl_shampoo", floor=floor, factor_decay=0.0, momentum=None)
+        tx = scale_by_soap(variant="kl_shampoo", relative_damping=floor, decay=0.0, momentum=None)
         (update,), (state,) = run(tx, [G])
         # Both statistics are G² / (2 c), of the start c I.
         values = np.asarray(state.stacks["2x2"].values[0][0])

@@ -98,11 +98,11 @@ def test_ekfac_is_diagonal_in_the_basis_with_unit_vectors_on_wide_sides(x64, siz
 def test_without_columns_the_wide_output_factor_is_the_identity(x64, make):
     layer, grads, tap, wide = problem(SIZES["both"])
     tap = tap._replace(output_grads=tap.output_grads[:0])
-    settings = {"damping_rule": "eigen", "momentum": None, "norm_constraint": None}
+    settings = {"damping_rule": "exact", "momentum": None, "norm_constraint": None}
     tx = make(layers=[layer], factor_dtype="float64", **settings)
     updates, _ = first(tx, grads, Taps({"dense": tap}))
     A, _ = reference.factors(tap.inputs[0], np.zeros((1, 9, 3, 6)))
-    expected = reference.solve(diagonal_if(wide[0], A), np.eye(6), rows(grads), 1e-3, "eigen")
+    expected = reference.solve(diagonal_if(wide[0], A), np.eye(6), rows(grads), 1e-3, "exact")
     np.testing.assert_allclose(rows(updates), expected, rtol=RTOL)
 
 
@@ -340,7 +340,7 @@ def test_hidden_parameters_of_a_wide_layer(x64, hidden, reduce):
     layer, grads, tap, _ = problem(SIZES["both"], positions=1)  # a bias alone is always reduced
     whole = layer.resolved(by_path(grads))
     taps = Taps({"dense": moments_of(whole, tap) if reduce else tap})
-    settings = {"momentum": None, "factor_dtype": "float64", "damping_rule": "eigen"}
+    settings = {"momentum": None, "factor_dtype": "float64", "damping_rule": "exact"}
     settings |= {"norm_constraint": None}
     tx = optax.masked(
         scale_by_kfac(layers=[layer], **settings), {name: name != hidden for name in grads}
@@ -351,5 +351,5 @@ def test_hidden_parameters_of_a_wide_layer(x64, hidden, reduce):
     A, G = diagonal_if(True, A[own, own]), diagonal_if(True, G)
     seen = "bias" if hidden == "kernel" else "kernel"
     X = rows(grads)[own]
-    expected = reference.solve(A, G, X, 1e-3, "eigen").reshape(grads[seen].shape)
+    expected = reference.solve(A, G, X, 1e-3, "exact").reshape(grads[seen].shape)
     np.testing.assert_allclose(updates[seen], expected, rtol=RTOL)

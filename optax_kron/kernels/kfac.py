@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_kron.kernels import contract, eigenbases, positive
 
 APPROXIMATIONS = ("expand", "reduce")
-DAMPING_RULES = ("pi", "trace", "eigen")
+DAMPING_RULES = ("pi", "trace", "exact")
 TRACE_FLOOR = 1e-12  # least damping of the rule "trace": of factors that are zero
 
 

@@ -2,22 +2,20 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
-from optax_kron import guards
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
-from optax_kron.transforms import _program, _settings, outliers
-
-PyTree = Any
+from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms.stacks import all_finite, largest_magnitude, select
 
 
 class ScaleByBranchKfacState(NamedTuple):
@@ -106,12 +104,12 @@ def scale_by_branch_kfac(
       >>> updates, state = tx.update(params, state, params, branches=hidden)
     """
     owner = "branch_kfac"
-    _settings.check_range(owner, "damping", damping, schedule=True)
-    _settings.check_interval(owner, "blocks", blocks)
+    validation.check_range(owner, "damping", damping, schedule=True)
+    validation.check_interval(owner, "blocks", blocks)
     outliers.check(owner, outlier_clip)
-    _settings.check_seed(owner, seed)
+    validation.check_seed(owner, seed)
 
-    def init(params: PyTree) -> Any:
+    def init(params: PyTree) -> ScaleByBranchKfacState:
         del params
         # Each counter is a buffer of its own, so that the state can be donated.
         return ScaleByBranchKfacState(
@@ -121,29 +119,29 @@ def scale_by_branch_kfac(
             outlier_steps=jnp.zeros([], jnp.int32),
             usual_norm=None if outlier_clip is None else outliers.start(1),
             update_norm=jnp.zeros([], jnp.float32),
-            key=_settings.key_data(seed),
+            key=validation.key_data(seed),
         )
 
     def update(
         updates: PyTree,
-        state: Any,
+        state: ScaleByBranchKfacState,
         params: PyTree | None = None,
         *,
         branches: Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, Any]:
+        **extra_args: PyTree,
+    ) -> tuple[PyTree, ScaleByBranchKfacState]:
         del extra_args
         if params is not None:
-            _settings.check_like(owner, updates, params)
-        updates = _program.as_arrays(updates)
+            validation.check_like(owner, updates, params)
+        updates = program.as_arrays(updates)
         _check_leaves(owner, updates)
         known = None if branches is None else _checked_branches(owner, branches, blocks)
         strength = damping(state.count) if callable(damping) else damping
-        return _program.once(
+        return program.once(
             _update, updates, state, known, strength, blocks, outlier_clip, bool(redraw)
         )
 
-    return _program.transformation(init, update)
+    return program.transformation(init, update)
 
 
 def branch_kfac(
@@ -205,10 +203,7 @@ def branch_kfac(
       True
     """
     owner = "branch_kfac"
-    _settings.check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range(owner, "clip", clip, open_left=True, optional=True)
-    _settings.check_range(owner, "weight_decay", weight_decay, optional=True)
-    _settings.check_mask(owner, mask)
+    validation.check_range(owner, "clip", clip, open_left=True, optional=True)
     preconditioner = scale_by_branch_kfac(
         damping=damping, blocks=blocks, outlier_clip=outlier_clip, redraw=redraw, seed=seed
     )
@@ -217,37 +212,37 @@ def branch_kfac(
             f"{owner}: clip bounds the parameters after a whole step, so it needs learning_rate; "
             "got None."
         )
-    complete = _settings.complete(preconditioner, learning_rate, weight_decay, mask)
+    complete = validation.complete(owner, preconditioner, learning_rate, weight_decay, mask)
     return complete if clip is None else optax.chain(complete, _within(owner, clip))
 
 
 def _update(
     updates: PyTree,
-    state: Any,
+    state: ScaleByBranchKfacState,
     branches: Array | None,
     damping: ArrayLike,
     blocks: ArrayLike,
     outlier_clip: ArrayLike | None,
     redraw: bool,
-) -> tuple[PyTree, Any]:
+) -> tuple[PyTree, ScaleByBranchKfacState]:
     """One step."""
     leaves, treedef = jax.tree.flatten(updates)
     made = jax.eval_shape(lambda: None if outlier_clip is None else outliers.start(1))
-    _settings.check_state("branch_kfac", made, state.usual_norm)
+    validation.check_state("branch_kfac", made, state.usual_norm)
     scale, usual, found = jnp.ones([], jnp.float32), state.usual_norm, jnp.zeros([], bool)
     if outlier_clip is not None and usual is not None and leaves:
         bounded = outliers.bound(_norm(leaves)[None], usual, outlier_clip)
         scale, usual, found = bounded.scale[0], bounded.usual, bounded.found[0]
-    finite, failed, directions = guards.all_finite(leaves), jnp.zeros([], jnp.int32), leaves
+    finite, failed, directions = all_finite(leaves), jnp.zeros([], jnp.int32), leaves
     if branches is not None and any(x.size for x in leaves):
-        finite &= guards.all_finite(branches)
+        finite &= all_finite(branches)
         wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
         compute = max(wide, key=lambda dtype: dtype.itemsize)
-        key = _settings.key_of(state.key)
+        key = validation.key_of(state.key)
         key = jax.random.fold_in(key, state.count) if redraw else key
         projected = kernels.project(key, leaves, branches.shape[1], compute)
         known = jnp.where(finite, branches.astype(compute), 0)
-        solved, sound = kernels.solve(known, projected, damping, _settings.interval(blocks))
+        solved, sound = kernels.solve(known, projected, damping, validation.interval(blocks))
         failed = (~sound).astype(jnp.int32)
         directions = kernels.bring_back(key, solved, leaves)
     directions = [x * scale.astype(contract.real_dtype(x.dtype)) for x in directions]
@@ -259,7 +254,7 @@ def _update(
         failed_refreshes=state.failed_refreshes + jnp.where(accepted, failed, 0),
         skipped_steps=state.skipped_steps + 1 - one,
         outlier_steps=state.outlier_steps + jnp.where(found, one, 0),
-        usual_norm=guards.select(accepted, usual, state.usual_norm),
+        usual_norm=select(accepted, usual, state.usual_norm),
         update_norm=jnp.where(accepted, norm, state.update_norm),
         key=state.key,
     )
@@ -296,7 +291,7 @@ def _check_leaves(owner: str, updates: PyTree) -> None:
             )
 
 
-def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array | None:
+def _checked_branches(owner: str, branches: object, blocks: ArrayLike) -> Array | None:
     """The matrix of branches, or `None` if they are not one."""
     if not jax.tree_util.all_leaves([branches]):
         raise ValueError(
@@ -330,7 +325,7 @@ def _checked_branches(owner: str, branches: Any, blocks: ArrayLike) -> Array | N
 
 def _norm(leaves: list[Array]) -> Array:
     """Euclidean norm of all leaves, float32; squares neither overflow nor vanish."""
-    largest = [guards.largest_magnitude(x).astype(jnp.float32) for x in leaves]
+    largest = [largest_magnitude(x).astype(jnp.float32) for x in leaves]
     unit = jnp.max(jnp.stack([*largest, jnp.zeros([], jnp.float32)]))
     safe = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
     total = jnp.zeros([], jnp.float32)

@@ -1,18 +1,156 @@
-"""EKFAC: natural gradient whose curvature is diagonal in the eigenbasis of K-FAC's factors."""
+"""EKFAC: K-FAC with eigenvalues that are estimated in its eigenbasis.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+The bases are refreshed now and then; the eigenvalues are averaged over all steps. When a basis
+changes they are carried over, as the diagonal of the same matrix in the new basis.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import kfac as kernels
+from optax_kron.kernels import contract
+from optax_kron.kernels import ekfac as kernels
+from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.layers.layer import Layer
-from optax_kron.transforms import _settings, ekfac_stacks
-from optax_kron.transforms._natural_gradient import natural_gradient
+from optax_kron.layers.plan import LayerPlan, Member
+from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
+from optax_kron.layers.taps import Tap, Taps
+from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.kfac import identity_bases
+from optax_kron.transforms.layerwise import layerwise
+from optax_kron.transforms.preconditioner import Seen, Stacks, Step, any_block, total
+from optax_kron.transforms.stacks import Change, blend, guarded, map_blocks
 
-PyTree = Any
+
+class Spectrum(NamedTuple):
+    """Eigendecompositions of factors, and the diagonal of the curvature in their bases."""
+
+    input_basis: Float[Array, "N d_in d_in"] | None  # columns, factor_dtype; None if A is diagonal
+    input_values: Float[Array, "N d_in"]  # of A, factor_dtype
+    output_basis: Float[Array, "N d_out d_out"] | None  # columns; None if G is diagonal
+    output_values: Float[Array, "N d_out"]  # of G, factor_dtype
+    values: Float[Array, "N d_in d_out"]  # λ, factor_dtype
+    known: Bool[Array, " N"]  # whether the eigenvalues have been set
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Ekfac(LayerFactors):
+    """How factors and eigenvalues are estimated and applied; the settings of `scale_by_ekfac`."""
+
+    averages: ClassVar[int] = 3
+
+    def init_inverse(self, layer: Layer, count: int, dtype: jnp.dtype) -> Spectrum:
+        """See `LayerFactors`."""
+        return Spectrum(
+            *identity_bases(layer, count, dtype),
+            values=jnp.ones((count, layer.d_in, layer.d_out), dtype),
+            known=jnp.zeros(count, bool),
+        )
+
+    def refresh(self, stack: KfacStack, step: Step) -> tuple[KfacStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: new bases, and what is known in them."""
+        del step
+
+        def change(A, G, old):
+            (Q_a, a), (Q_g, g) = (kfac_kernels.eigenbasis(contract.widen(x)) for x in (A, G))
+            overlaps = self._overlap(Q_a, old.input_basis), self._overlap(Q_g, old.output_basis)
+            values = contract.widen(old.values)
+            carried = kernels.carried_over(values, *overlaps, precision=self.precision)
+            # Of factors that are as they were, nothing may change, not even by rounding.
+            moved = jnp.any(a.astype(old.values.dtype) != old.input_values)
+            moved |= jnp.any(g.astype(old.values.dtype) != old.output_values)
+            return Spectrum(Q_a, a, Q_g, g, jnp.where(moved, carried, values), old.known)
+
+        new = map_blocks(stack[:2])(change, *stack[:2], stack.inverse)
+        return guarded(stack, Change({"inverse": new}, stack.initialized))
+
+    def _overlap(self, new: Array | None, old: Array | None) -> Array | None:
+        if new is None or old is None:
+            return None
+        return jnp.matmul(new.T, contract.widen(old), precision=self.precision)
+
+    def correct_all(
+        self,
+        plan: LayerPlan,
+        stacks: Stacks,
+        taps: Taps,
+        decay: Float[Array, ""],
+        step: Step,
+    ) -> tuple[Stacks, Int[Array, ""], Bool[Array, ""]]:
+        """See `LayerFactors`: the eigenvalues take in what the layers saw."""
+        corrected, failed, strange = dict(stacks), [], []
+        for label, members in plan.stacks.items():
+            stack, old = stacks[label], stacks[label].inverse
+            values, seen = self._moments(members, taps, old, decay)
+            rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
+            before, values, last, found = outliers.limit_moments(
+                old.values,
+                values,
+                jnp.sum(values, axis=(1, 2)),
+                None if stack.usual is None else stack.usual[2],
+                self.outlier_clip,
+            )
+            wanted = step.accepted & seen & stack.initialized
+            new = {"values": blend(before, values, rate), "known": jnp.ones_like(old.known)}
+            spectrum, missed = guarded(old, Change(new, wanted))
+            fields = {"inverse": spectrum}
+            moved = wanted & ~missed
+            if stack.usual is not None:
+                fields["usual"] = *stack.usual[:2], last
+            corrected[label], _ = guarded(stack, Change(fields, moved))
+            failed.append(missed)
+            strange.append(moved & found)
+        return corrected, total(failed), any_block(strange)
+
+    def _moments(
+        self, members: Sequence[Member], taps: Taps, spectrum: Spectrum, decay: Float[Array, ""]
+    ) -> tuple[Float[Array, "N d_in d_out"], Bool[Array, " N"]]:
+        """λ of what layers saw, in the bases of their stack; and which blocks have seen any."""
+        lambdas, seen, start = [], [], 0
+        for member in members:
+            rows = slice(start, start + member.layer.blocks)
+            bases = [
+                None if basis is None else basis[rows].astype(decay.dtype)
+                for basis in (spectrum.input_basis, spectrum.output_basis)
+            ]
+            given: Sequence[Tap] = taps[member.layer.name]
+            lambdas.append(
+                eigenvalues_of_member(
+                    self.owner, member, given, *bases, dtype=decay.dtype, precision=self.precision
+                )
+            )
+            seen.append(seen_blocks(member, given))
+            start = rows.stop
+        return jnp.concatenate(lambdas), jnp.concatenate(seen)
+
+    def precondition(
+        self, stack: KfacStack, seen: Seen, step: Step
+    ) -> Float[Array, "N d_in d_out"]:
+        """See `Preconditioner`; a block without eigenvalues hands its gradient through."""
+        del step
+
+        def apply(spectrum, x):
+            Q_a, a, Q_g, g, values, known = jax.tree.map(
+                lambda y: y if y.dtype == bool else contract.widen(y), spectrum
+            )
+            added: ArrayLike = self.damping
+            if self.damping_rule == "pi":
+                damping = jnp.asarray(self.damping, values.dtype)
+                amounts = kfac_kernels.pi_damping(jnp.mean(a), jnp.mean(g), damping)
+                added = amounts[0] * g[None] + amounts[1] * a[:, None] + damping
+            natural = kfac_kernels.apply_eigen(Q_a, Q_g, values, x, added, precision=self.precision)
+            return jnp.where(known, natural, x)
+
+        return map_blocks(stack[:2])(apply, stack.inverse, seen.direction)
 
 
 def scale_by_ekfac(
@@ -21,11 +159,12 @@ def scale_by_ekfac(
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
-    damping_rule: str = "eigen",
+    damping_rule: str = "exact",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
+    stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
@@ -51,7 +190,7 @@ def scale_by_ekfac(
       decay: of the moving averages of the factors and of the eigenvalues, in [0, 1].
       bias_correction: as in `scale_by_kfac`, for both averages.
       damping: δ ≥ 0, or a schedule of it.
-      damping_rule: what is added to the eigenvalues. "eigen": δ. "pi": what this rule adds to
+      damping_rule: what is added to the eigenvalues. "exact": δ. "pi": what this rule adds to
         those of `A ⊗ G` in `kfac`, `π√δ·g + √δ/π·a + δ` with a and g those of A and G: much more
         than δ where only one of them is small.
       approx: of the factors whose eigenvectors are taken. The eigenvalues are exact in either case.
@@ -59,6 +198,7 @@ def scale_by_ekfac(
       factor_every: as in `scale_by_kfac`; the eigenvalues take in the taps of every step.
       refresh_every: accepted steps from one eigendecomposition to the next, more often while the
         factors are young.
+      stagger: deal the blocks out to the steps between two refreshes, as in `scale_by_kfac`.
       norm_constraint: a number needs `learning_rate`.
       outlier_clip: also of what is averaged into the eigenvalues.
       learning_rate: for a norm constraint that is a number.
@@ -95,25 +235,18 @@ def scale_by_ekfac(
     Source: George et al. (2018), arXiv:1806.03884.
     """
     owner = "ekfac"
-    _settings.check_choice(owner, "damping_rule", damping_rule, ("eigen", "pi"))
-    _settings.check_choice(owner, "approx", approx, kernels.APPROXIMATIONS)
-    return natural_gradient(
-        owner,
-        ekfac_stacks.Curvature(owner, damping_rule, approx, precision, outlier_clip),
-        layers=layers,
-        decay=decay,
+    validation.check_choice(owner, "damping_rule", damping_rule, ("exact", "pi"))
+    method = Ekfac(
+        **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
         bias_correction=bias_correction,
-        damping=damping,
-        momentum=momentum,
-        factor_every=factor_every,
-        refresh_every=refresh_every,
-        norm_constraint=norm_constraint,
+        damping_rule=damping_rule,
         outlier_clip=outlier_clip,
-        learning_rate=learning_rate,
-        fallback=fallback,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
+        precision=precision,
     )
+    layout = layerwise(
+        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+    )
+    return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 
 def ekfac(
@@ -123,11 +256,12 @@ def ekfac(
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
-    damping_rule: str = "eigen",
+    damping_rule: str = "exact",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
+    stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
@@ -141,35 +275,20 @@ def ekfac(
 
     With a learning rate this is a complete optimizer; without, the bare preconditioner, to chain:
     `optax.chain(ok.ekfac(layers=layers), optax.scale_by_learning_rate(1e-3))` equals
-    `ok.ekfac(1e-3, layers=layers)`. Every update needs `taps`.
+    `ok.ekfac(1e-3, layers=layers)`. Every update needs `taps`. All arguments that are not listed
+    here are those of `scale_by_ekfac`, as are cost and errors.
 
     Args:
-      learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      layers: see `scale_by_ekfac`, as for all arguments up to `norm_constraint`.
-      decay: of the moving averages.
-      bias_correction: whether the first taps count for no more in them than later ones.
-      damping: δ, a number or a schedule.
-      damping_rule: "eigen" or "pi", how it is added to the eigenvalues.
-      approx: "expand" or "reduce", of the factors whose eigenvectors are taken.
-      momentum: of the velocity.
-      factor_every: steps from one update of the factors to the next.
-      refresh_every: steps from one eigendecomposition to the next, once the factors have settled.
-      norm_constraint: bound of the squared length of a step in the metric of the curvature; needs a
-        learning rate.
-      outlier_clip: how many times its usual norm what a block gets may be long.
-      weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
-      mask: which parameters decay, as in `optax.add_decayed_weights`.
-      fallback: the transformation of parameters that belong to no layer; `None`: their gradients,
-        with the same momentum. The learning rate comes after it.
-      factor_dtype: real dtype of the stored factors, bases and eigenvalues.
-      momentum_dtype: dtype of the stored momentum.
-      precision: of the matrix products.
+      learning_rate: A number or a schedule; `None` leaves the updates unscaled and unflipped. It
+        comes after the fallback.
+      weight_decay: Decoupled weight decay, times the learning rate; needs `params` in `update`.
+      mask: Which parameters decay, as in `optax.add_decayed_weights`.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_ekfac`.
+      A gradient transformation.
 
     Raises:
-      ValueError: as `scale_by_ekfac`, and for a negative learning rate or weight decay.
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
 
     Examples:
       >>> import jax
@@ -196,25 +315,28 @@ def ekfac(
 
     Source: George et al. (2018), arXiv:1806.03884.
     """
-    _settings.check_range("ekfac", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("ekfac", "weight_decay", weight_decay, optional=True)
-    _settings.check_mask("ekfac", mask)
-    preconditioner = scale_by_ekfac(
-        layers=layers,
-        decay=decay,
-        bias_correction=bias_correction,
-        damping=damping,
-        damping_rule=damping_rule,
-        approx=approx,
-        momentum=momentum,
-        factor_every=factor_every,
-        refresh_every=refresh_every,
-        norm_constraint=norm_constraint,
-        outlier_clip=outlier_clip,
-        learning_rate=learning_rate,
-        fallback=fallback,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
-        precision=precision,
+    return validation.complete(
+        "ekfac",
+        scale_by_ekfac(
+            layers=layers,
+            decay=decay,
+            bias_correction=bias_correction,
+            damping=damping,
+            damping_rule=damping_rule,
+            approx=approx,
+            momentum=momentum,
+            factor_every=factor_every,
+            refresh_every=refresh_every,
+            stagger=stagger,
+            norm_constraint=norm_constraint,
+            outlier_clip=outlier_clip,
+            learning_rate=learning_rate,
+            fallback=fallback,
+            factor_dtype=factor_dtype,
+            momentum_dtype=momentum_dtype,
+            precision=precision,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
     )
-    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)

@@ -1,20 +1,137 @@
 """K-FAC: natural gradient whose curvature is one Kronecker product for each layer."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, PyTree
 
+from optax_kron.kernels import contract
 from optax_kron.kernels import kfac as kernels
 from optax_kron.layers.layer import Layer
-from optax_kron.transforms import _settings, kfac_stacks
-from optax_kron.transforms._natural_gradient import ScaleByKfacState, natural_gradient
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.layerwise import layerwise
+from optax_kron.transforms.preconditioner import Seen, Stacks, Step
+from optax_kron.transforms.stacks import Change, guarded, map_blocks
 
-__all__ = ["ScaleByKfacState", "kfac", "scale_by_kfac"]
 
-PyTree = Any
+class Inverses(NamedTuple):
+    """Inverses of damped factors, factor_dtype."""
+
+    input: Array  # (A + ...)⁻¹ [N, d_in, d_in], or its diagonal [N, d_in]
+    output: Array  # (G + ...)⁻¹ [N, d_out, d_out], or its diagonal [N, d_out]
+
+
+class Eigenbases(NamedTuple):
+    """Eigendecompositions of factors, factor_dtype; the damping comes in when they are applied."""
+
+    input_basis: Float[Array, "N d_in d_in"] | None  # columns; None if A is diagonal
+    input_values: Float[Array, "N d_in"]
+    output_basis: Float[Array, "N d_out d_out"] | None  # columns; None if G is diagonal
+    output_values: Float[Array, "N d_out"]
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Kfac(LayerFactors):
+    """How factors are inverted and applied; the settings of `scale_by_kfac`."""
+
+    def init_inverse(self, layer: Layer, count: int, dtype: jnp.dtype) -> Inverses | Eigenbases:
+        """See `LayerFactors`."""
+        if self.damping_rule == "exact":
+            return identity_bases(layer, count, dtype)
+        diagonal = layer.has_diagonal_input, layer.has_diagonal_output
+        return Inverses(
+            kernels.identities(count, layer.d_in, dtype, diagonal=diagonal[0]),
+            kernels.identities(count, layer.d_out, dtype, diagonal=diagonal[1]),
+        )
+
+    def refresh_all(
+        self, stacks: Stacks, step: Step
+    ) -> tuple[Stacks, Mapping[str, Bool[Array, " N"]]]:
+        """See `Preconditioner`: factors of similar sizes, of all stacks, share a program."""
+        del step
+        if self.damping_rule == "exact":
+            changes = {label: self._eigenbases(stack) for label, stack in stacks.items()}
+        else:
+            changes = self._inverses(stacks)
+        done = {label: guarded(stacks[label], change) for label, change in changes.items()}
+        return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+
+    def _eigenbases(self, stack):
+        """The eigendecompositions of the factors of a stack."""
+
+        def decompose(A, G):
+            pairs = map(kernels.eigenbasis, (contract.widen(A), contract.widen(G)))
+            (input_basis, input_values), (output_basis, output_values) = pairs
+            return Eigenbases(input_basis, input_values, output_basis, output_values)
+
+        new = map_blocks(stack[:2])(decompose, *stack[:2])
+        return Change({"inverse": new}, stack.initialized)
+
+    def _inverses(self, stacks):
+        """The inverses of the damped factors of all stacks."""
+        inputs, outputs = ([contract.widen(s[i]) for s in stacks.values()] for i in (0, 1))
+        inverses, finite = kernels.inverses([*inputs, *outputs], self._amounts(inputs, outputs))
+        changes = {}
+        for i, (label, stack) in enumerate(stacks.items()):
+            j = len(stacks) + i
+            new = Inverses(inverses[i], inverses[j])
+            narrower = stack.inverse.input.dtype != inverses[i].dtype  # what is finite may overflow
+            sound = None if narrower else finite[i] & finite[j]
+            changes[label] = Change({"inverse": new}, stack.initialized, sound)
+        return changes
+
+    def _amounts(self, inputs, outputs):
+        """What is added to the diagonals of all factors, [N] for each stack."""
+        means = [kernels.mean_eigenvalues(side) for side in (inputs, outputs)]
+        if self.damping_rule == "pi":
+            amounts = kernels.pi_damping(means[0], means[1], self.damping)
+        else:
+            amounts = [kernels.trace_damping(mean, self.damping) for mean in means]
+        ends = np.cumsum([len(m) for m in inputs])[:-1]
+        return [part for amount in amounts for part in jnp.split(amount, ends)]
+
+    def precondition(
+        self, stack: KfacStack, seen: Seen, step: Step
+    ) -> Float[Array, "N d_in d_out"]:
+        """See `Preconditioner`: the inverse curvature applied to blocks."""
+        del step
+
+        def apply(inverse, x):
+            inverse = jax.tree.map(contract.widen, inverse)
+            if isinstance(inverse, Eigenbases):
+                values = inverse.input_values[:, None] * inverse.output_values[None]
+                bases = inverse.input_basis, inverse.output_basis
+                return kernels.apply_eigen(
+                    *bases, values, x, self.damping, precision=self.precision
+                )
+            return kernels.apply_inverses(
+                inverse.input, inverse.output, x, precision=self.precision
+            )
+
+        return map_blocks(stack[:2])(apply, stack.inverse, seen.direction)
+
+
+def identity_bases(layer: Layer, count: int, dtype: jnp.dtype) -> Eigenbases:
+    """The eigendecompositions of factors that are the identity, of so many blocks."""
+
+    def basis(size, diagonal):
+        return None if diagonal else kernels.identities(count, size, dtype)
+
+    return Eigenbases(
+        input_basis=basis(layer.d_in, layer.has_diagonal_input),
+        input_values=jnp.ones((count, layer.d_in), dtype),
+        output_basis=basis(layer.d_out, layer.has_diagonal_output),
+        output_values=jnp.ones((count, layer.d_out), dtype),
+    )
 
 
 def scale_by_kfac(
@@ -28,6 +145,7 @@ def scale_by_kfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
+    stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
@@ -56,7 +174,7 @@ def scale_by_kfac(
         `decay·old + (1 − decay)·new`. `None`: corrected, but with damping_rule="trace".
       damping: λ ≥ 0, or a schedule of it.
       damping_rule: "pi": `A + π√λ I` and `G + √λ/π I`, `π² = (tr A / d_in) / (tr G / d_out)`;
-        "trace": `M + max(λ·tr(M)/d, 1e-12)·I` for each factor M; "eigen": `(A ⊗ G + λI)⁻¹` exactly,
+        "trace": `M + max(λ·tr(M)/d, 1e-12)·I` for each factor M; "exact": `(A ⊗ G + λI)⁻¹` exactly,
         by eigendecompositions.
       approx: how the positions at which a weight is used count: "expand", each for itself, or
         "reduce", inputs averaged and gradients summed first. A bias alone is always reduced; the
@@ -67,6 +185,8 @@ def scale_by_kfac(
       factor_every: the factors take in taps at the first of every so many accepted steps.
       refresh_every: the inverses are made anew after so many accepted steps. And, while the factors
         are young and change fast, whenever they have: at the first 1/(1 − decay) of their updates.
+      stagger: deal the blocks out to the steps between two refreshes, once the factors have
+        settled, so that each step refreshes some blocks. `refresh_every` must then be a number.
       norm_constraint: c > 0. Before the momentum, updates are scaled by
         `min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`, which keeps the change of the model's outputs in bounds;
         P is the damped curvature, and the identity on parameters in no layer, but for those with a
@@ -103,12 +223,12 @@ def scale_by_kfac(
         that do not match the parameters, or that share one; in `update`, for taps that are missing
         or do not fit the layers.
 
-    Cost, for a layer with d_in inputs (the bias's one included), d_out outputs, N data at S
+    Cost, for a layer with d_in inputs (the bias's one included), d_out outputs, N examples at S
     positions and V columns. State: 2·(d_in² + d_out²) + d_in·d_out numbers; of a diagonal factor,
     as embeddings have and axes longer than the layer's `max_size`, 2·d instead of 2·d².
-    A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "eigen". Taking in taps:
+    A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "exact". Taking in taps:
     2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 256, with
-    "eigen" about 9·(d_in³ + d_out³).
+    "exact" about 9·(d_in³ + d_out³).
 
     Examples:
       >>> import jax
@@ -128,27 +248,20 @@ def scale_by_kfac(
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
     owner = "kfac"
-    _settings.check_choice(owner, "damping_rule", damping_rule, kernels.DAMPING_RULES)
-    _settings.check_choice(owner, "approx", approx, kernels.APPROXIMATIONS)
+    validation.check_choice(owner, "damping_rule", damping_rule, kernels.DAMPING_RULES)
     if bias_correction is None:
         bias_correction = damping_rule != "trace"
-    return natural_gradient(
-        owner,
-        kfac_stacks.Curvature(owner, damping_rule, approx, precision, outlier_clip),
-        layers=layers,
-        decay=decay,
+    method = Kfac(
+        **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
         bias_correction=bias_correction,
-        damping=damping,
-        momentum=momentum,
-        factor_every=factor_every,
-        refresh_every=refresh_every,
-        norm_constraint=norm_constraint,
+        damping_rule=damping_rule,
         outlier_clip=outlier_clip,
-        learning_rate=learning_rate,
-        fallback=fallback,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
+        precision=precision,
     )
+    layout = layerwise(
+        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+    )
+    return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 
 def kfac(
@@ -163,6 +276,7 @@ def kfac(
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
+    stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
@@ -176,36 +290,20 @@ def kfac(
 
     With a learning rate this is a complete optimizer; without, the bare preconditioner, to chain:
     `optax.chain(ok.kfac(layers=layers), optax.scale_by_learning_rate(1e-3))` equals
-    `ok.kfac(1e-3, layers=layers)`. Every update needs `taps`.
+    `ok.kfac(1e-3, layers=layers)`. Every update needs `taps`. All arguments that are not listed
+    here are those of `scale_by_kfac`, as are cost and errors.
 
     Args:
-      learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      layers: see `scale_by_kfac`, as for all arguments up to `norm_constraint`.
-      decay: of the moving average of the factors.
-      bias_correction: whether the first taps count for no more in it than later ones.
-      damping: λ, a number or a schedule.
-      damping_rule: "pi", "trace" or "eigen".
-      approx: "expand" or "reduce", for weights that are used at several positions.
-      momentum: of the velocity.
-      factor_every: steps from one update of the factors to the next.
-      refresh_every: steps from one update of the inverses to the next, once the factors have
-        settled.
-      norm_constraint: bound of the squared length of a step in the metric of the curvature; a
-        number needs a learning rate.
-      outlier_clip: how many times its usual norm what a block gets may be long.
-      weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
-      mask: which parameters decay, as in `optax.add_decayed_weights`.
-      fallback: the transformation of parameters that belong to no layer; `None`: their gradients,
-        with the same momentum. The learning rate comes after it.
-      factor_dtype: real dtype of the stored factors.
-      momentum_dtype: dtype of the stored momentum.
-      precision: of the matrix products.
+      learning_rate: A number or a schedule; `None` leaves the updates unscaled and unflipped. It
+        comes after the fallback.
+      weight_decay: Decoupled weight decay, times the learning rate; needs `params` in `update`.
+      mask: Which parameters decay, as in `optax.add_decayed_weights`.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_kfac`.
+      A gradient transformation.
 
     Raises:
-      ValueError: as `scale_by_kfac`, and for a negative learning rate or weight decay.
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
 
     Examples:
       >>> import jax
@@ -234,25 +332,28 @@ def kfac(
     Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016),
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
-    _settings.check_range("kfac", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("kfac", "weight_decay", weight_decay, optional=True)
-    _settings.check_mask("kfac", mask)
-    preconditioner = scale_by_kfac(
-        layers=layers,
-        decay=decay,
-        bias_correction=bias_correction,
-        damping=damping,
-        damping_rule=damping_rule,
-        approx=approx,
-        momentum=momentum,
-        factor_every=factor_every,
-        refresh_every=refresh_every,
-        norm_constraint=norm_constraint,
-        outlier_clip=outlier_clip,
-        learning_rate=learning_rate,
-        fallback=fallback,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
-        precision=precision,
+    return validation.complete(
+        "kfac",
+        scale_by_kfac(
+            layers=layers,
+            decay=decay,
+            bias_correction=bias_correction,
+            damping=damping,
+            damping_rule=damping_rule,
+            approx=approx,
+            momentum=momentum,
+            factor_every=factor_every,
+            refresh_every=refresh_every,
+            stagger=stagger,
+            norm_constraint=norm_constraint,
+            outlier_clip=outlier_clip,
+            learning_rate=learning_rate,
+            fallback=fallback,
+            factor_dtype=factor_dtype,
+            momentum_dtype=momentum_dtype,
+            precision=precision,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
     )
-    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)

@@ -1,65 +1,353 @@
 """PSGD-Kron: preconditioned SGD whose preconditioner is a Kronecker product, fitted online."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
-from optax_kron.blocking import Blocking
-from optax_kron.kernels import psgd
-from optax_kron.transforms import _program, _settings, kron_stacks, outliers
-from optax_kron.transforms.kron_steps import CRITERIA, KronPsgd, ScaleByKronPsgdState
+from optax_kron.blocking import Blocking, BlockPlan, Signature
+from optax_kron.kernels import contract, flow, probes, psgd
+from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.preconditioner import (
+    Advanced,
+    KronState,
+    Preconditioner,
+    Seen,
+    Stacks,
+    Step,
+    total,
+)
+from optax_kron.transforms.schedule import update_probability_schedule
+from optax_kron.transforms.stacks import (
+    Change,
+    all_finite,
+    guarded,
+    largest_magnitude,
+    map_blocks,
+    select,
+    times,
+)
 
-__all__ = [
-    "ScaleByKronPsgdState",
-    "kron_psgd",
-    "scale_by_kron_psgd",
-    "update_probability_schedule",
-]
-
-PyTree = Any
-
-_DEFAULT_BLOCKING = Blocking()
+CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
+_BALANCE_EVERY = 100
+_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 
 
-def update_probability_schedule(
-    *, highest: float = 1.0, lowest: float = 0.03, decay: float = 0.001, flat_steps: int = 500
-) -> optax.Schedule:
-    """How often the factors move: `clip(highest·exp(−decay·(t − flat_steps)), lowest, highest)`.
+class KronStack(NamedTuple):
+    """Factors of N blocks of shape [d_1, ..., d_k]."""
 
-    At every step while the preconditioner is young, then less and less often.
+    factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
+    bounds: Float[Array, "N k"]  # running bound of the fit's curvature along each axis, ≥ float32
+    initialized: Bool[Array, " N"]  # whether the scale has been set from a gradient
+    preconditioner: tuple[Array, ...] | None  # P per axis, as the factors (float32 for float16)
 
-    Args:
-      highest: probability during the first `flat_steps` steps, in [0, 1].
-      lowest: probability in the long run, in [0, highest].
-      decay: rate of the exponential, per step.
-      flat_steps: steps before the decay begins.
 
-    Returns:
-      A schedule: from the step, an int array, to the probability, a float array.
+class KronSchedule(NamedTuple):
+    """What decides on the next update of the factors."""
 
-    Examples:
-      >>> import optax_kron as ok
-      >>> schedule = ok.update_probability_schedule(lowest=0.1)
-      >>> print(schedule(0), schedule(10_000))
-      1.0 0.1
+    pending_updates: Float[Array, ""]  # share of the next update that has added up, in [0, 1)
+    cached: Bool[Array, ""]  # whether the cached preconditioners belong to the factors
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class KronPsgd(Preconditioner):
+    """How the factors follow the criterion; the settings of `scale_by_kron_psgd`.
+
+    Factors are updated, and applied, block by block in one pass. At steps between, a cached
+    `P = QᴴQ` is applied, which is formed at the first of them. A block [768, 3072], say, has
+
+        factors Q_1 [768, 768], Q_2 [3072, 3072]    bounds [2]    P_1, P_2 as the factors
+
     """
-    owner = "update_probability_schedule"
-    _settings.check_range(owner, "highest", highest, most=1)
-    _settings.check_range(owner, "lowest", lowest, most=highest)
-    _settings.check_range(owner, "decay", decay)
-    _settings.check_range(owner, "flat_steps", flat_steps)
 
-    def schedule(count):
-        steps = jnp.asarray(count).astype(jnp.float32)
-        fall = jnp.exp(-decay * jnp.maximum(steps - flat_steps, 0))
-        return jnp.clip(highest * fall, lowest, highest)
+    owner: str
+    geometry: str
+    criterion: str
+    precond_lr: PyTree  # a number, or until a step has its value, a schedule
+    update_probability: PyTree  # likewise
+    damping: ArrayLike
+    init_scale: ArrayLike | None
+    has_init_scale: bool
+    cache: bool
+    outlier_clip: ArrayLike | None  # of Hessian-vector products
+    precision: jax.lax.PrecisionLike
+    seed: int | Array
 
-    return schedule
+    keeps_squares: ClassVar[bool] = False
+
+    @property
+    def is_newton(self) -> bool:
+        """Whether the factors fit Hessian-vector products."""
+        return self.criterion == "newton"
+
+    @property
+    def bounded(self) -> Sequence[str]:
+        """See `Preconditioner`."""
+        return ("gradients", "products") if self.is_newton else ("gradients",)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """See `Preconditioner`."""
+        return not self.is_newton
+
+    def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> KronStack:
+        """See `Preconditioner`: factors at the identity, or at the given scale times it."""
+        scale = 1.0 if self.init_scale is None else self.init_scale ** (1 / len(signature.shape))
+        factors = []
+        for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
+            if diagonal:
+                factor = jnp.ones((count, size), dtype)
+            else:
+                identity = jnp.eye(size, dtype=contract.complex_like(dtype, signature.is_complex))
+                factor = jnp.tile(identity, (count, 1, 1))
+            factors.append((factor * scale).astype(factor.dtype))
+        cached = tuple(jnp.zeros(q.shape, _cache_dtype(q.dtype)) for q in factors)
+        return KronStack(
+            factors=tuple(factors),
+            bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
+            initialized=jnp.full(count, self.init_scale is not None),
+            preconditioner=cached if self.cache else None,
+        )
+
+    def init_schedule(self) -> KronSchedule:
+        """See `Preconditioner`."""
+        return KronSchedule(jnp.zeros([], jnp.float32), jnp.zeros([], bool))
+
+    def init_key(self) -> Array:
+        """See `Preconditioner`."""
+        return validation.key_data(self.seed)
+
+    def at(self, state: KronState) -> "KronPsgd":
+        """See `Preconditioner`; without what `init` alone reads, so that seeds share a program."""
+        probability, precond_lr = (
+            setting(state.count) if callable(setting) else setting
+            for setting in (self.update_probability, self.precond_lr)
+        )
+        return dataclasses.replace(
+            self, update_probability=probability, precond_lr=precond_lr, init_scale=None, seed=0
+        )
+
+    def rescale(self, stack: KronStack, past: Float[Array, " N"]) -> KronStack:
+        """See `Preconditioner`: what set the scale, at first, was `past` times as large."""
+        if self.has_init_scale:
+            return stack
+        # P is inverse to what it fits, the terms of the fit's curvature are proportional to it.
+        by = past ** (-1 / len(stack.factors))
+        return stack._replace(
+            factors=times(stack.factors, jnp.sqrt(by)),
+            bounds=times(stack.bounds, past),
+            preconditioner=times(stack.preconditioner, by),
+        )
+
+    # ------------------------------------------------------------------- Hessian-vector products
+
+    def read(
+        self, plan: BlockPlan, updates: PyTree, state: KronState, extra_args: Mapping[str, PyTree]
+    ) -> PyTree:
+        """See `Preconditioner`: a probe and its product with the Hessian, if they are needed."""
+        del plan
+        hvp_fn = extra_args.get("hvp_fn")
+        if not self.is_newton:
+            return None
+        if hvp_fn is None:
+            raise ValueError(
+                f"{self.owner}: criterion='newton' needs hvp_fn at every update: pass "
+                "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
+            )
+        validation.check_callable(self.owner, "hvp_fn", hvp_fn)
+        key = jax.random.fold_in(_update_key(state), 1)
+        probe = functools.partial(_hessian_probe, self.owner, key, updates, hvp_fn)
+        if not program.is_concrete((updates, state)):
+            return probe
+        # The product is one of this step alone. It stays outside of what is compiled once.
+        if program.once(KronPsgd._is_due_now, self, updates, state):
+            return probe()
+        return updates, updates
+
+    def _is_due_now(self, updates: PyTree, state: KronState) -> Bool[Array, ""]:
+        due, _ = self._is_due(state.schedule, state.count)
+        return all_finite(updates) & due
+
+    def _is_due(self, schedule, count):
+        """Whether the factors are updated now, and what is pending then."""
+        pending = schedule.pending_updates + jnp.asarray(self.update_probability, jnp.float32)
+        # The slack keeps rounding from adding a step where 1/p is an integer.
+        due = (count == 0) | (pending >= 1 - 1e-6)
+        return due, jnp.where(due, jnp.maximum(pending - 1, 0), pending)
+
+    # ----------------------------------------------------------------------------------- the verbs
+
+    def advance(
+        self,
+        plan: BlockPlan,
+        state: KronState,
+        stacks: Stacks,
+        seen: Mapping[str, Seen],
+        extra: PyTree,
+        step: Step,
+    ) -> Advanced:
+        """See `Preconditioner`: factors are updated and applied, or what is cached is applied."""
+        due, pending = self._is_due(state.schedule, state.count)
+        due = step.accepted & due
+        if self.cache:
+            stale = step.accepted & ~due & ~state.schedule.cached
+            stacks = flow.cond(stale, self._form_cache, lambda x: x, stacks)
+        shapes = [(s.shape, s.is_complex) for s in plan.stacks.values()]
+        dtypes = [contract.real_dtype(x.gradient.dtype) for x in seen.values()]
+        dtype = dtypes[0] if dtypes else jnp.float32
+        # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
+        # every operation that reads it.
+        key = _update_key(state)
+        draw = functools.partial(probes.draw, key, shapes, dtype, noise=not self.is_newton)
+        nothing = jnp.zeros(jax.eval_shape(draw).shape, dtype)
+        drawn = flow.cond(due, draw, lambda: nothing)
+        usual = None if state.usual_norms is None else state.usual_norms.get("products")
+        balance_due = state.refreshes % _BALANCE_EVERY == _BALANCE_EVERY - 1
+
+        def update(stacks):
+            rows = probes.rows(drawn, shapes)
+            if not self.is_newton:
+                noise = dict(zip(plan.stacks, probes.noise(drawn, shapes), strict=True))
+                return *self._update(plan, stacks, seen, noise, rows, balance_due), (None, False)
+            given: PyTree = extra() if callable(extra) else extra
+            probe, product = (plan.split(tree, dtype) for tree in given)
+            limited = outliers.limit(product, usual, self.outlier_clip)
+            stacks = limited.rescaled_stacks(self, stacks, due)
+            seen_of = {
+                label: x._replace(gradient=limited.blocks[label]) for label, x in seen.items()
+            }
+            done = self._update(plan, stacks, seen_of, probe, rows, balance_due)
+            return *done, (limited.usual, limited.found)
+
+        def keep(stacks):
+            updates = {k: self.precondition(x, seen[k], step) for k, x in stacks.items()}
+            return stacks, jnp.zeros([], jnp.int32), updates, (usual, jnp.zeros([], bool))
+
+        stacks, failures, updates, (usual, found) = flow.cond(due, update, keep, stacks)
+        schedule = KronSchedule(
+            pending_updates=select(step.accepted, pending, state.schedule.pending_updates),
+            cached=select(step.accepted, ~due, state.schedule.cached),
+        )
+        norms = {"products": usual} if self.is_newton else {}
+        return Advanced(stacks, updates, failures, due, step.accepted, schedule, found, norms)
+
+    def _update(self, plan, stacks, seen, all_probes, rows, balance_due):
+        """The stacks after one update, how many blocks have failed, and `P·m`."""
+        new, failed, updates = {}, [], {}
+        for label, stack in stacks.items():
+            probe = all_probes[label]
+            mask = None if self.is_newton else plan.mask(label)
+            probe = probe if mask is None else probe * mask.astype(probe.real.dtype)
+            shared = probe[0] if probe.shape[0] == 1 else None
+            own = seen[label]
+            fitted = own.direction if self.criterion == "whiten_momentum" else own.gradient
+
+            def update(block, fitted, direction, probe, sizes, shared=shared):
+                probe = shared if probe is None else probe
+                block, missed = self._update_block(block, fitted, probe, sizes, rows, balance_due)
+                return block, missed, self._apply(block.factors, direction, contract.precondition)
+
+            # The cache is no part of it: it is formed at the next step without an update.
+            given = stack._replace(preconditioner=None), fitted, own.direction
+            done, missed, updates[label] = map_blocks(stack.factors)(
+                update, *given, probe if shared is None else None, own.sizes
+            )
+            new[label] = done._replace(preconditioner=stack.preconditioner)
+            failed.append(missed)
+        return new, total(failed), updates
+
+    def _update_block(self, block, gradient, probe, sizes, rows, balance_due):
+        """One block after an update of its factors, and whether that has failed."""
+        factors = tuple(map(contract.widen, block.factors))
+        largest = largest_magnitude(gradient)
+        real = contract.real_dtype(gradient.dtype)
+        # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
+        damping = jnp.maximum(
+            jnp.asarray(self.damping, real), float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
+        )
+        scale = psgd.initial_scale(gradient, damping, probe if self.is_newton else None, sizes)
+        scale = jnp.where(block.initialized, 1, scale ** (1 / len(factors)))
+        factors, bounds = psgd.update_factors(
+            tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
+            block.bounds,
+            psgd.noised(gradient, probe, damping),
+            probe,
+            rows,
+            geometry=self.geometry,
+            precond_lr=self.precond_lr,
+            newton=self.is_newton,
+            sizes=sizes,
+            precision=self.precision,
+        )
+        factors = select(balance_due, psgd.balance(factors, sizes), factors)
+        nonzero = largest != 0  # also if it is not finite
+        new, failed = guarded(block, Change({"factors": factors, "bounds": bounds}, nonzero))
+        return new._replace(initialized=block.initialized | (nonzero & ~failed)), failed
+
+    def precondition(self, stack: KronStack, seen: Seen, step: Step) -> Inexact[Array, "N ..."]:
+        """See `Preconditioner`: `P·m` for every block, from the cache if there is one."""
+        del step
+        factors, kernel = stack.factors, contract.precondition
+        if stack.preconditioner is not None:
+            factors, kernel = stack.preconditioner, contract.apply_factors
+        return map_blocks(factors)(lambda q, m: self._apply(q, m, kernel), factors, seen.direction)
+
+    def _apply(self, factors, x, kernel):
+        return kernel(tuple(map(contract.widen, factors)), x, precision=self.precision)
+
+    def _form_cache(self, stacks):
+        """The stacks with `P = QᴴQ` of every factor."""
+
+        def square(q):
+            squared = contract.square(contract.widen(q), precision=self.precision)
+            return squared.astype(_cache_dtype(q.dtype))
+
+        return {
+            label: stack._replace(preconditioner=tuple(map(jax.vmap(square), stack.factors)))
+            for label, stack in stacks.items()
+        }
+
+
+def _cache_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+
+
+def _update_key(state: KronState) -> Array:
+    """The key of one update of the factors."""
+    assert state.key is not None  # `init_key` makes one
+    return jax.random.fold_in(validation.key_of(state.key), state.refreshes)
+
+
+def _hessian_probe(
+    owner: str, key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree]
+) -> tuple[PyTree, PyTree]:
+    """A white probe, and its product with the Hessian.
+
+    Raises:
+      ValueError: if `hvp_fn` returns a tree unlike its argument.
+    """
+    probe = optax.tree.random_like(key, like, sampler=jax.random.normal)
+    product = hvp_fn(probe)
+
+    def describe(tree):
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    if describe(product) != describe(probe):
+        raise ValueError(
+            f"{owner}: hvp_fn must return a tree like its argument; got {describe(product)}, "
+            f"expected {describe(probe)}."
+        )
+    return probe, product
 
 
 def scale_by_kron_psgd(
@@ -74,7 +362,7 @@ def scale_by_kron_psgd(
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,
     outlier_clip: ArrayLike | None = 10.0,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(),
     cache_preconditioner: bool = True,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -146,50 +434,37 @@ def scale_by_kron_psgd(
     arXiv:2402.11858.
     """
     owner = "kron_psgd"
-    _settings.check_range(owner, "momentum", momentum, most=1, open_right=True, optional=True)
-    _settings.check_range(
-        owner, "precond_lr", precond_lr, most=1, open_left=True, open_right=True, schedule=True
-    )
-    _settings.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
-    _settings.check_choice(owner, "criterion", criterion, CRITERIA)
-    _settings.check_range(
-        owner, "update_probability", update_probability, most=1, optional=True, schedule=True
-    )
-    _settings.check_range(owner, "damping", damping)
-    _settings.check_range(owner, "init_scale", init_scale, open_left=True, optional=True)
-    _settings.check_range(owner, "rms_clip", rms_clip, open_left=True, optional=True)
-    _settings.check_range(owner, "max_abs_clip", max_abs_clip, open_left=True, optional=True)
-    outliers.check(owner, outlier_clip)
-    _settings.check_blocking(owner, blocking)
-    dtype = _settings.real_factor_dtype(owner, factor_dtype)
-    _settings.check_dtype(owner, "momentum_dtype", momentum_dtype)
-    _settings.check_seed(owner, seed)
+    check = functools.partial(validation.check_range, owner)
+    check("momentum", momentum, most=1, open_right=True, optional=True)
+    check("precond_lr", precond_lr, most=1, open_left=True, open_right=True, schedule=True)
+    validation.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
+    validation.check_choice(owner, "criterion", criterion, CRITERIA)
+    check("update_probability", update_probability, most=1, optional=True, schedule=True)
+    check("damping", damping)
+    check("init_scale", init_scale, open_left=True, optional=True)
+    check("rms_clip", rms_clip, open_left=True, optional=True)
+    check("max_abs_clip", max_abs_clip, open_left=True, optional=True)
+    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    validation.check_blocking(owner, blocking)
+    validation.check_seed(owner, seed)
     if update_probability is None:
         update_probability = update_probability_schedule()
-    made = KronPsgd(
+    method = KronPsgd(
         owner=owner,
-        fit=kron_stacks.Fit(
-            geometry=geometry,
-            precond_lr=precond_lr,
-            damping=damping,
-            newton=criterion == "newton",
-            precision=precision,
-            cached=bool(cache_preconditioner),
-            given_scale=init_scale is not None,
-        ),
+        geometry=geometry,
         criterion=criterion,
+        precond_lr=precond_lr,
         update_probability=update_probability,
-        momentum=momentum,
-        momentum_dtype=momentum_dtype,
+        damping=damping,
         init_scale=init_scale,
-        rms_clip=rms_clip,
-        max_abs_clip=max_abs_clip,
+        has_init_scale=init_scale is not None,
+        cache=bool(cache_preconditioner),
         outlier_clip=outlier_clip,
-        blocking=blocking,
-        factor_dtype=dtype,
+        precision=precision,
         seed=seed,
     )
-    return _program.transformation(made.init, made.update)
+    layout = Blockwise(blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 
 def kron_psgd(
@@ -207,7 +482,7 @@ def kron_psgd(
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(),
     cache_preconditioner: bool = True,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -221,34 +496,21 @@ def kron_psgd(
     With the default `rms_clip`, a whitened update has about the size of one of Adam's or less.
     Start from a third of Adam's learning rate, and tune.
 
+    All arguments that are not listed here are those of `scale_by_kron_psgd`, as are cost and
+    errors.
+
     Args:
       learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      momentum: see `scale_by_kron_psgd`, as for all arguments up to `max_abs_clip`.
-      precond_lr: relative step of the factors.
-      geometry: in which geometry the factors move.
-      criterion: "whiten_momentum", "whiten_gradient" or "newton".
-      update_probability: share of the steps at which the factors move.
-      damping: curvature below which none is believed.
-      init_scale: initial scale of the preconditioner.
-      rms_clip: cap of the root mean square of each parameter's update.
-      max_abs_clip: cap of the largest entry of each parameter's update.
-      outlier_clip: how many times its usual norm a block's gradient may be long.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`. A function needs
         `static_args=("mask",)` under `optax.inject_hyperparams`.
-      blocking: how parameters become blocks.
-      cache_preconditioner: keep `P` in the state between moves of the factors.
-      factor_dtype: real dtype of the stored factors.
-      momentum_dtype: dtype of the stored momentum.
-      precision: of the matrix products.
-      seed: an integer or a PRNG key.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_kron_psgd`.
+      A gradient transformation.
 
     Raises:
-      ValueError: as `scale_by_kron_psgd`, and for a negative learning rate or weight decay, or a
-        mask that is a single bool or array.
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool or
+        array.
 
     Examples:
       >>> import jax
@@ -271,25 +533,27 @@ def kron_psgd(
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
     arXiv:2402.11858.
     """
-    _settings.check_range("kron_psgd", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("kron_psgd", "weight_decay", weight_decay, optional=True)
-    _settings.check_mask("kron_psgd", mask)
-    preconditioner = scale_by_kron_psgd(
-        momentum=momentum,
-        precond_lr=precond_lr,
-        geometry=geometry,
-        criterion=criterion,
-        update_probability=update_probability,
-        damping=damping,
-        init_scale=init_scale,
-        rms_clip=rms_clip,
-        max_abs_clip=max_abs_clip,
-        outlier_clip=outlier_clip,
-        blocking=blocking,
-        cache_preconditioner=cache_preconditioner,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
-        precision=precision,
-        seed=seed,
+    return validation.complete(
+        "kron_psgd",
+        scale_by_kron_psgd(
+            momentum=momentum,
+            precond_lr=precond_lr,
+            geometry=geometry,
+            criterion=criterion,
+            update_probability=update_probability,
+            damping=damping,
+            init_scale=init_scale,
+            rms_clip=rms_clip,
+            max_abs_clip=max_abs_clip,
+            outlier_clip=outlier_clip,
+            blocking=blocking,
+            cache_preconditioner=cache_preconditioner,
+            factor_dtype=factor_dtype,
+            momentum_dtype=momentum_dtype,
+            precision=precision,
+            seed=seed,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
     )
-    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)

@@ -16,19 +16,16 @@ The first one has nothing to be compared with. If the second shows that it was a
 bounded in hindsight: what has been made of it is scaled down, by `past`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron import guards
-from optax_kron.kernels import contract
-from optax_kron.transforms import _blocks, _settings
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.stacks import Plan, cond_in_place, for_each_stack, norms, times
 
-PyTree = Any
 RISE, FALL = 0.1, 0.02
 LONGEST_RUN = 2
 
@@ -36,18 +33,18 @@ LONGEST_RUN = 2
 class Usual(NamedTuple):
     """How large what blocks get usually is."""
 
-    norm: Array  # running mean of the norms, float32 [N]; zero before the first
-    age: Array  # how many norms are in it, int32 [N]
-    run: Array  # how many of them, the last ones, were outliers, int32 [N]
+    norm: Float[Array, " N"]  # running mean of the norms, float32; zero before the first
+    age: Int[Array, " N"]  # how many norms are in it
+    run: Int[Array, " N"]  # how many of them, the last ones, were outliers
 
 
 class Bounded(NamedTuple):
-    """What to do about the norms of some blocks; all [N]."""
+    """What to do about the norms of some blocks."""
 
-    scale: Array  # of what the blocks get, float32 in [0, 1]
-    past: Array  # of what has been made of what they got before, likewise
+    scale: Float[Array, " N"]  # of what the blocks get, float32 in [0, 1]
+    past: Float[Array, " N"]  # of what has been made of what they got before, likewise
     usual: Usual  # with these norms in it
-    found: Array  # whether it is an outlier, or what came first was, bool
+    found: Bool[Array, " N"]  # whether it is an outlier, or what came first was
 
 
 def start(count: int) -> Usual:
@@ -86,6 +83,14 @@ def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
     return Bounded(scale, past, Usual(u, age, run), is_outlier | was_outlier)
 
 
+class Rescales(Protocol):
+    """A method that keeps something of gradients; see `frame.Preconditioner`."""
+
+    def rescale(self, stack: PyTree, past: Float[Array, " N"]) -> PyTree:
+        """The stack that gradients would have given that were `past` times as large."""
+        ...
+
+
 class Limited(NamedTuple):
     """Stacks whose outliers are scaled down."""
 
@@ -102,25 +107,29 @@ class Limited(NamedTuple):
         return {label: times(x, self.past[label]) for label, x in stacks.items()}
 
     def rescaled_stacks(
-        self, rescale: Callable[[PyTree, Any], PyTree], stacks: PyTree, allowed: Array
-    ) -> PyTree:
-        """What else was made of gradients before; `rescale(stacks, past)` knows how."""
+        self, method: Rescales, stacks: Mapping[str, PyTree], allowed: Bool[Array, ""]
+    ) -> Mapping[str, PyTree]:
+        """What else was made of gradients before; the method knows how."""
         if not self.past:
             return stacks
         # There is no block if all leaves are empty.
         first = jnp.any(jnp.concatenate([jnp.zeros(1, bool), *(x < 1 for x in self.past.values())]))
-        return guards.replaced_if(rescale, allowed & first, stacks, dict(self.past))
+        arrays, rebuild = program.parts(method)
+
+        def rescale(stacks, past, arrays):
+            known = rebuild(arrays)
+            return {label: known.rescale(stack, past[label]) for label, stack in stacks.items()}
+
+        return cond_in_place(rescale, allowed & first, dict(stacks), dict(self.past), arrays)
 
 
-def start_stacks(plan: Any) -> dict[str, Usual] | Array:
+def start_stacks(plan: Plan) -> Mapping[str, Usual] | Array:
     """`start` of all stacks of a plan of blocks or layers."""
-    if not plan.leaves:
-        return jnp.zeros([])  # One leaf where the stacks would be, as optax.tree.map_params needs.
-    return {label: start(plan.count(label)) for label in plan.stacks}
+    return for_each_stack(plan, lambda label: start(plan.count(label)))
 
 
 def limit(
-    stacks: Mapping[str, Array], usual: Mapping[str, Usual] | Any, factor: ArrayLike | None
+    stacks: Mapping[str, Array], usual: Mapping[str, Usual] | None, factor: ArrayLike | None
 ) -> Limited:
     """Scale down the blocks of stacks that are outliers.
 
@@ -129,9 +138,9 @@ def limit(
       usual: of their norms, by label.
       factor: how many times the usual norm is an outlier; `None`: nothing is.
     """
-    if factor is None:
+    if factor is None or usual is None:
         return Limited(stacks, None, usual, jnp.zeros([], bool))
-    bounded = {label: bound(_blocks.norms(x), usual[label], factor) for label, x in stacks.items()}
+    bounded = {label: bound(norms(x), usual[label], factor) for label, x in stacks.items()}
     return Limited(
         {label: times(x, bounded[label].scale) for label, x in stacks.items()},
         {label: x.past for label, x in bounded.items()},
@@ -164,13 +173,6 @@ def limit_moments(
     return old, new, bounded.usual, bounded.found
 
 
-def times(tree: PyTree, by: Array) -> PyTree:
-    """Arrays [N, ...], every block times its own real number [N], in the dtypes that they have."""
-    return jax.tree.map(
-        lambda x: contract.scaled_blocks(x, by.astype(contract.real_dtype(x.dtype))), tree
-    )
-
-
-def check(owner: str, factor: Any) -> None:
+def check(owner: str, factor: object) -> None:
     """Raise unless the setting `outlier_clip` is a number ≥ 1, traced or `None`."""
-    _settings.check_range(owner, "outlier_clip", factor, least=1, optional=True)
+    validation.check_range(owner, "outlier_clip", factor, least=1, optional=True)

@@ -1,21 +1,219 @@
 """Shampoo: gradients preconditioned by inverse roots of their second moments along each axis."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
-from optax_kron.blocking import Blocking
-from optax_kron.kernels import roots
-from optax_kron.transforms import _settings, shampoo_stacks
-from optax_kron.transforms._blockwise import blockwise
-from optax_kron.transforms._rota import check_rota
+from optax_kron.blocking import Blocking, Signature
+from optax_kron.kernels import contract, roots
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.preconditioner import Preconditioner, Seen, Step
+from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
+from optax_kron.transforms.stacks import (
+    Change,
+    ema_weight,
+    finite_blocks,
+    guarded,
+    largest_magnitude,
+    largest_of_blocks,
+    map_blocks,
+    norms,
+    positive,
+    times,
+)
 
-PyTree = Any
+GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 
-_DEFAULT_BLOCKING = Blocking(block_size=1024, max_cut=8192)
+# An inverse root whose p-th power times the statistic is farther from one than this is worse than
+# an old one.
+_LARGEST_RESIDUAL = 0.5
+# Eigenvalues below so many roundings of the stored statistics, relative to the largest, are noise.
+_NOISE = 8.0
+# Below this, also in float64, Newton's iteration need not come to an end.
+_LEAST_FOR_NEWTON = 1e-12
+
+
+class ShampooStack(NamedTuple):
+    """Statistics of N blocks of shape [d_1, ..., d_k]."""
+
+    statistics: tuple[Array, ...]  # S per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
+    roots: tuple[Array, ...]  # S^(-1/p), likewise
+    graft: Float[Array, "N ..."] | None  # second moment of the gradient, ≥ float32
+    initialized: Bool[Array, " N"]  # whether there has been a gradient other than zero
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Shampoo(Preconditioner):
+    """How statistics are gathered and applied; the settings of `scale_by_shampoo`.
+
+    An axis of a block has a dense statistic, whose inverse root is refreshed now and then, or a
+    diagonal one, whose root costs no more than its use and is made anew at every step. For example
+    a block [4, 30000], whose long axis is beyond `Blocking.max_size`, has
+
+        statistics [N, 4, 4] and [N, 30000]    roots of the same shapes, with p = 4
+
+    """
+
+    schedule: RefreshSchedule
+    decay: ArrayLike | None
+    bias_correction: bool
+    root_order: int | None
+    root_method: str
+    relative_damping: ArrayLike
+    start_step: ArrayLike
+    grafting: str | None
+    b2: ArrayLike
+    eps: ArrayLike
+    precision: jax.lax.PrecisionLike
+
+    refreshed: ClassVar[tuple[str, ...]] = ("roots",)
+
+    def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> ShampooStack:
+        """See `Preconditioner`: statistics of zero, roots of the identity."""
+        statistics, identities = [], []
+        for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
+            if diagonal:
+                statistics.append(jnp.zeros((count, size), dtype))
+                identities.append(jnp.ones((count, size), dtype))
+            else:
+                own = contract.complex_like(dtype, signature.is_complex)
+                statistics.append(jnp.zeros((count, size, size), own))
+                identities.append(jnp.tile(jnp.eye(size, dtype=own), (count, 1, 1)))
+        graft = None
+        if self.grafting not in (None, "sgd"):
+            wide = jnp.promote_types(dtype, jnp.float32)
+            graft = jnp.zeros((count, *signature.shape), wide)
+        initialized = jnp.zeros(count, bool)
+        return ShampooStack(tuple(statistics), tuple(identities), graft, initialized)
+
+    def rescale(self, stack: ShampooStack, past: Float[Array, " N"]) -> ShampooStack:
+        """See `Preconditioner`; it is as though there had been no roots: they are remade."""
+        statistics, graft = times((stack.statistics, stack.graft), jnp.square(past))
+        initialized = stack.initialized & (past == 1)
+        return stack._replace(statistics=statistics, graft=graft, initialized=initialized)
+
+    def can_refresh(self, stack: ShampooStack) -> bool:
+        """See `Preconditioner`: whether any axis has a dense statistic."""
+        return any(S.ndim > 2 for S in stack.statistics)
+
+    def accumulate(
+        self, stack: ShampooStack, seen: Seen, step: Step
+    ) -> tuple[ShampooStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: `S_i ← β S_i + (1 − β) C_i(G)` along every axis, or their sum."""
+        gradient = seen.gradient
+        real = contract.real_dtype(gradient.dtype)
+        old, new = _ema_weights(self.decay, real)
+
+        def move(statistics, gradient):
+            return tuple(
+                old * contract.widen(S)
+                + new
+                * contract.gram(gradient, axis, diagonal=S.ndim == 1, precision=self.precision)
+                for axis, S in enumerate(statistics)
+            )
+
+        statistics = map_blocks(stack.statistics)(move, stack.statistics, gradient)
+        fields = {"statistics": statistics}
+        if stack.graft is not None:
+            old, new = _ema_weights(None if self.grafting == "adagrad" else self.b2, real)
+            fields["graft"] = old * stack.graft + new * contract.squared_magnitude(gradient)
+        nonzero = largest_of_blocks(gradient) != 0
+        # A statistic that was spoilt before is no failure of this step; its root's refresh fails.
+        unspoilt = finite_blocks(stack.statistics)
+        accepted = jnp.broadcast_to(step.accepted, nonzero.shape)
+        moved, failed = guarded(stack, Change(fields, accepted))
+        initialized = stack.initialized | (accepted & ~failed & nonzero)
+        return moved._replace(initialized=initialized), failed & unspoilt
+
+    def refresh(self, stack: ShampooStack, step: Step) -> tuple[ShampooStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: new roots of the dense statistics."""
+        return self._new_roots(stack, step, stack.initialized, diagonal=False)
+
+    def correct(
+        self, stack: ShampooStack, seen: Seen, step: Step
+    ) -> tuple[ShampooStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: new roots of the diagonal statistics."""
+        del seen
+        if all(S.ndim > 2 for S in stack.statistics):
+            return stack, jnp.zeros_like(stack.initialized)
+        return self._new_roots(stack, step, stack.initialized & step.accepted, diagonal=True)
+
+    def _new_roots(self, stack, step, wanted, *, diagonal):
+        """New roots along axes with diagonal statistics, or along all others."""
+        real = jnp.promote_types(contract.real_dtype(stack.statistics[0].dtype), jnp.float32)
+        weight = jnp.ones([], real)
+        if self.decay is not None and self.bias_correction:
+            weight = ema_weight(self.decay, step.count, real)
+        least = _NOISE * float(jnp.finfo(stack.statistics[0].dtype).eps)
+        if self.root_method == "newton":
+            least = max(least, _LEAST_FOR_NEWTON)
+        damping = jnp.maximum(jnp.asarray(self.relative_damping, real), least)
+
+        def make(block, wanted):
+            # Along an axis of length one all is known from the others: its root is one.
+            acting = [i for i, S in enumerate(block.statistics) if S.shape[0] > 1] or [0]
+            order = self.root_order or 2 * len(acting)
+            accurate, new = jnp.ones([], bool), list(block.roots)
+            for axis in acting:
+                S = contract.widen(block.statistics[axis])
+                if diagonal != (S.ndim == 1):
+                    continue
+                largest = largest_magnitude(S)
+                finite = jnp.isfinite(largest)
+                # Where gradients have all but vanished, there is nothing to take a root of.
+                wanted &= ~(largest < 4 * jnp.finfo(largest.dtype).tiny)
+                # LAPACK need not come to an end on what is not finite.
+                S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
+                root, residual = roots.inverse_root(S, order, damping, method=self.root_method)
+                root = root.astype(new[axis].dtype)  # where it may overflow
+                finite &= jnp.isfinite(largest_magnitude(root))
+                accurate &= finite & (residual <= _LARGEST_RESIDUAL)
+                new[axis] = root
+            block, failed = guarded(block, Change({"roots": tuple(new)}, wanted, accurate))
+            return block.roots, failed
+
+        new, failed = map_blocks(stack.roots)(make, stack, wanted)
+        return stack._replace(roots=new), failed
+
+    def precondition(self, stack: ShampooStack, seen: Seen, step: Step) -> Inexact[Array, "N ..."]:
+        """See `Preconditioner`: roots along every axis, with the length of the grafted update."""
+
+        def apply(found, x):
+            wide = tuple(map(contract.widen, found))
+            return contract.apply_factors(wide, x, precision=self.precision)
+
+        preconditioned = map_blocks(stack.roots)(apply, stack.roots, seen.direction)
+        grafted = self._grafted(stack, seen.direction, step)
+        if self.grafting is not None:
+            scale = norms(grafted) / positive(norms(preconditioned))
+            preconditioned = contract.scaled_blocks(preconditioned, scale)
+        return jnp.where(step.count >= self.start_step, preconditioned, grafted)
+
+    def _grafted(self, stack: ShampooStack, x: Array, step: Step) -> Array:
+        """The update of the optimizer whose length is taken."""
+        if stack.graft is None:
+            return x
+        second = stack.graft
+        if self.grafting == "adam":
+            second = second / ema_weight(self.b2, step.count, second.dtype)
+        return x / (jnp.sqrt(second) + jnp.asarray(self.eps, second.dtype))
+
+
+def _ema_weights(decay: ArrayLike | None, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns the EMA weights (old, new); those of a sum for `None`."""
+    if decay is None:
+        return jnp.ones([], dtype), jnp.ones([], dtype)
+    old = jnp.asarray(decay, dtype)
+    return old, 1 - old
 
 
 def scale_by_shampoo(
@@ -25,15 +223,15 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     root_order: int | None = None,
     root_method: str = "eigh",
-    epsilon: ArrayLike = 1e-6,
+    relative_damping: ArrayLike = 1e-6,
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     start_step: ArrayLike = 1,
     grafting: str | None = "adam",
-    graft_decay: ArrayLike = 0.95,
-    graft_epsilon: ArrayLike = 1e-8,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
     outlier_clip: ArrayLike | None = 10.0,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(block_size=1024, max_cut=8192),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -53,9 +251,9 @@ def scale_by_shampoo(
         one have no root beside longer ones.
       root_method: "eigh", an eigendecomposition, the faster on a CPU; or "newton", a coupled Newton
         iteration made of matrix products.
-      epsilon: ε, what is added to the eigenvalues relative to the largest; ≥ 0. It counts as no
-        less than eight roundings of the factors, 1e-6 in float32: what lies below is noise. With
-        "newton" the least is 1e-12.
+      relative_damping: ε, what is added to the eigenvalues relative to the largest; ≥ 0. It counts
+        as no less than eight roundings of the factors, 1e-6 in float32: what lies below is noise.
+        With "newton" the least is 1e-12.
       refresh_every: steps from one computation of the roots to the next: it comes before the
         updates of its multiples, and before the first with a gradient other than zero. Roots of
         diagonal statistics are made anew at every step.
@@ -65,8 +263,8 @@ def scale_by_shampoo(
       start_step: before this step the update is that of the grafted optimizer, or the momentum.
       grafting: whose update gives each block its length: "sgd" (the momentum itself), "adagrad",
         "rmsprop", "adam"; `None`: Shampoo's own.
-      graft_decay: of the grafted optimizer's second moment, in [0, 1), unless "adagrad" or "sgd".
-      graft_epsilon: what it adds to the root of the second moment.
+      b2: decay of the grafted optimizer's second moment, in [0, 1), unless "adagrad" or "sgd".
+      eps: what it adds to the square root of the second moment.
       outlier_clip: a block whose gradient is more than so many times as long as it usually is, is
         scaled down to that before anything is made of it; ≥ 1. The usual norm is a running mean.
         `None`: no bound.
@@ -107,41 +305,38 @@ def scale_by_shampoo(
     (2023), arXiv:2309.06497.
     """
     owner = "shampoo"
-    _settings.check_range(owner, "decay", decay, most=1, open_right=True, optional=True)
-    order = _settings.whole_number(root_order)
+    check = validation.check_range
+    check(owner, "momentum", momentum, most=1, open_right=True, optional=True)
+    check(owner, "decay", decay, most=1, open_right=True, optional=True)
+    order = validation.whole_number(root_order)
     if root_order is not None and (order is None or order < 1):
         raise ValueError(
             f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}. It cannot be "
             'traced: with optax.inject_hyperparams, pass static_args=("root_order",).'
         )
-    _settings.check_choice(owner, "root_method", root_method, roots.METHODS)
-    _settings.check_range(owner, "epsilon", epsilon)
-    _settings.check_range(owner, "start_step", start_step)
-    _settings.check_choice(owner, "grafting", grafting, shampoo_stacks.GRAFTS, optional=True)
-    _settings.check_range(owner, "graft_decay", graft_decay, most=1, open_right=True)
-    _settings.check_range(owner, "graft_epsilon", graft_epsilon)
-    method = shampoo_stacks.Shampoo(
+    validation.check_choice(owner, "root_method", root_method, roots.METHODS)
+    check(owner, "relative_damping", relative_damping)
+    check(owner, "start_step", start_step)
+    validation.check_choice(owner, "grafting", grafting, GRAFTS, optional=True)
+    check(owner, "b2", b2, most=1, open_right=True)
+    check(owner, "eps", eps)
+    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    validation.check_blocking(owner, blocking)
+    method = Shampoo(
+        schedule=refresh_schedule(owner, refresh_every, stagger),
         decay=decay,
         bias_correction=bias_correction,
         root_order=order,
         root_method=root_method,
-        epsilon=epsilon,
-        rota=check_rota(owner, refresh_every, stagger),
+        relative_damping=relative_damping,
         start_step=start_step,
         grafting=grafting,
-        graft_decay=graft_decay,
-        graft_epsilon=graft_epsilon,
+        b2=b2,
+        eps=eps,
         precision=precision,
     )
-    return blockwise(
-        owner,
-        method,
-        momentum=momentum,
-        momentum_dtype=momentum_dtype,
-        outlier_clip=outlier_clip,
-        blocking=blocking,
-        factor_dtype=factor_dtype,
-    )
+    layout = Blockwise(blocking, momentum, momentum_dtype)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 
 def shampoo(
@@ -152,17 +347,17 @@ def shampoo(
     bias_correction: bool = True,
     root_order: int | None = None,
     root_method: str = "eigh",
-    epsilon: ArrayLike = 1e-6,
+    relative_damping: ArrayLike = 1e-6,
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     start_step: ArrayLike = 1,
     grafting: str | None = "adam",
-    graft_decay: ArrayLike = 0.95,
-    graft_epsilon: ArrayLike = 1e-8,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     outlier_clip: ArrayLike | None = 10.0,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(block_size=1024, max_cut=8192),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -171,34 +366,18 @@ def shampoo(
 
     With a learning rate this is a complete optimizer; without, the bare preconditioner, to chain:
     `optax.chain(ok.shampoo(), optax.scale_by_learning_rate(1e-3))` equals `ok.shampoo(1e-3)`.
+    All arguments that are not listed here are those of `scale_by_shampoo`, as are cost and errors.
 
     Args:
       learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      momentum: see `scale_by_shampoo`, as for all arguments that are not listed here.
-      decay: of the statistics; `None`: sums.
-      bias_correction: of averaged statistics.
-      root_order: p of the inverse p-th root.
-      root_method: "eigh" or "newton".
-      epsilon: damping, relative to the largest eigenvalue.
-      refresh_every: steps from one computation of the roots to the next.
-      stagger: deal the blocks out to the steps between.
-      start_step: when preconditioning begins.
-      grafting: "sgd", "adagrad", "rmsprop", "adam" or `None`.
-      graft_decay: of the grafted second moment.
-      graft_epsilon: of the grafted optimizer.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
-      outlier_clip: how many times its usual norm a block's gradient may be long.
-      blocking: how parameters become blocks.
-      factor_dtype: real dtype of statistics and roots.
-      momentum_dtype: dtype of the stored momentum.
-      precision: of the matrix products.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_shampoo`.
+      A gradient transformation.
 
     Raises:
-      ValueError: as `scale_by_shampoo`, and for a negative learning rate or weight decay.
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
 
     Examples:
       >>> import jax
@@ -222,26 +401,28 @@ def shampoo(
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Anil et al. (2020), arXiv:2002.09018.
     """
-    _settings.check_range("shampoo", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("shampoo", "weight_decay", weight_decay, optional=True)
-    _settings.check_mask("shampoo", mask)
-    preconditioner = scale_by_shampoo(
-        momentum=momentum,
-        decay=decay,
-        bias_correction=bias_correction,
-        root_order=root_order,
-        root_method=root_method,
-        epsilon=epsilon,
-        refresh_every=refresh_every,
-        stagger=stagger,
-        start_step=start_step,
-        grafting=grafting,
-        graft_decay=graft_decay,
-        graft_epsilon=graft_epsilon,
-        outlier_clip=outlier_clip,
-        blocking=blocking,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
-        precision=precision,
+    return validation.complete(
+        "shampoo",
+        scale_by_shampoo(
+            momentum=momentum,
+            decay=decay,
+            bias_correction=bias_correction,
+            root_order=root_order,
+            root_method=root_method,
+            relative_damping=relative_damping,
+            refresh_every=refresh_every,
+            stagger=stagger,
+            start_step=start_step,
+            grafting=grafting,
+            b2=b2,
+            eps=eps,
+            outlier_clip=outlier_clip,
+            blocking=blocking,
+            factor_dtype=factor_dtype,
+            momentum_dtype=momentum_dtype,
+            precision=precision,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
     )
-    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)

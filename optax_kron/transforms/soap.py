@@ -1,20 +1,339 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics; and its variants KL-Shampoo and KL-SOAP."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from optax_kron.blocking import Blocking
-from optax_kron.transforms import _settings, soap_stacks
-from optax_kron.transforms._blockwise import blockwise
-from optax_kron.transforms._rota import check_rota
+from optax_kron.blocking import Blocking, Signature
+from optax_kron.kernels import contract, eigenbases
+from optax_kron.kernels import soap as kernels
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.preconditioner import (
+    Preconditioner,
+    Seen,
+    Stacks,
+    Step,
+    any_block,
+    total,
+)
+from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
+from optax_kron.transforms.stacks import (
+    Change,
+    all_finite,
+    cond_in_place,
+    ema_weight,
+    guarded,
+    largest_magnitude,
+    map_blocks,
+    squares_fit,
+    times,
+)
 
-PyTree = Any
+VARIANTS = ("soap", "kl_shampoo", "kl_soap")
+BASES = ("qr", "eigh")
 
-_DEFAULT_BLOCKING = Blocking()
+# In units of rounding, relative to the root mean square of the block.
+_NOISE = 8.0
+# In its own bases a first gradient is diagonal; beside that it is what errors of the bases make.
+_FIRST_NOISE = 1e-3
+
+
+class SoapStack(NamedTuple):
+    """What is kept of N blocks [d_1, ..., d_k]; an axis with a diagonal factor has no basis.
+
+    The first three have one entry for each axis, of length d.
+    """
+
+    statistics: tuple[Inexact[Array, "N d d"] | None, ...]  # S, Hermitian, factor_dtype
+    bases: tuple[Inexact[Array, "N d d"] | None, ...]  # Q, orthonormal columns, factor_dtype
+    values: tuple[Float[Array, "N d"], ...] | None  # diag(QᴴSQ), also of diagonal axes; KL only
+    second_moment: Float[Array, "N ..."] | None  # of the gradient in the bases, ≥ float32; Adam
+    initialized: Bool[Array, " N"]  # whether the bases have been set from a gradient
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Soap(Preconditioner):
+    """How bases are found and used; the settings of `scale_by_soap`.
+
+    Variants differ in the statistics along each axis i of a block, and in what is made of the
+    gradient in their eigenbases. "soap" has the second moments `C_i(G)`; "kl_shampoo" and "kl_soap"
+    those of a gradient that is whitened along all other axes. "kl_shampoo" whitens the momentum
+    with them; the other two run Adam in the bases.
+    """
+
+    schedule: RefreshSchedule
+    variant: str
+    decay: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    relative_damping: ArrayLike
+    basis: str
+    precision: jax.lax.PrecisionLike
+
+    refreshed: ClassVar[tuple[str, ...]] = ("bases", "values", "second_moment")
+    # The statistics of a step serve the next one, so that its update need not wait for the bases.
+    refreshes_first: ClassVar[bool] = False
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether the statistics are of whitened gradients."""
+        return self.variant != "soap"
+
+    @property
+    def has_adam(self) -> bool:
+        """Whether there is a second moment in the bases."""
+        return self.variant != "kl_shampoo"
+
+    def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> SoapStack:
+        """See `Preconditioner`: statistics of zero, bases of the identity."""
+        own = contract.complex_like(dtype, signature.is_complex)
+        axes = list(zip(signature.shape, signature.diagonal, strict=True))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return SoapStack(
+            statistics=tuple(None if diag else jnp.zeros((count, d, d), own) for d, diag in axes),
+            bases=tuple(
+                None if diag else jnp.tile(jnp.eye(d, dtype=own), (count, 1, 1)) for d, diag in axes
+            ),
+            values=tuple(jnp.zeros((count, d), dtype) for d, _ in axes) if self.is_kl else None,
+            second_moment=jnp.zeros((count, *signature.shape), wide) if self.has_adam else None,
+            initialized=jnp.zeros(count, bool),
+        )
+
+    def rescale(self, stack: SoapStack, past: Float[Array, " N"]) -> SoapStack:
+        """See `Preconditioner`; bases have no scale."""
+        square = jnp.square(past)
+        # Those of a KL variant are such that their product, over the axes, fits the squares.
+        share = square ** (1 / len(stack.bases)) if self.is_kl else square
+        statistics, values = times((stack.statistics, stack.values), share)
+        second = times(stack.second_moment, square)
+        return stack._replace(statistics=statistics, values=values, second_moment=second)
+
+    def can_refresh(self, stack: SoapStack) -> bool:
+        """See `Preconditioner`: whether any axis has a dense factor."""
+        return any(Q is not None for Q in stack.bases)
+
+    # ------------------------------------------------------------------------------- the statistics
+
+    def accumulate(
+        self, stack: SoapStack, seen: Seen, step: Step
+    ) -> tuple[SoapStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: the average of second moments along every axis with a basis."""
+        rate = jnp.asarray(self.decay, contract.real_dtype(seen.gradient.dtype))
+
+        def gather(block, gradient, extents):
+            wanted, finite = self._takes(block, gradient, step)
+            fields: dict[str, PyTree] = {}
+            if not self.is_kl:
+                moments = [
+                    None if S is None else contract.gram(gradient, i, precision=self.precision)
+                    for i, S in enumerate(block.statistics)
+                ]
+                fields["statistics"] = _averages(block.statistics, moments, rate)
+            else:
+                statistics, values = _started(block, gradient, extents, wanted)
+                moments, diagonals = kernels.whitened_moments(
+                    _widened(block.bases),
+                    values,
+                    gradient,
+                    extents,
+                    self.relative_damping,
+                    precision=self.precision,
+                )
+                finite &= all_finite(diagonals)
+                fields["statistics"] = _averages(statistics, moments, rate)
+                fields["values"] = _averages(values, diagonals, rate)
+            new, failed = guarded(block, Change(fields, wanted, finite))
+            initialized = block.initialized | (wanted & finite)
+            return new.statistics, new.values, initialized, failed
+
+        gathered = map_blocks(stack.bases)(gather, stack, seen.gradient, _extents(seen))
+        statistics, values, initialized, failed = gathered
+        new = stack._replace(statistics=statistics, values=values, initialized=initialized)
+        return new, failed
+
+    def _takes(self, block, gradient, step):
+        """Whether a block is to take in a gradient, and whether it can hold its square."""
+        # No entry of any second moment is larger than the sum of all squares.
+        kept = [x.dtype for x in jax.tree.leaves((block.statistics, block.values))]
+        largest = largest_magnitude(gradient)
+        informs = largest != 0
+        # Zeros would shrink the statistics of a KL variant to nothing, which divides by them.
+        if not self.is_kl:
+            informs |= block.initialized
+        return step.accepted & informs, squares_fit(largest, gradient.size, kept)
+
+    def begin_all(
+        self, stacks: Stacks, newly: Mapping[str, Bool[Array, " N"]]
+    ) -> tuple[Stacks, Int[Array, ""]]:
+        """See `Preconditioner`: blocks with their first gradient get eigenbases of it."""
+        turned = {label: stack for label, stack in stacks.items() if self.can_refresh(stack)}
+
+        def begin(old, statistics, newly):
+            return {
+                label: self._first_bases(fields, statistics[label], newly[label])
+                for label, fields in old.items()
+            }
+
+        names = "bases", "values", "initialized"
+        begun = cond_in_place(
+            begin,
+            any_block(newly[label] for label in turned),
+            {label: {name: getattr(x, name) for name in names} for label, x in turned.items()},
+            {label: x.statistics for label, x in turned.items()},
+            {label: newly[label] for label in turned},
+        )
+        stacks = {**stacks, **{label: stacks[label]._replace(**x) for label, x in begun.items()}}
+        return stacks, total(newly[label] & ~stacks[label].initialized for label in turned)
+
+    def _first_bases(self, fields, statistics, newly):
+        """Fields of a stack after its new blocks got eigenbases; those that failed are not new."""
+
+        def begin(fields, statistics, newly):
+            block = SoapStack(statistics=statistics, second_moment=None, **fields)
+            bases = list(block.bases)
+            values = None if block.values is None else list(block.values)
+            for axis, S in enumerate(_widened(statistics)):
+                if S is None:
+                    continue
+                bases[axis] = Q = eigenbases.descending(S)
+                if values is not None:
+                    values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=self.precision)
+            new = {"bases": tuple(bases), "values": None if values is None else tuple(values)}
+            finite = all_finite([Q for Q in bases if Q is not None])
+            block, failed = guarded(block, Change(new, newly, finite))
+            block = block._replace(initialized=block.initialized & ~failed)
+            return {name: getattr(block, name) for name in fields}
+
+        return map_blocks(fields["bases"])(begin, fields, statistics, newly)
+
+    # --------------------------------------------------------------------------------- the update
+
+    def apply(
+        self, stack: SoapStack, seen: Seen, step: Step
+    ) -> tuple[SoapStack, Inexact[Array, "N ..."], Bool[Array, " N"]]:
+        """See `Preconditioner`: both verbs in one pass over the blocks."""
+
+        def apply(block, gradient, direction, newly, extents):
+            one = Seen(gradient, direction, None, newly)
+            failed = jnp.zeros([], bool)
+            if self.has_adam:
+                block, failed = self._correct(block, gradient, step)
+            update = self._precondition(block, one, extents, step)
+            return block.second_moment, update, failed
+
+        second, updates, failed = map_blocks(stack.bases)(
+            apply, stack, seen.gradient, seen.direction, seen.newly, _extents(seen)
+        )
+        return stack._replace(second_moment=second), updates, failed
+
+    def _correct(self, block, gradient, step):
+        """One block whose second moment in the bases has taken in a gradient."""
+        wanted, fits = self._takes(block, gradient, step)
+        rotated = contract.into_bases(_widened(block.bases), gradient, precision=self.precision)
+        rate = jnp.asarray(self.b2, block.second_moment.dtype)
+        (second,) = _averages([block.second_moment], [contract.squared_magnitude(rotated)], rate)
+        return guarded(block, Change({"second_moment": second}, wanted & fits & block.initialized))
+
+    def _precondition(self, block, seen, extents, step):
+        """The update of one block."""
+        bases = _widened(block.bases)
+        rotated = contract.into_bases(bases, seen.direction, precision=self.precision)
+        if block.second_moment is None:
+            rotated = kernels.whiten(_widened(block.values), rotated, self.relative_damping)
+        else:
+            second = block.second_moment
+            second = second / ema_weight(self.b2, step.count, second.dtype)
+            rotated = kernels.adam(second, rotated, self.eps, _noise(block, seen.newly), extents)
+        return contract.out_of_bases(bases, rotated, precision=self.precision)
+
+    # --------------------------------------------------------------------------------- other bases
+
+    def refresh(self, stack: SoapStack, step: Step) -> tuple[SoapStack, Bool[Array, " N"]]:
+        """See `Preconditioner`: new bases, and what is kept in terms of them."""
+        del step
+        find = eigenbases.power_iteration if self.basis == "qr" else eigenbases.decompose
+
+        def make(block):
+            bases, statistics = list(_widened(block.bases)), _widened(block.statistics)
+            values = None if block.values is None else list(block.values)
+            second = block.second_moment
+            finite = all_finite(statistics)
+            for axis, (Q, S) in enumerate(zip(bases, statistics, strict=True)):
+                if Q is None or S is None:
+                    continue
+                # LAPACK need not come to an end on what is not finite.
+                S = jnp.where(finite, S, 0)
+                bases[axis], order = find(Q, S, precision=self.precision)
+                if second is not None:
+                    second = jnp.take(second, order, axis=axis)
+                if values is not None:
+                    values[axis] = eigenbases.rayleigh_quotients(
+                        bases[axis], S, precision=self.precision
+                    )
+            new = {
+                "bases": tuple(bases),
+                "values": None if values is None else tuple(values),
+                "second_moment": second,
+            }
+            finite &= all_finite(bases)
+            block, failed = guarded(block, Change(new, block.initialized, finite))
+            return {name: getattr(block, name) for name in new}, failed
+
+        fields, failed = map_blocks(stack.bases)(make, stack)
+        return stack._replace(**fields), failed
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """Arrays in the dtype of the arithmetic."""
+    return jax.tree.map(contract.widen, tree)
+
+
+def _averages(old, new, rate):
+    """`rate·old + (1 − rate)·new` of each pair; `None` stays so."""
+    pairs = zip(_widened(old), new, strict=True)
+    return tuple(None if x is None else rate * x + (1 - rate) * y for x, y in pairs)
+
+
+def _started(block, gradient, extents, wanted):
+    """Statistics and eigenvalues of one block; before the first gradient a multiple of identities.
+
+    At one that fits the gradient, the first factors are no larger or smaller than those to come.
+    """
+    is_first = wanted & ~block.initialized
+    scale = kernels.first_scale(gradient, extents)
+    values = [jnp.where(is_first, scale, contract.widen(x)) for x in block.values]
+    statistics = [
+        S if S is None else jnp.where(is_first, scale * jnp.eye(len(S), dtype=S.dtype), S)
+        for S in _widened(block.statistics)
+    ]
+    return statistics, values
+
+
+def _noise(block, newly):
+    """What is noise in the second moment, relative to its root mean square; `None`: nothing is."""
+    rounding = [float(jnp.finfo(Q.dtype).eps) for Q in block.bases if Q is not None]
+    if not rounding:
+        return None
+    least = _NOISE * max(rounding)
+    return jnp.where(newly, max(_FIRST_NOISE, least), least)
+
+
+def _extents(seen: Seen) -> Float[Array, "N k"]:
+    """How long every block is along its axes without the padding."""
+    if seen.sizes is None:
+        count, *shape = seen.gradient.shape
+        return jnp.tile(jnp.asarray(shape, float), (count, 1))
+    return jnp.asarray(np.stack(seen.sizes, axis=1), float)
 
 
 def scale_by_soap(
@@ -22,14 +341,14 @@ def scale_by_soap(
     variant: str = "soap",
     momentum: ArrayLike | None = 0.95,
     decay: ArrayLike = 0.95,
-    factor_decay: ArrayLike = 0.95,
-    epsilon: ArrayLike = 1e-8,
-    floor: ArrayLike = 1e-6,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    relative_damping: ArrayLike = 1e-6,
     basis: str = "qr",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     outlier_clip: ArrayLike | None = 10.0,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -48,10 +367,11 @@ def scale_by_soap(
         statistics, the momentum whitened by `S_i^-½` along every axis, without Adam.
       momentum: decay of the bias-corrected moving average of gradients, in [0, 1). It is kept in
         the parameters' own coordinates. `None` or 0: the gradient itself.
-      decay: of Adam's second moment, in [0, 1); not for "kl_shampoo".
-      factor_decay: of the statistics, in [0, 1).
-      epsilon: what Adam adds to the root of its second moment.
-      floor: of the eigenvalues that are inverted, relative to the largest; KL variants only.
+      decay: of the moving average of the statistics, in [0, 1).
+      b2: decay of Adam's second moment, in [0, 1); not for "kl_shampoo".
+      eps: what Adam adds to the square root of its second moment.
+      relative_damping: least of the eigenvalues that are inverted, relative to the largest; KL
+        variants only.
       basis: "qr", one power iteration at every refresh; or "eigh", an eigendecomposition. The first
         basis is always one of the latter.
       refresh_every: steps from one refresh of the bases to the next: they come after the updates of
@@ -100,31 +420,28 @@ def scale_by_soap(
     arXiv:2509.03378.
     """
     owner = "soap"
-    _settings.check_choice(owner, "variant", variant, soap_stacks.VARIANTS)
-    _settings.check_range(owner, "decay", decay, most=1, open_right=True)
-    _settings.check_range(owner, "factor_decay", factor_decay, most=1, open_right=True)
-    _settings.check_range(owner, "epsilon", epsilon)
-    _settings.check_range(owner, "floor", floor, most=1)
-    _settings.check_choice(owner, "basis", basis, soap_stacks.BASES)
-    method = soap_stacks.Soap(
+    check = validation.check_range
+    check(owner, "momentum", momentum, most=1, open_right=True, optional=True)
+    validation.check_choice(owner, "variant", variant, VARIANTS)
+    check(owner, "decay", decay, most=1, open_right=True)
+    check(owner, "b2", b2, most=1, open_right=True)
+    check(owner, "eps", eps)
+    check(owner, "relative_damping", relative_damping, most=1)
+    validation.check_choice(owner, "basis", basis, BASES)
+    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    validation.check_blocking(owner, blocking)
+    method = Soap(
+        schedule=refresh_schedule(owner, refresh_every, stagger),
         variant=variant,
         decay=decay,
-        factor_decay=factor_decay,
-        epsilon=epsilon,
-        floor=floor,
+        b2=b2,
+        eps=eps,
+        relative_damping=relative_damping,
         basis=basis,
-        rota=check_rota(owner, refresh_every, stagger),
         precision=precision,
     )
-    return blockwise(
-        owner,
-        method,
-        momentum=momentum,
-        momentum_dtype=momentum_dtype,
-        outlier_clip=outlier_clip,
-        blocking=blocking,
-        factor_dtype=factor_dtype,
-    )
+    layout = Blockwise(blocking, momentum, momentum_dtype)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 
 def soap(
@@ -133,16 +450,16 @@ def soap(
     variant: str = "soap",
     momentum: ArrayLike | None = 0.95,
     decay: ArrayLike = 0.95,
-    factor_decay: ArrayLike = 0.95,
-    epsilon: ArrayLike = 1e-8,
-    floor: ArrayLike = 1e-6,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    relative_damping: ArrayLike = 1e-6,
     basis: str = "qr",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     outlier_clip: ArrayLike | None = 10.0,
-    blocking: Blocking = _DEFAULT_BLOCKING,
+    blocking: Blocking = Blocking(),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -151,33 +468,19 @@ def soap(
 
     With a learning rate (3e-3 in the paper) this is a complete optimizer; without, the bare
     preconditioner, to chain: `optax.chain(ok.soap(), optax.scale_by_learning_rate(3e-3))` equals
-    `ok.soap(3e-3)`.
+    `ok.soap(3e-3)`. All arguments that are not listed here are those of `scale_by_soap`, as are
+    cost and errors.
 
     Args:
       learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      variant: "soap", "kl_shampoo" or "kl_soap"; see `scale_by_soap`, as for all arguments that
-        are not listed here.
-      momentum: decay of the moving average of gradients.
-      decay: of Adam's second moment.
-      factor_decay: of the statistics.
-      epsilon: of Adam.
-      floor: of inverted eigenvalues, relative to the largest; KL variants only.
-      basis: "qr" or "eigh".
-      refresh_every: steps from one refresh of the bases to the next.
-      stagger: deal the blocks out to the steps between.
       weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
-      outlier_clip: how many times its usual norm a block's gradient may be long.
-      blocking: how parameters become blocks.
-      factor_dtype: real dtype of statistics and bases.
-      momentum_dtype: dtype of the stored momentum.
-      precision: of the matrix products.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_soap`.
+      A gradient transformation.
 
     Raises:
-      ValueError: as `scale_by_soap`, and for a negative learning rate or weight decay.
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
 
     Examples:
       >>> import jax
@@ -201,23 +504,25 @@ def soap(
 
     Sources: Vyas et al. (2024), arXiv:2409.11321; Lin et al. (2025), arXiv:2509.03378.
     """
-    _settings.check_range("soap", "learning_rate", learning_rate, optional=True, schedule=True)
-    _settings.check_range("soap", "weight_decay", weight_decay, optional=True)
-    _settings.check_mask("soap", mask)
-    preconditioner = scale_by_soap(
-        variant=variant,
-        momentum=momentum,
-        decay=decay,
-        factor_decay=factor_decay,
-        epsilon=epsilon,
-        floor=floor,
-        basis=basis,
-        refresh_every=refresh_every,
-        stagger=stagger,
-        outlier_clip=outlier_clip,
-        blocking=blocking,
-        factor_dtype=factor_dtype,
-        momentum_dtype=momentum_dtype,
-        precision=precision,
+    return validation.complete(
+        "soap",
+        scale_by_soap(
+            variant=variant,
+            momentum=momentum,
+            decay=decay,
+            b2=b2,
+            eps=eps,
+            relative_damping=relative_damping,
+            basis=basis,
+            refresh_every=refresh_every,
+            stagger=stagger,
+            outlier_clip=outlier_clip,
+            blocking=blocking,
+            factor_dtype=factor_dtype,
+            momentum_dtype=momentum_dtype,
+            precision=precision,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
     )
-    return _settings.complete(preconditioner, learning_rate, weight_decay, mask)

@@ -129,7 +129,7 @@ class Model:
 def test_a_tree_of_stacked_axes_may_be_callable():
     tx = ok.kron_psgd(0.1, blocking=ok.Blocking(stacked_axes=Model(np.int64(1))))
     state = jax.eval_shape(tx.init, Model(jnp.ones((5, 3, 2))))
-    assert {x.started.shape for x in state[0].stacks.values()} == {(5,)}
+    assert {x.initialized.shape for x in state[0].stacks.values()} == {(5,)}
 
 
 @pytest.mark.parametrize(

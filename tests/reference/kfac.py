@@ -55,7 +55,7 @@ def solve(A, G, X, damping, rule, eps=1e-12):
     """The damped inverse of A ⊗ G applied to X [d_in, d_out], by the dense Kronecker product."""
     A, G, X = (np.asarray(x, np.float64) for x in (A, G, X))
     ones = np.eye(len(A)), np.eye(len(G))
-    if rule == "eigen":
+    if rule == "exact":
         matrix = np.kron(A, G) + damping * np.eye(X.size)
     elif rule == "pi":
         traces = np.trace(A) / len(A), np.trace(G) / len(G)

@@ -1,4 +1,4 @@
-"""Checks of settings, and the chain that turns a preconditioner into an optimizer."""
+"""Checks of settings and arguments, and the chain that makes a preconditioner an optimizer."""
 
 import operator
 import warnings
@@ -10,10 +10,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from optax_kron.blocking import Blocking
+
+Unchecked = Any  # whatever a user has passed for a setting or an argument
 
 _KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
 
@@ -21,7 +23,7 @@ _KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
 def check_range(
     owner: str,
     name: str,
-    value: Any,
+    value: Unchecked,
     *,
     least: float = 0.0,
     most: float = np.inf,
@@ -70,14 +72,14 @@ def check_range(
         raise ValueError(f"{expected}; got {number!r}.")
 
 
-def check_interval(owner: str, name: str, value: Any) -> None:
+def check_interval(owner: str, name: str, value: Unchecked) -> None:
     """Raise unless a number of steps is a whole one, from 1; traced values pass."""
     check_range(owner, name, value, least=1)
     if not isinstance(value, jax.core.Tracer) and float(value) != round(float(value)):
         raise ValueError(f"{owner}: {name} must be an integer ≥ 1; got {value!r}.")
 
 
-def whole_number(value: Any) -> int | None:
+def whole_number(value: Unchecked) -> int | None:
     """The number, if it is an integer from Python or NumPy; `None` for anything else."""
     if isinstance(value, bool | np.bool_ | jax.core.Tracer):
         return None
@@ -93,7 +95,7 @@ def interval(value: ArrayLike) -> Array:
 
 
 def check_choice(
-    owner: str, name: str, value: Any, choices: tuple[str, ...], *, optional: bool = False
+    owner: str, name: str, value: Unchecked, choices: tuple[str, ...], *, optional: bool = False
 ) -> None:
     """Raise unless a setting is one of the given strings, or `None` if that is optional."""
     if value not in choices and not (optional and value is None):
@@ -101,7 +103,7 @@ def check_choice(
         raise ValueError(f"{owner}: {name} must be one of {among}; got {value!r}.")
 
 
-def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:
+def check_stacks(owner: str, plan: Unchecked, stacks: Unchecked, source: str) -> None:
     """Raise unless the gradients give the stacks of blocks that are in the state.
 
     Args:
@@ -115,7 +117,7 @@ def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:
     """
     got = {label: plan.count(label) for label in plan.stacks}
     known = stacks if isinstance(stacks, Mapping) else {}
-    expected = {label: stack.started.shape[0] for label, stack in known.items()}
+    expected = {label: len(stack.initialized) for label, stack in known.items()}
     if got != expected:
         raise ValueError(
             f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
@@ -123,7 +125,7 @@ def check_stacks(owner: str, plan: Any, stacks: Any, source: str) -> None:
         )
 
 
-def check_state(owner: str, made: Any, state: Any) -> None:
+def check_state(owner: str, made: Unchecked, state: Unchecked) -> None:
     """Raise unless a state has the structure of one that `init` makes, or would make."""
     if jax.tree.structure(made) != jax.tree.structure(state):
         raise ValueError(
@@ -132,13 +134,13 @@ def check_state(owner: str, made: Any, state: Any) -> None:
         )
 
 
-def check_blocking(owner: str, blocking: Any) -> None:
+def check_blocking(owner: str, blocking: Unchecked) -> None:
     """Raise unless a setting is an `ok.Blocking`."""
     if not isinstance(blocking, Blocking):
         raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
 
 
-def _known_dtype(dtype: Any) -> jnp.dtype | None:
+def _known_dtype(dtype: Unchecked) -> jnp.dtype | None:
     """The dtype that a value names, or `None` if there is no such dtype."""
     try:
         return jnp.dtype(dtype)
@@ -146,12 +148,12 @@ def _known_dtype(dtype: Any) -> jnp.dtype | None:
         return None
 
 
-def is_off(value: Any) -> bool:
+def is_off(value: Unchecked) -> bool:
     """Whether a setting is switched off: `None`, or a number that is zero. Arrays never are."""
     return value is None or (isinstance(value, int | float | np.number) and value == 0)
 
 
-def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
+def real_factor_dtype(owner: str, dtype: Unchecked) -> jnp.dtype:
     """The dtype in which factors are stored, float32 unless asked otherwise.
 
     Raises:
@@ -170,7 +172,7 @@ def real_factor_dtype(owner: str, dtype: Any) -> jnp.dtype:
     return asked
 
 
-def check_dtype(owner: str, name: str, dtype: Any) -> None:
+def check_dtype(owner: str, name: str, dtype: Unchecked) -> None:
     """Raise unless a dtype is floating-point or complex, or `None`."""
     if dtype is None:
         return
@@ -181,7 +183,7 @@ def check_dtype(owner: str, name: str, dtype: Any) -> None:
         )
 
 
-def check_mask(owner: str, mask: Any) -> None:
+def check_mask(owner: str, mask: Unchecked) -> None:
     """Raise unless a mask is `None`, a function, or a tree that is more than one bare leaf.
 
     `optax.inject_hyperparams` calls a function as a schedule, and so passes what it makes of a
@@ -195,7 +197,7 @@ def check_mask(owner: str, mask: Any) -> None:
         )
 
 
-def warn_without_layers(owner: str, layers: Sequence[Any], fallback: Any) -> None:
+def warn_without_layers(owner: str, layers: Sequence[Unchecked], fallback: Unchecked) -> None:
     """Say that nothing will be preconditioned, as no layer has parameters."""
     reason = "layers is empty"
     if layers:
@@ -208,19 +210,19 @@ def warn_without_layers(owner: str, layers: Sequence[Any], fallback: Any) -> Non
     )
 
 
-def check_callable(owner: str, name: str, value: Any) -> None:
+def check_callable(owner: str, name: str, value: Unchecked) -> None:
     """Raise unless a value can be called."""
     if not callable(value):
         raise ValueError(f"{owner}: {name} must be a function; got {type(value).__name__}.")
 
 
-def check_seed(owner: str, seed: Any) -> None:
+def check_seed(owner: str, seed: Unchecked) -> None:
     """Raise unless a seed is an integer or a PRNG key."""
     if seed is None or isinstance(seed, bool | np.bool_ | str | float | np.floating):
         raise ValueError(f"{owner}: seed must be an integer or a PRNG key; got {seed!r}.")
 
 
-def check_like(owner: str, updates: Any, params: Any) -> None:
+def check_like(owner: str, updates: Unchecked, params: Unchecked) -> None:
     """Raise unless gradients have the leaves and shapes of the parameters.
 
     Raises:
@@ -241,7 +243,7 @@ def check_like(owner: str, updates: Any, params: Any) -> None:
             )
 
 
-def key_data(seed: Any) -> jax.Array:
+def key_data(seed: Unchecked) -> jax.Array:
     """Raw data, uint32 [2], of a threefry key made from an integer or from any PRNG key."""
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         seed = jax.random.bits(seed, dtype=jnp.uint32)
@@ -259,15 +261,22 @@ def key_of(data: jax.Array) -> jax.Array:
 
 
 def complete(
+    owner: str,
     preconditioner: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule | None,
-    weight_decay: Any,
-    mask: Any,
+    weight_decay: ArrayLike | None,
+    mask: PyTree,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a preconditioner with decoupled weight decay and a learning rate, unless `None`.
 
     The chain, and with it the structure of the state, is the same for all values.
+
+    Raises:
+      ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
     """
+    check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
+    check_range(owner, "weight_decay", weight_decay, optional=True)
+    check_mask(owner, mask)
     chain: list[optax.GradientTransformation] = [preconditioner]
     if weight_decay is not None:
         chain.append(_decayed_weights(weight_decay, mask))
@@ -276,13 +285,15 @@ def complete(
     return optax.chain(*chain)
 
 
-def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+def _decayed_weights(weight_decay: Unchecked, mask: Unchecked) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, which needs no parameters if the decay is known to be zero."""
     # A tree of bools may be callable, as a model is.
     is_tree = callable(mask) and not jax.tree_util.all_leaves([mask])
     inner = optax.add_decayed_weights(weight_decay, (lambda _: mask) if is_tree else mask)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Unchecked, state: Unchecked, params: Unchecked = None
+    ) -> tuple[Unchecked, Unchecked]:
         if is_off(weight_decay):
             return updates, state
         if params is None:

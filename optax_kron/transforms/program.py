@@ -1,19 +1,24 @@
-"""How every transformation is made: its state fits into `jax.shard_map`, and it compiles once."""
+"""How every transformation is made: its state fits into `jax.shard_map`, and it compiles once.
+
+Settings are dataclasses whose fields may be traced numbers, strings or functions. `settings` makes
+them pytrees, and `parts` takes one apart into its arrays, which are operands of a program, and the
+rest, which is a part of the program itself.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, PyTree
 
 from optax_kron.kernels import flow
 
-PyTree = Any
 Class = TypeVar("Class", bound=type)
 
 
@@ -22,7 +27,7 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of two functions, whose state varies over a mesh as the parameters do."""
 
-    def init_like(params: PyTree) -> Any:
+    def init_like(params: PyTree) -> PyTree:
         return flow.varying_like(init(params), params)
 
     return optax.GradientTransformationExtraArgs(init_like, update)
@@ -39,7 +44,7 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if _is_abstract(x) else jnp.asarray(x), tree)
 
 
-def _is_abstract(x: Any) -> bool:
+def _is_abstract(x: object) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -59,30 +64,47 @@ def once(function: Callable[..., PyTree], *operands: PyTree) -> PyTree:
       *operands: pytrees. Arrays are operands of the program; numbers, strings and everything else
         are a part of it, so that equal ones share it.
     """
-    leaves, treedef = jax.tree.flatten(operands)
-    arrays = [x for x in leaves if _is_array(x)]
-    parts = tuple(None if _is_array(x) else _Part(x) for x in leaves)
+    arrays, rebuild = parts(operands)
     try:
-        hash(treedef)
+        hash(rebuild)
     except TypeError:  # a node of the tree keeps data that have no hash
         return function(*operands)
-    return _run(function, treedef, parts, arrays)
+    return _run(function, rebuild, arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _run(function, treedef, parts, arrays):
-    left = iter(arrays)
-    return function(*treedef.unflatten(next(left) if x is None else x.value for x in parts))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _run(function, rebuild, arrays):
+    return function(*rebuild(arrays))
 
 
-def _is_array(x: Any) -> bool:
+def parts(tree: PyTree) -> tuple[list[Array], "Rebuild"]:
+    """The arrays of a tree, and the function that makes the tree of them again."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [x for x in leaves if _is_array(x)]
+    return arrays, Rebuild(treedef, tuple(None if _is_array(x) else _Part(x) for x in leaves))
+
+
+class Rebuild(NamedTuple):
+    """A tree without its arrays; equal to another if neither can be told from the other."""
+
+    treedef: PyTree
+    static: tuple["_Part | None", ...]
+
+    def __call__(self, arrays: Iterable[Array]) -> PyTree:
+        """The tree with these arrays."""
+        given = iter(arrays)
+        leaves = [next(given) if x is None else x.value for x in self.static]
+        return self.treedef.unflatten(leaves)
+
+
+def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
 
 
 class _Part:
     """A part of a program: equal to another if neither can be told from the other."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
         try:
             self._hash = hash(value)

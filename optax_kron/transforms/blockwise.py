@@ -1,0 +1,184 @@
+"""Blocks of parameters: their momentum, and caps on the size of each parameter's update."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, PyTree
+
+from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
+from optax_kron.kernels import contract
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.frame import After, Before, Frame, Layout
+from optax_kron.transforms.preconditioner import Advanced, KronState
+from optax_kron.transforms.stacks import (
+    all_finite,
+    ema_weight,
+    for_each_stack,
+    largest_of_blocks,
+    squares_fit,
+)
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Blockwise(Layout):
+    """Gradients as stacks of blocks, averaged before they are preconditioned.
+
+    Attributes:
+      blocking: How parameters become blocks.
+      momentum: Decay of the moving average of gradients, or `None`.
+      momentum_dtype: Dtype of that; `None` for that of the parameters.
+      rms_clip: Cap of the root mean square of each parameter's update, or `None`.
+      max_abs_clip: Cap of the largest entry of each parameter's update, or `None`.
+    """
+
+    blocking: Blocking
+    momentum: ArrayLike | None
+    momentum_dtype: DTypeLike | None
+    rms_clip: ArrayLike | None = None
+    max_abs_clip: ArrayLike | None = None
+
+    source: ClassVar[str] = "blocking"
+
+    def plan(self, owner: str, tree: PyTree) -> BlockPlan:
+        """See `Layout`."""
+        del owner
+        return plan_blocks(tree, self.blocking)
+
+    def sizes(self, plan: BlockPlan, label: str) -> tuple[np.ndarray, ...] | None:
+        """See `Layout`."""
+        return plan.sizes(label)
+
+    def init(self, plan: BlockPlan, params: PyTree) -> Mapping[str, PyTree]:
+        """See `Layout`: the momentum is zero.
+
+        There is one for a decay of zero too, as the structure of a state does not depend on values.
+        """
+        del params
+
+        def zeros(label):
+            signature, dtype = plan.stacks[label], self.momentum_dtype
+            own = jnp.result_type(*(leaf.dtype for _, leaf in plan.members(label)))
+            if dtype is not None:
+                own = contract.complex_like(dtype, signature.is_complex)
+            return jnp.zeros((plan.count(label), *signature.shape), own)
+
+        momentum = None if self.momentum is None else for_each_stack(plan, zeros)
+        return {"momentum": momentum, "layers": None}
+
+    def before(self, plan: BlockPlan, frame: Frame, updates: PyTree, state: KronState) -> Before:
+        """See `Layout`: the momentum `m ← βm + (1 − β)g`, and `m / (1 − βᵗ)` as the direction."""
+        compute = frame.compute_dtype
+        given = plan.split(updates, compute)
+        limited = frame.limit(given, state, "gradients")
+        gradients, decay = limited.blocks, self.momentum
+        average = None
+        if decay is not None:
+
+            def move(m, g):
+                return (decay * m.astype(g.dtype) + (1 - decay) * g).astype(m.dtype)
+
+            average = jax.tree.map(move, limited.rescaled(state.momentum), gradients)
+        # A gradient that is not finite shows in the average, and in its squares if those are kept.
+        shown = gradients if average is None and not frame.method.keeps_squares else average
+        finite = all_finite(shown)
+        if frame.method.keeps_squares:
+            finite &= _squares_fit(given)
+        direction = gradients
+        if decay is not None and average is not None and not validation.is_off(decay):
+            count = state.count + finite.astype(jnp.int32)
+            divisor = ema_weight(decay, count, compute)
+            direction = {
+                label: m.astype(contract.complex_like(compute, jnp.iscomplexobj(m))) / divisor
+                for label, m in average.items()
+            }
+        return Before(limited, direction, finite, average)
+
+    def after(
+        self,
+        plan: BlockPlan,
+        frame: Frame,
+        updates: PyTree,
+        state: KronState,
+        extra: PyTree,
+        before: Before,
+        advanced: Advanced,
+        rest: Mapping[str, Array],
+        others: Mapping[str, Array],
+    ) -> After:
+        """See `Layout`: the updates of each parameter keep to the caps."""
+        del frame, state, extra, rest, others
+        caps = self.rms_clip, self.max_abs_clip
+        blocks = clip_leaves(plan, advanced.updates, before.finite, *caps)
+        return After(plan.join(blocks, like=updates), before.momentum, before.finite)
+
+
+def _squares_fit(gradients: Mapping[str, Array]) -> Bool[Array, ""]:
+    """Whether the squares of all blocks are finite, before outliers are scaled down."""
+    fits = [jnp.all(squares_fit(largest_of_blocks(x), x[0].size)) for x in gradients.values()]
+    return jnp.all(jnp.array(fits, bool))  # there is no block if all leaves are empty
+
+
+def clip_leaves(
+    plan: BlockPlan,
+    stacks: Mapping[str, Array],
+    valid: Bool[Array, ""],
+    rms_clip: ArrayLike | None,
+    max_abs_clip: ArrayLike | None,
+) -> dict[str, Array]:
+    """Scale the update of each parameter so that it keeps to the caps.
+
+    Args:
+      plan: How the blocks belong to parameters.
+      stacks: Blocks of updates [N, ...] by signature, zero in the padding.
+      valid: Whether there is to be an update at all.
+      rms_clip: Cap on the root mean square over each parameter, or `None`.
+      max_abs_clip: Cap on the largest magnitude in each parameter, or `None`.
+
+    Returns:
+      Stacks like the input. A parameter whose update is not finite gets zeros; all do unless
+      `valid`.
+    """
+    return {
+        label: _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip)
+        for label, stack in stacks.items()
+    }
+
+
+def _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip):
+    members = [leaf for _, leaf in plan.members(label)]
+    owners = np.repeat(np.arange(len(members)), [leaf.count for leaf in members])
+    elements = np.array([max(np.prod(leaf.shape), 1) for leaf in members])
+    axes = tuple(range(1, stack.ndim))
+    real = contract.real_dtype(stack.dtype)
+    tiny = jnp.finfo(real).tiny
+
+    magnitude = jnp.abs(stack)
+    largest = _per_leaf(jnp.max(magnitude, axis=axes), owners, "max")
+    scale = jnp.ones_like(largest)
+    if rms_clip is not None:
+        # Relative to the largest entry, squares neither overflow nor vanish.
+        unit = jnp.maximum(largest, tiny)
+        relative = magnitude / contract.along_axis(unit[owners], 0, stack.ndim)
+        squares = _per_leaf(jnp.sum(jnp.square(relative), axis=axes), owners, "sum")
+        rms = unit * jnp.sqrt(squares / elements.astype(real))
+        scale = jnp.minimum(scale, rms_clip / rms)
+    if max_abs_clip is not None:
+        scale = jnp.minimum(scale, max_abs_clip / jnp.maximum(largest, tiny))
+    scale = contract.along_axis(scale.astype(real)[owners], 0, stack.ndim)
+    kept = contract.along_axis((valid & jnp.isfinite(largest))[owners], 0, stack.ndim)
+    return jnp.where(kept, stack * scale, 0)
+
+
+def _per_leaf(values: Array, owners: np.ndarray, reduction: str) -> Array:
+    """Reduce values [N] of blocks to one per leaf."""
+    leaves = int(owners[-1]) + 1
+    if leaves == len(owners):
+        return values
+    reduced = jnp.zeros(leaves, values.dtype).at[owners]
+    return reduced.max(values) if reduction == "max" else reduced.add(values)

@@ -1,0 +1,330 @@
+"""The factors of layers: moving averages of second moments of what they saw.
+
+Blocks with one signature (d_in, d_out, and which factors are diagonal), from all layers, form one
+stack. So compile time grows with the number of signatures, not of layers, but for the contraction
+of each layer's taps, whose shapes are its own. Of two dense layers, 3 to 2 with a bias and 4 to 2
+without, and two blocks, 5 to 7:
+
+    "4x2": A [2, 4, 4], G [2, 2, 2]    "5x7": A [2, 5, 5], G [2, 7, 7]
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from optax_kron.kernels import flow, kfac
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.moments import moments_of_member
+from optax_kron.layers.plan import LayerPlan, Member, factor_shape
+from optax_kron.layers.taps import Tap, Taps
+from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms.preconditioner import (
+    Advanced,
+    KronState,
+    Preconditioner,
+    Seen,
+    Stacks,
+    Step,
+    any_block,
+    total,
+)
+from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
+from optax_kron.transforms.stacks import (
+    Change,
+    all_finite,
+    blend,
+    finite_rows,
+    guarded,
+    largest_of_blocks,
+)
+
+
+class KfacStack(NamedTuple):
+    """Factors of N blocks of one signature."""
+
+    input_factor: Array  # A [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
+    output_factor: Array  # G [N, d_out, d_out], or its diagonal [N, d_out], factor_dtype
+    initialized: Bool[Array, " N"]  # whether the factors have been set
+    inverse: PyTree  # what was made of the factors at the last refresh; the optimizer's
+    # Of the roots of the traces of what the factors take in, A, G and what else is averaged; None
+    # without outlier_clip.
+    usual: tuple[outliers.Usual, ...] | None
+
+
+class FactorSchedule(NamedTuple):
+    """What decides on the next refresh of factors."""
+
+    factor_updates: Int[Array, ""]  # accepted steps whose taps went into the factors
+    since_refresh: Int[Array, ""]  # accepted steps since inverses or bases were made
+
+
+class Taken(NamedTuple):
+    """The stacks after a step's taps."""
+
+    stacks: Stacks
+    failures: Int[Array, ""]  # blocks whose new factors were not finite, and that kept the old
+    finite: Bool[Array, ""]  # whether the taps were; if not, the stacks are the old ones
+    outliers: Bool[Array, ""]  # whether there were any among them
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class LayerFactors(Preconditioner):
+    """How factors are averaged, and when what is made of them is made anew.
+
+    Attributes:
+      owner: Name of the optimizer, for messages.
+      approx: "expand" or "reduce".
+      decay: Of the moving averages.
+      bias_correction: Whether the first taps count for no more than later ones.
+      damping: Of the factors.
+      factor_every: Steps from one update of the factors to the next.
+      schedule: Of the refreshes, once the factors have settled.
+      outlier_clip: How many times its usual root of the trace a second moment may have.
+      precision: Precision of the matrix products.
+    """
+
+    owner: str
+    approx: str
+    decay: ArrayLike
+    bias_correction: bool
+    damping: PyTree  # a number, or until a step has its value, a schedule
+    damping_rule: str
+    factor_every: ArrayLike
+    schedule: RefreshSchedule
+    outlier_clip: ArrayLike | None
+    precision: jax.lax.PrecisionLike
+
+    refreshed: ClassVar[tuple[str, ...]] = ("inverse",)
+    averages: ClassVar[int] = 2  # second moments that are averaged over steps
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """See `Preconditioner`."""
+        return False
+
+    def init(self, count: int, signature: Sequence[Member], dtype: jnp.dtype) -> KfacStack:
+        """See `Preconditioner`: factors of zero, and inverses at the identity."""
+        layer = signature[0].layer
+        usual = None
+        if self.outlier_clip is not None:
+            usual = tuple(outliers.start(count) for _ in range(self.averages))
+        return KfacStack(
+            jnp.zeros(factor_shape(count, layer.d_in, layer.has_diagonal_input), dtype),
+            jnp.zeros(factor_shape(count, layer.d_out, layer.has_diagonal_output), dtype),
+            initialized=jnp.zeros(count, bool),
+            inverse=self.init_inverse(layer, count, dtype),
+            usual=usual,
+        )
+
+    def init_inverse(self, layer: Layer, count: int, dtype: jnp.dtype) -> PyTree:
+        """What stands for the inverses of so many blocks before there are any: the identity."""
+        raise NotImplementedError
+
+    def init_schedule(self) -> FactorSchedule:
+        """See `Preconditioner`."""
+        return FactorSchedule(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def at(self, state: KronState) -> "LayerFactors":
+        """See `Preconditioner`."""
+        damping = self.damping(state.count) if callable(self.damping) else self.damping
+        return dataclasses.replace(self, damping=damping)
+
+    def read(
+        self,
+        plan: LayerPlan,
+        updates: PyTree,
+        state: KronState,
+        extra_args: Mapping[str, PyTree],
+    ) -> Taps:
+        """See `Preconditioner`: the taps of all layers, in canonical form."""
+        del updates, state
+        return plan.read_taps(extra_args.get("taps"))
+
+    def advance(
+        self,
+        plan: LayerPlan,
+        state: KronState,
+        stacks: Stacks,
+        seen: Mapping[str, Seen],
+        extra: Taps,
+        step: Step,
+    ) -> Advanced:
+        """See `Preconditioner`: factors take in taps, which may turn out not to be finite."""
+        schedule, dtype = state.schedule, jnp.float32
+        for x in seen.values():
+            dtype = x.gradient.dtype
+        rate = jnp.clip(jnp.asarray(self.decay, dtype), 0, 1)
+        moving = step.accepted & (state.count % validation.interval(self.factor_every) == 0)
+        weight = _ema_weight(rate, schedule.factor_updates) if self.bias_correction else rate
+        take = functools.partial(self._take, plan, extra, weight, moving)
+        if isinstance(self.factor_every, int | np.integer) and self.factor_every == 1:
+            taken = take(stacks)  # a branch copies the state
+        else:
+            no, yes = jnp.zeros([], bool), jnp.ones([], bool)
+            none = jnp.zeros([], jnp.int32)
+            taken = flow.cond(moving, take, lambda x: Taken(x, none, yes, no), stacks)
+        step = step._replace(accepted=step.accepted & taken.finite)
+        moved = moving & taken.finite
+        waited = schedule.since_refresh + 1 >= validation.interval(self.schedule.every)
+        # Of factors that do not change at all, with a decay of one, none is ever young.
+        age = (1 - rate) * schedule.factor_updates.astype(dtype)
+        all_due = (state.refreshes == 0) | (moved & (age < 1) & (rate < 1))
+        refreshed = self.refresh_due(taken.stacks, seen, step, all_due=all_due, due=waited)
+        weight = _ema_weight(rate, state.count) if self.bias_correction else rate
+        stacks, missed, found = self.correct_all(plan, refreshed.stacks, extra, weight, step)
+        updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
+        due = step.accepted & (all_due | waited)
+        since = schedule.since_refresh + step.accepted.astype(jnp.int32)
+        schedule = FactorSchedule(
+            factor_updates=schedule.factor_updates + moved.astype(jnp.int32),
+            since_refresh=jnp.where(due, 0, since),
+        )
+        failures = taken.failures + refreshed.failures + missed
+        strange = taken.outliers | found
+        return Advanced(stacks, updates, failures, due, step.accepted, schedule, strange)
+
+    def correct_all(
+        self,
+        plan: LayerPlan,
+        stacks: Stacks,
+        taps: Taps,
+        decay: Float[Array, ""],
+        step: Step,
+    ) -> tuple[Stacks, Int[Array, ""], Bool[Array, ""]]:
+        """What else is learned from the taps of a step, with the new inverses: nothing.
+
+        Args:
+          plan: Of the layers.
+          stacks: Factors and inverses.
+          taps: Groups by layer, in canonical form.
+          decay: Of averages over steps.
+          step: Whether it is accepted.
+
+        Returns:
+          The new stacks; how many blocks have failed; whether there were outliers.
+        """
+        del plan, taps, decay, step
+        return stacks, jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+
+    def _take(
+        self,
+        plan: LayerPlan,
+        taps: Taps,
+        decay: Float[Array, ""],
+        allowed: Bool[Array, ""],
+        stacks: Stacks,
+    ) -> Taken:
+        """Average what the layers saw into the factors."""
+        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        if not plan.stacks:
+            return Taken(stacks, none, jnp.ones([], bool), no)
+        # Of the layers that are here, others may be masked.
+        used = {
+            m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
+        }
+        blended = {
+            label: self._blend(stacks[label], members, used, decay)
+            for label, members in plan.stacks.items()
+        }
+        checks = finite_rows([row for x in blended.values() for row in x.suspects])
+        finite = dict(zip(blended, map(jnp.logical_and, checks[::2], checks[1::2]), strict=True))
+        # Taps that are not finite show in their moments; where these are, they need not be read.
+        taps_finite = flow.cond(
+            jnp.all(jnp.concatenate(list(finite.values()))),
+            lambda: jnp.ones([], bool),
+            lambda: all_finite(used),
+        )
+        new, failed, strange = {}, [], []
+        for label, x in blended.items():
+            stack = stacks[label]
+            wanted = allowed & taps_finite & x.seen
+            new[label], missed = guarded(stack, Change(x.fields, wanted, finite[label]))
+            moved = wanted & ~missed
+            new[label] = new[label]._replace(initialized=stack.initialized | moved)
+            failed.append(missed)
+            strange.append(moved & x.outliers)
+        return Taken(new, total(failed), taps_finite, any_block(strange))
+
+    def _blend(
+        self,
+        stack: KfacStack,
+        members: Sequence[Member],
+        taps: Mapping[str, Sequence[Tap]],
+        decay: Float[Array, ""],
+    ) -> "_Blended":
+        """The factors of one stack after the taps of a step."""
+        settings = {"approx": self.approx, "dtype": decay.dtype, "precision": self.precision}
+        pairs = [moments_of_member(self.owner, m, taps[m.layer.name], **settings) for m in members]
+        *moments, weight = map(jnp.concatenate, zip(*pairs, strict=True))
+        rate = jnp.where(stack.initialized, decay, 0)  # the first moments are taken as they are
+        factors, usual = [], list(stack.usual or ())
+        strange = jnp.zeros(len(rate), bool)
+        for i, (old, moment) in enumerate(zip(stack[:2], moments, strict=True)):
+            trace = jnp.sum(kfac.diagonal_rows(moment), axis=1)
+            before = None if stack.usual is None else stack.usual[i]
+            old, moments[i], after, found = outliers.limit_moments(
+                old, moment, trace, before, self.outlier_clip
+            )
+            factors.append(blend(old, moments[i], rate))
+            if after is not None:
+                usual[i] = after
+            strange |= found
+        given = [tap for m in members for tap in taps[m.layer.name]]
+        if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in given):
+            # No entry of a second moment is larger than those on its diagonal.
+            suspects = [kfac.diagonal_rows(x) for x in moments]
+        else:
+            suspects = [largest_of_blocks(x)[:, None] for x in factors]
+        fields = {"input_factor": factors[0], "output_factor": factors[1]}
+        if stack.usual is not None:
+            fields["usual"] = tuple(usual)
+        return _Blended(fields, suspects, weight > 0, strange)
+
+
+class _Blended(NamedTuple):
+    """One stack after the taps of a step."""
+
+    fields: dict[str, PyTree]  # the factors, and the usual norms
+    suspects: list[Array]  # rows that are finite if the factors are, [N, d]
+    seen: Bool[Array, " N"]  # whether the layer has seen any example
+    outliers: Bool[Array, " N"]
+
+
+def _ema_weight(decay: Float[Array, ""], updates: Int[Array, ""]) -> Float[Array, ""]:
+    """The weight of the old factors that makes a moving average one without bias to its start."""
+    count = updates.astype(decay.dtype)
+    weight = decay * (1 - decay**count) / jnp.where(decay < 1, 1 - decay ** (count + 1), 1)
+    return jnp.where(decay < 1, weight, count / (count + 1))
+
+
+def check_factors(
+    owner: str,
+    approx: str,
+    decay: ArrayLike,
+    damping: optax.ScalarOrSchedule,
+    factor_every: ArrayLike,
+    refresh_every: ArrayLike,
+    stagger: bool,
+) -> dict[str, PyTree]:
+    """The settings of `LayerFactors` that are in range, by name."""
+    validation.check_choice(owner, "approx", approx, kfac.APPROXIMATIONS)
+    validation.check_range(owner, "decay", decay, most=1)
+    validation.check_range(owner, "damping", damping, schedule=True)
+    validation.check_interval(owner, "factor_every", factor_every)
+    return {
+        "owner": owner,
+        "approx": approx,
+        "decay": decay,
+        "damping": damping,
+        "factor_every": factor_every,
+        "schedule": refresh_schedule(owner, refresh_every, stagger),
+    }

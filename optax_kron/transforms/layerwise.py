@@ -1,0 +1,344 @@
+"""Layers: their gradients as blocks, the norm constraint, the velocity, a fallback for the rest.
+
+A parameter belongs to a layer, in whole or in part, or to none. What layers own is preconditioned;
+the rest, zeros where a layer owns it, goes through the fallback or stays as it is. For a dense
+layer with a bias, and a scale that is in no layer:
+
+    kernel [3, 2], bias [2] → block [1, 4, 2], the bias as the last row    scale → the rest
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from optax_kron.kernels import contract
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.paths import by_path, map_by_path
+from optax_kron.layers.plan import LayerPlan, check_layers, plan_layers
+from optax_kron.layers.taps import Moments, Tap, Taps
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.frame import After, Before, Frame, Layout
+from optax_kron.transforms.preconditioner import Advanced, KronState
+from optax_kron.transforms.stacks import all_finite, norms
+
+# Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
+# With a rate of 0.1 it allows for what norm_constraint=9e-4 does.
+AUTO_NORM = 0.09
+
+
+class LayerState(NamedTuple):
+    """What is kept of the loss of layers.
+
+    Attributes:
+      loss_weight: Sum of the examples' weights in the loss of the last step, float32 [].
+      mismatched_steps: Accepted steps whose gradients were 128 times larger or smaller than those
+        that the taps were made beside, as of a scaled loss, int32 [].
+    """
+
+    loss_weight: Float[Array, ""]
+    mismatched_steps: Int[Array, ""]
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Layerwise(Layout):
+    """Gradients as stacks of layers' blocks; the settings of `scale_by_kfac` that are not K-FAC's.
+
+    Attributes:
+      owner: Name of the optimizer, for messages.
+      layers: Those of the loss.
+      momentum: Of the velocity, or `None`.
+      momentum_dtype: Dtype of that; `None` for that of the parameters.
+      norm_constraint: Bound of the step, "auto" or `None`.
+      learning_rate: What the updates will be multiplied with; of a step a number.
+      fallback: The transformation of parameters in no layer, or `None`.
+    """
+
+    owner: str
+    layers: Sequence[Layer]
+    momentum: ArrayLike | None
+    momentum_dtype: DTypeLike | None
+    norm_constraint: ArrayLike | str | None
+    learning_rate: PyTree  # a number, a schedule or None
+    fallback: optax.GradientTransformation | None
+
+    source: ClassVar[str] = "layers"
+
+    @property
+    def has_fallback(self) -> bool:
+        """See `Layout`."""
+        return self.fallback is not None
+
+    def plan(self, owner: str, tree: PyTree) -> LayerPlan:
+        """See `Layout`."""
+        return plan_layers(owner, self.layers, tree)
+
+    def at(self, state: KronState) -> "Layerwise":
+        """See `Layout`."""
+        if not callable(self.learning_rate):
+            return self
+        # The steps as the schedule of a learning rate further down the chain counts them.
+        rate = self.learning_rate(state.count + state.skipped_steps)
+        return dataclasses.replace(self, learning_rate=rate)
+
+    def init(self, plan: LayerPlan, params: PyTree) -> Mapping[str, PyTree]:
+        """See `Layout`: a velocity of zero, masked where a fallback has the leaf."""
+        velocity = {
+            path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
+            for path, leaf in by_path(params).items()
+            if self.fallback is None or path in plan.owned
+        }
+        return {
+            "momentum": None if self.momentum is None else _masked(params, velocity),
+            "layers": LayerState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)),
+        }
+
+    def init_fallback(self, plan: LayerPlan, params: PyTree) -> PyTree:
+        """See `Layout`; warns if there are no layers."""
+        if not plan.stacks and any(0 not in shape for shape in plan.leaves.values()):
+            validation.warn_without_layers(self.owner, self.layers, self.fallback)
+        if self.fallback is None:
+            return None
+        leaves = by_path(params)
+        return self.fallback.init(_masked(params, {path: leaves[path] for path in plan.uncovered}))
+
+    def rest_paths(self, plan: LayerPlan) -> Sequence[str]:
+        """See `Layout`."""
+        return plan.uncovered
+
+    def rest(self, plan: LayerPlan, updates: PyTree, dtype: jnp.dtype) -> Mapping[str, Array]:
+        """See `Layout`: zeros where a layer owns a part of a parameter."""
+        leaves = by_path(updates)
+        return {
+            path: plan.without_owned(path, _widened(leaves[path], dtype)) for path in plan.uncovered
+        }
+
+    def fall_back(
+        self,
+        plan: LayerPlan,
+        updates: PyTree,
+        rest: Mapping[str, Array],
+        state: KronState,
+        params: PyTree | None,
+        extra_args: Mapping[str, PyTree],
+    ) -> tuple[Mapping[str, Array], PyTree]:
+        """See `Layout`."""
+        assert self.fallback is not None
+        given = {} if params is None else by_path(params)
+        given = {path: given[path] for path in rest if path in given}
+        extra = {name: x for name, x in extra_args.items() if name != "taps"}
+        others, new = optax.with_extra_args_support(self.fallback).update(
+            _masked(updates, rest, cast=True),
+            state.fallback,
+            None if params is None else _masked(params, given),
+            **extra,
+        )
+        # Of a parameter that is covered in part, to what is not.
+        return {path: plan.without_owned(path, u) for path, u in by_path(others).items()}, new
+
+    def before(self, plan: LayerPlan, frame: Frame, updates: PyTree, state: KronState) -> Before:
+        """See `Layout`: the gradients themselves are preconditioned."""
+        limited = frame.limit(_blocks(plan, updates, frame.compute_dtype), state, "gradients")
+        return Before(limited, limited.blocks, all_finite(updates), momentum=None)
+
+    def after(
+        self,
+        plan: LayerPlan,
+        frame: Frame,
+        updates: PyTree,
+        state: KronState,
+        extra: PyTree,
+        before: Before,
+        advanced: Advanced,
+        rest: Mapping[str, Array],
+        others: Mapping[str, Array],
+    ) -> After:
+        """See `Layout`: the norm constraint, then the velocity, then what the fallback has made."""
+        dtype, taps = frame.compute_dtype, extra
+        differ = plan.scales_differ(_blocks(plan, updates, dtype), taps)
+        gradients = {path: _widened(g, dtype) for path, g in by_path(updates).items()}
+        weight, most = loss_weight(taps, dtype)
+        # A loss that weighs more than it did, once, must not lift the bound of that step.
+        last = jnp.where(state.layers.loss_weight > 0, state.layers.loss_weight, most)
+        directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
+        if self.fallback is None:
+            directions |= rest
+        plan.put(directions, advanced.updates)
+        scale = self._scale(before, advanced, rest, jnp.minimum(weight, last.astype(dtype)), dtype)
+        if scale is not None:
+            directions = {path: _times(scale, u) for path, u in directions.items()}
+        velocity = state.momentum
+        if self.momentum is not None:
+            old = by_path(state.momentum)
+            directions = {
+                path: _times(self.momentum, old[path].astype(u.dtype)) + u
+                for path, u in directions.items()
+            }
+            velocity = _masked(state.momentum, directions, cast=True)
+        for path, u in others.items():
+            u = u.astype(gradients[path].dtype)
+            directions[path] = directions[path] + u if path in directions else u
+        result = _masked(updates, directions, cast=True)
+        accepted = advanced.accepted & all_finite((result, velocity))
+        layers = LayerState(weight, state.layers.mismatched_steps + differ.astype(jnp.int32))
+        result = jax.tree.map(lambda u: jnp.where(accepted, u, 0), result)
+        return After(result, velocity, accepted, layers)
+
+    def _scale(self, before, advanced, rest, weight, dtype):
+        """By what the norm constraint shortens a step; `None` without one."""
+        if self.norm_constraint is None:
+            return None
+        pairs = [(g, advanced.updates[label]) for label, g in before.gradients.blocks.items()]
+        if self.fallback is None:
+            pairs += [(g[None], g[None]) for g in rest.values()]
+        constraint, rate = self.norm_constraint, self.learning_rate
+        if isinstance(constraint, str):
+            constraint, rate = AUTO_NORM * weight, 1.0
+        return norm_constraint_scale(pairs, rate, constraint, dtype)
+
+
+def layerwise(
+    owner: str,
+    layers: Iterable[Layer],
+    momentum: ArrayLike | None,
+    momentum_dtype: DTypeLike | None,
+    norm_constraint: ArrayLike | str | None,
+    learning_rate: optax.ScalarOrSchedule | None,
+    fallback: optax.GradientTransformation | None,
+) -> Layerwise:
+    """The layout, with its settings checked."""
+    layers = check_layers(owner, layers)
+    check = validation.check_range
+    check(owner, "momentum", momentum, most=1, open_right=True, optional=True)
+    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    if isinstance(norm_constraint, str):
+        validation.check_choice(owner, "norm_constraint", norm_constraint, ("auto",))
+    else:
+        check(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+    check(owner, "learning_rate", learning_rate, optional=True, schedule=True)
+    if not (norm_constraint is None or isinstance(norm_constraint, str)) and learning_rate is None:
+        raise ValueError(
+            f"{owner}: norm_constraint={norm_constraint!r} needs learning_rate, the number or "
+            "schedule that the updates are multiplied with; got None."
+        )
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise ValueError(
+            f"{owner}: fallback must be an optax.GradientTransformation, such as "
+            f"optax.scale_by_adam(), or None; got {fallback!r}."
+        )
+    return Layerwise(
+        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+    )
+
+
+def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
+    """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
+
+    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
+    without weights are those of a mean.
+
+    Returns:
+      It, and how often it holds that at most if it is no multiple of a sum.
+    """
+
+    def of_group(tap):
+        if isinstance(tap, Moments):
+            return jnp.max(tap.weight).astype(dtype)
+        if tap.weights is None:
+            return jnp.ones([], dtype)
+        weights = tap.weights.astype(dtype)
+        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
+
+    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
+    total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
+    examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
+    return jnp.where(total > 0, total, 1), max(examples, default=1)
+
+
+def norm_constraint_scale(
+    pairs: Sequence[tuple[Array, Array]],
+    learning_rate: ArrayLike,
+    norm_constraint: ArrayLike,
+    dtype: DTypeLike,
+) -> Float[Array, ""]:
+    """`min(1, √(c / (lr²·Σ⟨g, P⁻¹g⟩)))`, also where the products overflow.
+
+    Args:
+      pairs: Blocks [N, ...] of gradients g, and of natural gradients P⁻¹g.
+      learning_rate: lr.
+      norm_constraint: c.
+      dtype: Of the result.
+    """
+    largest = [
+        jnp.max(jnp.stack([jnp.zeros([], dtype), *(_largest(x).astype(dtype) for x in arrays)]))
+        for arrays in zip(*pairs, strict=True)
+    ]
+    units = [jnp.where(x > 0, x, 1) for x in largest]
+    products = [_product(*map(_over, pair, units)).astype(dtype) for pair in pairs]
+    total = sum(products, jnp.zeros([], dtype))
+    # Both roots are in units of those of the largest entries.
+    length = jnp.abs(jnp.asarray(learning_rate, dtype)) * jnp.sqrt(total)
+    bound = jnp.sqrt(jnp.asarray(norm_constraint, dtype))
+    for unit in units:
+        bound = bound / jnp.sqrt(unit)
+    return jnp.where(length > bound, bound / jnp.where(length > bound, length, 1), 1)
+
+
+def _product(gradients: Array, natural: Array) -> Array:
+    """`Σ ⟨g, P⁻¹g⟩` over blocks [N, ...], none of them below its rounding error.
+
+    Where P is more than 1 / ε times larger along g than across it, P⁻¹g is made of what rounding
+    left across g, and the product may be anything, even negative; it would not bound the step.
+    """
+    products = jnp.real(gradients * jnp.conj(natural))
+    products = jnp.sum(products, axis=tuple(range(1, natural.ndim)))
+    least = jnp.finfo(products.dtype).eps * norms(gradients) * norms(natural)
+    return jnp.sum(jnp.maximum(products, least.astype(products.dtype)))
+
+
+def _largest(x: Array) -> Array:
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+def _over(x: Array, unit: Array) -> Array:
+    return x / unit.astype(contract.real_dtype(x.dtype))
+
+
+def _blocks(plan: LayerPlan, updates: PyTree, dtype: jnp.dtype) -> dict[str, Array]:
+    leaves = by_path(updates)
+    return plan.take({path: _widened(leaves[path], dtype) for path in plan.owned}, dtype)
+
+
+def _masked(tree: PyTree, leaves: Mapping[str, Array], *, cast: bool = False) -> PyTree:
+    """The tree with leaves given by path, and masked nodes for all others.
+
+    Args:
+      tree: Whose structure it has.
+      leaves: The new leaves.
+      cast: Whether they get the dtypes of the old.
+    """
+
+    def choose(path, old):
+        new = leaves.get(path)
+        if new is None:
+            return optax.MaskedNode()
+        return new.astype(jnp.result_type(old)) if cast else new
+
+    return map_by_path(choose, tree)
+
+
+def _widened(x: Array, dtype: jnp.dtype) -> Array:
+    """The array at the precision of a real dtype, or at its own if that is higher."""
+    real = max(contract.real_dtype(x.dtype), dtype, key=lambda d: d.itemsize)
+    return x.astype(contract.complex_like(real, jnp.iscomplexobj(x)))
+
+
+def _times(scale: ArrayLike, x: Array) -> Array:
+    """A real scalar of any dtype times an array, in the dtype of the array."""
+    return jnp.asarray(scale).astype(contract.real_dtype(x.dtype)) * x

@@ -1,0 +1,234 @@
+"""When blocks are refreshed: all of them now and then, or some of them at every step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
+
+from optax_kron.kernels import flow
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.stacks import cond_in_place
+
+# From stacks by label, or some rows of one, and operands that they share: the stacks refreshed, and
+# which of their blocks have failed, bool [n] by label.
+Refresh = Callable[[Mapping[str, NamedTuple], PyTree], tuple[Mapping[str, NamedTuple], PyTree]]
+
+
+class Refreshed(NamedTuple):
+    """What becomes of stacks at a step of a schedule."""
+
+    stacks: Mapping[str, NamedTuple]
+    failures: Int[Array, ""]  # blocks that kept what they had
+    happened: Bool[Array, ""]  # whether any block was refreshed
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class RefreshSchedule:
+    """Refreshes each block once every `every` steps, optionally staggered.
+
+    Attributes:
+      every: The number of steps, an int ≥ 1; it may be traced unless staggered.
+      staggered: Whether the blocks are dealt out to the steps between, so that each step refreshes
+        some of them and none refreshes them all.
+    """
+
+    every: ArrayLike
+    staggered: bool
+
+    def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether a number of steps is a multiple of the interval."""
+        return count % validation.interval(self.every) == 0
+
+    def run(
+        self,
+        refresh: Refresh,
+        stacks: Mapping[str, NamedTuple],
+        fields: tuple[str, ...],
+        operands: PyTree,
+        sizes: Mapping[str, int],
+        count: Int[Array, ""],
+        *,
+        due: Bool[Array, ""],
+        all_due: Bool[Array, ""],
+        allowed: Bool[Array, ""],
+    ) -> Refreshed:
+        """Refresh the blocks that are due.
+
+        Args:
+          refresh: The function of some stacks, or some rows of one. It closes over nothing that may
+            be traced.
+          stacks: What is refreshed, by label.
+          fields: The fields of a stack that a refresh replaces. The others are only read.
+          operands: The last argument of `refresh`.
+          sizes: The number of elements of a block, by label. If staggered, large ones go first.
+          count: The number of steps so far, which tells whose turn it is if staggered.
+          due: Whether the interval has ended; not looked at if staggered.
+          all_due: Whether all blocks are due, whosever turn it is.
+          allowed: Whether anything may be refreshed.
+        """
+        none = jnp.zeros([], jnp.int32)
+        old = {
+            label: {name: getattr(stack, name) for name in fields}
+            for label, stack in stacks.items()
+        }
+        # The loop carries what is replaced alone, as a carry may be copied.
+        read = {label: stack._replace(**dict.fromkeys(fields)) for label, stack in stacks.items()}
+        carry, reads = (old, none), (read, operands)
+        if self.staggered:
+            turns = _deal(read, sizes, int(np.asarray(self.every)))
+            new, failures, happened = self._run_in_turns(
+                refresh, carry, reads, turns, count, all_due, allowed
+            )
+        else:
+            happened = allowed & (all_due | due)
+            new, failures = self._run_all(refresh, carry, reads, happened)
+        refreshed = {label: stack._replace(**new[label]) for label, stack in stacks.items()}
+        return Refreshed(refreshed, failures, happened)
+
+    def _run_all(self, refresh, carry, reads, due):
+        def refresh_all(carry, read):
+            old, failures = carry
+            stacks, operands = read
+            given = {label: stack._replace(**old[label]) for label, stack in stacks.items()}
+            new, failed = refresh(given, operands)
+            for x in failed.values():
+                failures += jnp.sum(x, dtype=jnp.int32)
+            return _fields(new, old), failures
+
+        return cond_in_place(refresh_all, due, carry, reads)
+
+    def _run_in_turns(self, refresh, carry, reads, turns, count, all_due, allowed):
+        every = int(np.asarray(self.every))
+        turn = count % every
+        # All turns in one step where all blocks are due, none where nothing is allowed.
+        first = jnp.where(all_due, 0, turn)
+        last = jnp.where(allowed, jnp.where(all_due, every, turn + 1), first)
+
+        def take_turn(turn, carry):
+            old, failures = carry
+            stacks, operands = reads
+            new = {}
+            for label in old:
+                rows = jnp.asarray(turns[label])[turn]
+                stack = stacks[label]
+                new[label], failed = _refresh_rows(
+                    refresh, label, old[label], stack, operands, rows
+                )
+                failures += failed
+            return new, failures
+
+        new, failures = flow.fori_loop(first, last, take_turn, carry)
+        counts = {label: _count(stack) for label, stack in reads[0].items()}
+        busy = np.array([any(t[i, 0] < counts[x] for x, t in turns.items()) for i in range(every)])
+        return new, failures, allowed & (all_due | jnp.asarray(busy)[turn])
+
+
+def _fields(stacks, like):
+    return {label: {x: getattr(stacks[label], x) for x in like[label]} for label in like}
+
+
+def _count(stack: NamedTuple) -> int:
+    return len(jax.tree.leaves(stack)[0])
+
+
+def _refresh_rows(refresh, label, old, stack, operands, rows):
+    """Refresh some rows of a stack: those within it, as the last turns are filled up beyond it."""
+    count = _count(stack)
+
+    def some(carry):
+        old, stack, operands = carry
+        taken, read = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), (old, stack))
+        new, failed = refresh({label: read._replace(**taken)}, operands)
+        put = jax.tree.map(
+            lambda x, y: x.at[rows].set(y, mode="drop"), old, _fields(new, {label: old})[label]
+        )
+        return put, jnp.sum(failed[label] & (rows < count), dtype=jnp.int32)
+
+    def none(carry):
+        return carry[0], jnp.zeros([], jnp.int32)
+
+    return flow.cond(rows[0] < count, some, none, (old, stack, operands))
+
+
+def _deal(
+    stacks: Mapping[str, NamedTuple], sizes: Mapping[str, int], turns: int
+) -> dict[str, np.ndarray]:
+    """Whose turn is when: for each stack the rows [turns, n], filled up with a row beyond it.
+
+    The blocks are dealt one by one, the largest first, so that all turns cost about as much. Of two
+    stacks, A of three large blocks and B of two small ones, three turns get
+
+        A [[0], [1], [2]]    B [[0], [1], [2]]    (row 2 of B is beyond it)
+    """
+    table, dealt = {}, 0
+    for label in sorted(stacks, key=lambda label: -sizes[label]):
+        count = _count(stacks[label])
+        rows = np.full((turns, -(-count // turns)), count, np.int32)
+        for row in range(count):
+            rows[(dealt + row) % turns, row // turns] = row
+        table[label], dealt = rows, dealt + count
+    return table
+
+
+def refresh_schedule(owner: str, refresh_every: ArrayLike, stagger: bool) -> RefreshSchedule:
+    """The schedule of two settings.
+
+    Raises:
+      ValueError: if they are out of range; or staggered refreshes are to come at an interval that
+        is only known at run time, as under `optax.inject_hyperparams`.
+    """
+    validation.check_interval(owner, "refresh_every", refresh_every)
+    if stagger and isinstance(refresh_every, jax.core.Tracer):
+        raise ValueError(
+            f"{owner}: stagger=True needs refresh_every as a number, not traced, as it decides how "
+            f"blocks are dealt out; got {refresh_every!r}. With optax.inject_hyperparams, pass "
+            'static_args=("refresh_every",).'
+        )
+    # Dealing out takes a number, which an array is not inside of a program.
+    return RefreshSchedule(
+        int(np.asarray(refresh_every)) if stagger else refresh_every, bool(stagger)
+    )
+
+
+def update_probability_schedule(
+    *, highest: float = 1.0, lowest: float = 0.03, decay: float = 0.001, flat_steps: int = 500
+) -> optax.Schedule:
+    """How often the factors move: `clip(highest·exp(−decay·(t − flat_steps)), lowest, highest)`.
+
+    At every step while the preconditioner is young, then less and less often.
+
+    Args:
+      highest: probability during the first `flat_steps` steps, in [0, 1].
+      lowest: probability in the long run, in [0, highest].
+      decay: rate of the exponential, per step.
+      flat_steps: steps before the decay begins.
+
+    Returns:
+      A schedule: from the step, an int array, to the probability, a float array.
+
+    Examples:
+      >>> import optax_kron as ok
+      >>> schedule = ok.update_probability_schedule(lowest=0.1)
+      >>> print(schedule(0), schedule(10_000))
+      1.0 0.1
+    """
+    owner = "update_probability_schedule"
+    validation.check_range(owner, "highest", highest, most=1)
+    validation.check_range(owner, "lowest", lowest, most=highest)
+    validation.check_range(owner, "decay", decay)
+    validation.check_range(owner, "flat_steps", flat_steps)
+
+    def schedule(count):
+        steps = jnp.asarray(count).astype(jnp.float32)
+        fall = jnp.exp(-decay * jnp.maximum(steps - flat_steps, 0))
+        return jnp.clip(highest * fall, lowest, highest)
+
+    return schedule
