@@ -5,28 +5,32 @@ state to n parameters is normal with variance 1/D. It is drawn in chunks of rows
 its own, as often as it is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Inexact, Int, Key
 
 from optax_kron.kernels import contract, flow, positive
+from optax_kron.kernels.contract import matmul_exact
 
+# A worked example: leaves of 3·10⁶ float32 and 10⁶ complex64 numbers share the real dtype float32,
+# and so one group of n = 5·10⁶ real ones. With D = 64 a chunk is 2²⁰ / 64 = 16384 rows: the map is
+# 306 chunks [16384, 64], each multiplied with the part of the gradient that it meets, and dropped.
 _CHUNK = 2**20  # numbers of the map that are there at a time
 
+Leaf = Inexact[Array, "..."]  # of any shape, or abstract
 
-def groups(dimensions: int, count: ArrayLike) -> Array:
+
+def groups(dimensions: int, count: ArrayLike) -> Int[Array, " D"]:
     """The group of each dimension: contiguous, of sizes that differ by at most one, larger first.
 
     Args:
       dimensions: D.
-      count: number of groups, an int from 1 to D, which may be traced.
-
-    Returns:
-      int [D].
+      count: Number of groups, an int from 1 to D, which may be traced.
     """
     index = jnp.arange(dimensions)
     count = jnp.minimum(jnp.asarray(count, index.dtype), dimensions)
@@ -36,154 +40,152 @@ def groups(dimensions: int, count: ArrayLike) -> Array:
 
 
 def solve(
-    branches: Array, vector: Array, damping: ArrayLike, count: ArrayLike
-) -> tuple[Array, Array]:
+    branches: Float[Array, "K D"], vector: Float[Array, " D"], damping: ArrayLike, count: ArrayLike
+) -> tuple[Float[Array, " D"], Bool[Array, ""]]:
     """`C⁻¹ v` with the diagonal blocks of `C = cov(branches) + damping·I`, by Cholesky.
 
     Args:
-      branches: [K, D]; of a single one the covariance is zero.
-      vector: v [D].
-      damping: ≥ 0.
-      count: number of diagonal blocks, see `groups`.
+      branches: Samples of the state; of a single one the covariance is zero.
+      vector: The vector v.
+      damping: The damping ≥ 0.
+      count: Number of diagonal blocks, see `groups`.
 
     Returns:
-      [D]; and whether that was possible, bool []. If not, C is replaced by its diagonal, and that
+      The solution; and whether that was possible. If not, C is replaced by its diagonal, and that
       by the identity where it is not positive. Cost: 2·K·D² + 2·D³ operations.
     """
     samples, dimensions = branches.shape
     group = groups(dimensions, count)
     centred = branches - jnp.mean(branches, axis=0, keepdims=True)
-    covariance = jnp.matmul(centred.T, centred, precision="highest") / max(samples - 1, 1)
+    covariance = matmul_exact(centred.T, centred) / max(samples - 1, 1)
+    # The number of blocks may be traced, their sizes may not: so C stays one matrix, with zeros.
     covariance = jnp.where(group[:, None] == group[None], covariance, 0)
     shift = jnp.asarray(damping, branches.dtype)
-    (inverse,), (sound,) = positive.inverses([covariance[None]], [shift[None]])
-    solved = jnp.matmul(inverse[0], vector, precision="highest")
+    (inverse,), (finite,) = positive.inverses([covariance[None]], [shift[None]])
+    solved = matmul_exact(inverse[0], vector)
     diagonal = jnp.diagonal(covariance) + shift
     usable = jnp.isfinite(diagonal) & (diagonal > 0)
-    return jnp.where(sound[0], solved, vector / jnp.where(usable, diagonal, 1)), sound[0]
+    return jnp.where(finite[0], solved, vector / jnp.where(usable, diagonal, 1)), finite[0]
 
 
-def project(key: Array, leaves: Sequence[Array], dimensions: int, dtype: DTypeLike) -> Array:
-    """`Pᵀ g` [D] of all leaves behind each other; complex ones are their real and imaginary parts.
+def project(
+    key: Key[Array, ""], leaves: Sequence[Leaf], dimensions: int, dtype: DTypeLike
+) -> Float[Array, " D"]:
+    """`Pᵀ g` of all leaves behind each other; complex ones are their real and imaginary parts.
 
     Args:
-      key: of the map.
-      leaves: arrays of any shapes.
+      key: Key of the map.
+      leaves: The leaves g.
       dimensions: D.
-      dtype: of the arithmetic.
+      dtype: Dtype of the arithmetic.
 
     Returns:
-      [D]. Memory: that of the leaves once more, and 2²⁰ numbers or so of the map. Cost: n·D normal
-      numbers and 2·n·D operations.
+      The projection. Memory: that of the leaves once more, and 2²⁰ numbers or so of the map. Cost:
+      n·D normal numbers and 2·n·D operations.
     """
     total = jnp.zeros(dimensions, dtype)
-    for kind, indices in _kinds(leaves).items():
-        chunks = _chunks([leaves[i] for i in indices], dimensions)
+    for group in _groups_of_leaves(leaves, dimensions):
+        chunks = _chunks([leaves[i] for i in group.indices], group.rows)
 
-        def add(carry, given, kind=kind):
-            i, chunk = given
-            rows = _rows(jax.random.fold_in(key, kind), i, chunk.shape[0], dimensions, dtype)
-            return carry + jnp.matmul(chunk.astype(dtype), rows, precision="highest"), None
+        def add(total, step, group=group):
+            i, chunk = step
+            rows = _rows(jax.random.fold_in(key, group.number), i, group.rows, dimensions, dtype)
+            return total + matmul_exact(chunk.astype(dtype), rows), None
 
-        total, _ = flow.scan(add, total, (jnp.arange(len(chunks)), chunks))
+        total, _ = flow.scan(add, total, (jnp.arange(group.chunks), chunks))
     return total
 
 
-def bring_back(key: Array, vector: Array, like: Sequence[Array]) -> list[Array]:
+def bring_back(key: Key[Array, ""], vector: Float[Array, " D"], like: Sequence[Leaf]) -> list[Leaf]:
     """`P v`, as leaves like those of `project`, with the same map; arguments and cost as there.
 
     Args:
-      key: of the map.
-      vector: v [D].
-      like: arrays, or abstract ones, whose shapes and dtypes the result has.
+      key: Key of the map.
+      vector: The vector v.
+      like: Leaves whose shapes and dtypes the result has.
     """
-    found: dict[int, Array] = {}
-    for kind, indices in _kinds(like).items():
-        members = [like[i] for i in indices]
-        counts = [_count(x) for x in members]
-        size = _chunk_size(sum(counts), vector.shape[0])
-        dtype = contract.real_dtype(members[0].dtype)
+    results: dict[int, Array] = {}
+    for group in _groups_of_leaves(like, vector.shape[0]):
 
-        def bring(i, flat, kind=kind, size=size):
-            own = jax.random.fold_in(key, kind)
-            rows = _rows(own, i, size, vector.shape[0], vector.dtype)
-            part = jnp.matmul(rows, vector, precision="highest").astype(flat.dtype)
+        def bring(i, flat, group=group):
+            group_key = jax.random.fold_in(key, group.number)
+            rows = _rows(group_key, i, group.rows, vector.shape[0], vector.dtype)
+            part = matmul_exact(rows, vector).astype(flat.dtype)
             return jax.lax.dynamic_update_index_in_dim(flat, part, i, axis=0)
 
-        chunks = -(-sum(counts) // size)
         # It begins as copies of an entry of the vector, not as zeros: those would be made while the
         # flattened gradient is still there.
-        flat = jnp.broadcast_to(vector[0].astype(dtype), (chunks, size))
-        flat = flow.fori_loop(0, chunks, bring, flat).ravel()
-        start = 0
-        for i, x, number in zip(indices, members, counts, strict=True):
-            part = flat[start : start + number]
-            if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        dtype = contract.real_dtype(like[group.indices[0]].dtype)
+        flat = jnp.broadcast_to(vector[0].astype(dtype), (group.chunks, group.rows))
+        flat = flow.fori_loop(0, group.chunks, bring, flat).ravel()
+        for i, part in group.parts(flat):
+            if jnp.issubdtype(like[i].dtype, jnp.complexfloating):
                 real, imaginary = jnp.split(part, 2)
                 part = jax.lax.complex(real, imaginary)
-            found[i] = part.reshape(x.shape).astype(x.dtype)
-            start += number
-    return [found.get(i, jnp.zeros(x.shape, x.dtype)) for i, x in enumerate(like)]
+            results[i] = part.reshape(like[i].shape).astype(like[i].dtype)
+    return [results.get(i, jnp.zeros(x.shape, x.dtype)) for i, x in enumerate(like)]
 
 
-def dense_map(key: Array, like: Sequence[Array], dimensions: int, dtype: DTypeLike) -> Array:
-    """The map P [n, D] as a matrix, for small models; its rows are in the order of the leaves.
+def dense_map(
+    key: Key[Array, ""], like: Sequence[Leaf], dimensions: int, dtype: DTypeLike
+) -> Float[Array, "n D"]:
+    """The map P as a matrix, for small models; its rows are in the order of the leaves.
 
     Args:
-      key: of the map.
-      like: arrays, or abstract ones, as in `bring_back`. Complex ones have the rows of all their
-        real parts, then those of the imaginary ones.
+      key: Key of the map.
+      like: Leaves as in `bring_back`. Complex ones have the rows of all their real parts, then
+        those of the imaginary ones.
       dimensions: D.
-      dtype: of the matrix.
+      dtype: Dtype of the matrix.
     """
-    found: dict[int, Array] = {}
-    for kind, indices in _kinds(like).items():
-        counts = [_count(like[i]) for i in indices]
-        size = _chunk_size(sum(counts), dimensions)
-        own = jax.random.fold_in(key, kind)
-        chunks = [_rows(own, i, size, dimensions, dtype) for i in range(-(-sum(counts) // size))]
-        rows = jnp.concatenate(chunks)
+    results: dict[int, Array] = {}
+    for group in _groups_of_leaves(like, dimensions):
+        group_key = jax.random.fold_in(key, group.number)
+        chunks = [_rows(group_key, i, group.rows, dimensions, dtype) for i in range(group.chunks)]
+        results |= group.parts(jnp.concatenate(chunks))
+    return jnp.concatenate([results[i] for i in sorted(results)])
+
+
+def _rows(
+    key: Key[Array, ""], chunk: ArrayLike, size: int, dimensions: int, dtype: DTypeLike
+) -> Float[Array, "size D"]:
+    """One chunk of the map."""
+    normal = jax.random.normal(jax.random.fold_in(key, chunk), (size, dimensions), dtype)
+    return normal / np.sqrt(dimensions).astype(dtype)
+
+
+class _Group(NamedTuple):
+    """Leaves that share a real dtype, and are flattened together."""
+
+    number: int  # of the dtype, which the key of the group depends on
+    indices: list[int]  # of its leaves
+    counts: list[int]  # of real numbers in each
+    rows: int  # of a chunk
+    chunks: int
+
+    def parts(self, flat: Float[Array, "n ..."]) -> Iterator[tuple[int, Float[Array, "m ..."]]]:
+        """The index of each leaf, and its part of all rows."""
         start = 0
-        for i, number in zip(indices, counts, strict=True):
-            found[i] = rows[start : start + number]
-            start += number
-    return jnp.concatenate([found[i] for i in sorted(found)])
+        for i, count in zip(self.indices, self.counts, strict=True):
+            yield i, flat[start : start + count]
+            start += count
 
 
-def _rows(key: Array, chunk: ArrayLike, size: int, dimensions: int, dtype: DTypeLike) -> Array:
-    """One chunk of the map, [size, D]."""
-    drawn = jax.random.normal(jax.random.fold_in(key, chunk), (size, dimensions), dtype)
-    return drawn / np.sqrt(dimensions).astype(dtype)
+def _groups_of_leaves(leaves: Sequence[Leaf], dimensions: int) -> Iterator[_Group]:
+    dtypes = [str(contract.real_dtype(x.dtype)) for x in leaves]
+    for number, dtype in enumerate(sorted(set(dtypes))):
+        indices = [i for i, x in enumerate(leaves) if x.size and dtypes[i] == dtype]
+        if indices:
+            members = [leaves[i] for i in indices]
+            counts = [x.size * (1 + jnp.issubdtype(x.dtype, jnp.complexfloating)) for x in members]
+            rows = min(max(_CHUNK // dimensions, 1), sum(counts))
+            yield _Group(number, indices, counts, rows, -(-sum(counts) // rows))
 
 
-def _kinds(leaves: Sequence[Array]) -> dict[int, list[int]]:
-    """Indices of leaves with elements that share a real dtype, which are flattened together."""
-    dtypes = sorted({str(contract.real_dtype(x.dtype)) for x in leaves})
-    kinds = {
-        kind: [
-            i for i, x in enumerate(leaves) if x.size and str(contract.real_dtype(x.dtype)) == dtype
-        ]
-        for kind, dtype in enumerate(dtypes)
-    }
-    return {kind: indices for kind, indices in kinds.items() if indices}
-
-
-def _count(x: Array) -> int:
-    """Number of real numbers in an array."""
-    return x.size * (2 if jnp.issubdtype(x.dtype, jnp.complexfloating) else 1)
-
-
-def _chunk_size(total: int, dimensions: int) -> int:
-    """Rows of a chunk."""
-    return min(max(_CHUNK // dimensions, 1), total)
-
-
-def _chunks(leaves: Sequence[Array], dimensions: int) -> Array:
-    """All leaves behind each other, in rows of the size of a chunk, filled up with zeros."""
+def _chunks(leaves: Sequence[Leaf], rows: int) -> Float[Array, "chunks rows"]:
+    """All leaves behind each other, filled up with zeros."""
     flat = []
     for x in leaves:
         flat += [x.real.ravel(), x.imag.ravel()] if jnp.iscomplexobj(x) else [x.ravel()]
-    total = sum(x.size for x in flat)
-    size = _chunk_size(total, dimensions)
-    padding = jnp.zeros(-total % size, flat[0].dtype)
-    return jnp.concatenate([*flat, padding]).reshape(-1, size)
+    padding = jnp.zeros(-sum(x.size for x in flat) % rows, flat[0].dtype)
+    return jnp.concatenate([*flat, padding]).reshape(-1, rows)

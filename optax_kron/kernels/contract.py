@@ -10,36 +10,45 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Inexact, Shaped
 
+# A block of 64 × 32 × 3 with a diagonal factor on its first axis:
+#   X [64, 32, 3], factors (q [64], Q [32, 32], Q [3, 3]);
+#   gram(X, 1) [32, 32] sums over the axes 0 and 2; unfold(X, 1) is [32, 192].
+Tensor = Inexact[Array, "*d"]
+Factor = Inexact[Array, "d d"] | Float[Array, " d"]
+# Orthonormal columns, or `None` for the identity, where an axis stays in its own coordinates.
+Basis = Inexact[Array, "d d"] | None
 Precision = jax.lax.PrecisionLike
 
 
-def along_axis(vector: Array, axis: int, ndim: int) -> Array:
-    """Reshape a vector [d] so that it broadcasts along `axis` of a tensor with `ndim` axes."""
+def along_axis(vector: Shaped[Array, " d"], axis: int, ndim: int) -> Shaped[Array, "..."]:
+    """Reshape a vector so that it broadcasts along `axis` of a tensor with `ndim` axes."""
     return vector.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
 
 def apply_factor(
-    factor: Array, tensor: Array, axis: int, *, adjoint: bool = False, precision: Precision = None
-) -> Array:
+    factor: Factor, tensor: Tensor, axis: int, *, adjoint: bool = False, precision: Precision = None
+) -> Tensor:
     """Apply one factor, or its conjugate transpose, along one axis of a tensor.
 
     Args:
-      factor: dense [d, d] or diagonal [d].
-      tensor: [d_1, ..., d_k] with `d_axis = d`.
-      axis: the axis to contract, 0 ≤ axis < k.
-      adjoint: apply the conjugate transpose instead.
-      precision: of the matrix product.
+      factor: The factor, of the length of that axis.
+      tensor: The tensor to apply it to.
+      axis: The axis to contract, 0 ≤ axis < k.
+      adjoint: Whether to apply the conjugate transpose instead.
+      precision: Precision of the matrix product.
 
     Returns:
-      A tensor of the shape of `tensor`. Cost: 2·n·d operations if dense, n if diagonal.
+      A tensor of the same shape. Cost: 2·n·d operations if dense, n if diagonal.
     """
     if factor.ndim == 1:
         return tensor * along_axis(factor.conj() if adjoint else factor, axis, tensor.ndim)
     matrix, contracted = (factor.conj(), 0) if adjoint else (factor, 1)
-    # The order of operands puts the new axis where it belongs without a transpose, where possible.
+    # dot_general puts the free axes of its left operand first. With the tensor on the left the new
+    # axis comes out last, with the matrix on the left first: for those two axes no transpose is
+    # needed.
     if axis == tensor.ndim - 1:
         dims = (((axis,), (contracted,)), ((), ()))
         return jax.lax.dot_general(tensor, matrix, dims, precision=precision)
@@ -48,60 +57,54 @@ def apply_factor(
     return jnp.moveaxis(result, 0, axis)
 
 
-def apply_factors(factors: Sequence[Array], tensor: Array, *, precision: Precision = None) -> Array:
+def apply_factors(
+    factors: Sequence[Factor], tensor: Tensor, *, precision: Precision = None
+) -> Tensor:
     """`Q·X`: apply every factor along its axis.
 
     Args:
-      factors: one per axis, [d_i, d_i] or [d_i].
-      tensor: [d_1, ..., d_k].
-      precision: of the matrix products.
+      factors: One factor per axis.
+      tensor: The tensor `X`.
+      precision: Precision of the matrix products.
 
     Returns:
-      [d_1, ..., d_k]. Cost: 2·n·Σd_i operations over the dense axes.
+      A tensor of the same shape. Cost: 2·n·Σd_i operations over the dense axes.
     """
     for axis, factor in enumerate(factors):
         tensor = apply_factor(factor, tensor, axis, precision=precision)
     return tensor
 
 
-def apply_adjoint(factors: Sequence[Array], tensor: Array, *, precision: Precision = None) -> Array:
-    """`Qᴴ·X`: apply the conjugate transpose of every factor; arguments as `apply_factors`."""
-    for axis, factor in enumerate(factors):
-        tensor = apply_factor(factor, tensor, axis, adjoint=True, precision=precision)
-    return tensor
-
-
 def in_bases(
-    bases: Sequence[Array | None],
-    fn: Callable[[Array], Array],
-    tensor: Array,
+    bases: Sequence[Basis],
+    fn: Callable[[Tensor], Tensor],
+    tensor: Tensor,
     *,
     precision: Precision = None,
-) -> Array:
+) -> Tensor:
     """`Q f(Qᴴ·X)`: a function applied in a product of bases.
 
     Args:
-      bases: one per axis, with orthonormal columns [d_i, d_i]; `None`: the identity.
-      fn: maps tensors [d_1, ..., d_k] to such.
-      tensor: [d_1, ..., d_k].
-      precision: of the matrix products.
+      bases: One basis per axis; `None` is the identity.
+      fn: The function, from a tensor to one of the same shape.
+      tensor: The tensor `X`.
+      precision: Precision of the matrix products.
 
     Returns:
-      [d_1, ..., d_k]. Cost: 4·n·Σd_i operations over the axes that have a basis.
+      A tensor of the same shape. Cost: 4·n·Σd_i operations over the axes that have a basis.
     """
-    turned = fn(into_bases(bases, tensor, precision=precision))
-    return out_of_bases(bases, turned, precision=precision)
+    return out_of_bases(
+        bases, fn(into_bases(bases, tensor, precision=precision)), precision=precision
+    )
 
 
-def into_bases(
-    bases: Sequence[Array | None], tensor: Array, *, precision: Precision = None
-) -> Array:
+def into_bases(bases: Sequence[Basis], tensor: Tensor, *, precision: Precision = None) -> Tensor:
     """`Qᴴ·X`, the coordinates of a tensor in a product of bases; arguments as `in_bases`."""
     if all(basis is None for basis in bases):
         return tensor
     for basis in bases:
-        # The first axis becomes the last: after all of them they are in order again, and none of
-        # the products needs a transpose.
+        # The first axis becomes the last: [d_1, d_2, d_3] → [d_2, d_3, d_1] → ... After all axes
+        # they are in order again, and none of the products needs a transpose.
         if basis is None:
             tensor = jnp.moveaxis(tensor, 0, -1)
         else:
@@ -110,9 +113,7 @@ def into_bases(
     return tensor
 
 
-def out_of_bases(
-    bases: Sequence[Array | None], tensor: Array, *, precision: Precision = None
-) -> Array:
+def out_of_bases(bases: Sequence[Basis], tensor: Tensor, *, precision: Precision = None) -> Tensor:
     """`Q·X`, the inverse of `into_bases`."""
     for axis, basis in enumerate(bases):
         if basis is not None:
@@ -120,7 +121,9 @@ def out_of_bases(
     return tensor
 
 
-def precondition(factors: Sequence[Array], tensor: Array, *, precision: Precision = None) -> Array:
+def precondition(
+    factors: Sequence[Factor], tensor: Tensor, *, precision: Precision = None
+) -> Tensor:
     """`P·X = Qᴴ·(Q·X)`; arguments as `apply_factors`.
 
     Per axis the cheaper of two paths is taken: form `P_i` (2·d_i³) and apply it once, or apply
@@ -128,33 +131,34 @@ def precondition(factors: Sequence[Array], tensor: Array, *, precision: Precisio
     """
     for axis, factor in enumerate(factors):
         if factor.ndim == 1 or factor.shape[0] ** 2 < tensor.size:
-            tensor = apply_factor(
-                square(factor, precision=precision), tensor, axis, precision=precision
-            )
+            squared = square(factor, precision=precision)
+            tensor = apply_factor(squared, tensor, axis, precision=precision)
         else:
             tensor = apply_factor(factor, tensor, axis, precision=precision)
             tensor = apply_factor(factor, tensor, axis, adjoint=True, precision=precision)
     return tensor
 
 
-def square(factor: Array, *, precision: Precision = None) -> Array:
-    """`P_i = Q_iᴴQ_i` of one factor: [d, d] at 2·d³ operations, or [d]."""
+def square(factor: Factor, *, precision: Precision = None) -> Factor:
+    """`P_i = Q_iᴴQ_i` of one factor. Cost: 2·d³ operations if dense."""
     if factor.ndim == 1:
         return jnp.square(factor)
     return gram(factor.conj(), 1, precision=precision)
 
 
-def gram(tensor: Array, axis: int, *, diagonal: bool = False, precision: Precision = None) -> Array:
+def gram(
+    tensor: Tensor, axis: int, *, diagonal: bool = False, precision: Precision = None
+) -> Factor:
     """`C_i(X) = unfold_i(X) unfold_i(X)ᴴ`, or its diagonal.
 
     Args:
-      tensor: [d_1, ..., d_k].
-      axis: the axis i that stays.
-      diagonal: return only the diagonal.
-      precision: of the matrix product.
+      tensor: The tensor `X`.
+      axis: The axis i that stays.
+      diagonal: Whether to return only the diagonal, which is real.
+      precision: Precision of the matrix product.
 
     Returns:
-      Hermitian [d_i, d_i], or real [d_i]. Cost: 2·n·d_i operations, or 2·n.
+      The Hermitian matrix, or its diagonal. Cost: 2·n·d_i operations, or 2·n.
     """
     others = tuple(j for j in range(tensor.ndim) if j != axis)
     if diagonal:
@@ -163,19 +167,27 @@ def gram(tensor: Array, axis: int, *, diagonal: bool = False, precision: Precisi
     return jax.lax.dot_general(tensor, tensor.conj(), dims, precision=precision)
 
 
-def unfold(tensor: Array, axis: int) -> Array:
-    """`unfold_i(X)`: the tensor as a matrix [d_i, n / d_i]."""
+def unfold(tensor: Tensor, axis: int) -> Inexact[Array, "d m"]:
+    """`unfold_i(X)`: the tensor as a matrix, m = n / d."""
     return jnp.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
 
 
-def fold(matrix: Array, axis: int, shape: Sequence[int]) -> Array:
+def fold(matrix: Inexact[Array, "d m"], axis: int, shape: Sequence[int]) -> Tensor:
     """The tensor of a given shape whose `unfold_i` is the matrix; the inverse of `unfold`."""
     others = [size for i, size in enumerate(shape) if i != axis]
     return jnp.moveaxis(matrix.reshape(shape[axis], *others), 0, axis)
 
 
-def squared_magnitude(x: Array) -> Array:
+def matmul_exact(
+    x: Inexact[Array, "*batch m k"], y: Inexact[Array, "*batch k n"]
+) -> Inexact[Array, "*batch m n"]:
+    """`x y`, where the rounding of an accelerator's default precision would ruin the result."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`|x|²`, elementwise and real."""
+    # jnp.abs would take a square root that squaring undoes.
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
@@ -184,7 +196,7 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
-def widen(x: Array) -> Array:
+def widen(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """The array in the dtype of the arithmetic, at least float32; complex stays complex."""
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
@@ -199,8 +211,8 @@ def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.finfo(dtype).dtype
 
 
-def ragged_rows(rows: Sequence[Array]) -> Array:
-    """Rows of arrays [N, d] in one array [ΣN, longest], zeros behind the shorter ones.
+def ragged_rows(rows: Sequence[Shaped[Array, "N d"]]) -> Shaped[Array, "total longest"]:
+    """The rows of several arrays, each with its own N and d, with zeros behind the shorter ones.
 
     So there is one kernel to compile for all, not one for each.
     """
@@ -208,6 +220,8 @@ def ragged_rows(rows: Sequence[Array]) -> Array:
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])
 
 
-def scaled_blocks(x: Array, by: Array) -> Array:
-    """Every block of [N, ...] times its own number, [N]."""
-    return x * by.reshape(-1, *(1,) * (x.ndim - 1))
+def scaled_blocks(
+    x: Inexact[Array, "N ..."], scale: Inexact[Array, " N"]
+) -> Inexact[Array, "N ..."]:
+    """Every block of a stack times a scale of its own."""
+    return x * scale.reshape(-1, *(1,) * (x.ndim - 1))

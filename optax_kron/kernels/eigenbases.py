@@ -1,22 +1,24 @@
 """Eigenbases of Hermitian matrices: by LAPACK, or followed by power iteration from the last one."""
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Inexact, Int
 
 from optax_kron.kernels import contract, linalg
 
 _CLOSED_FORM = 2  # largest size that is decomposed without LAPACK
 
+Matrix = Inexact[Array, "d d"]
 
-def hermitian_eigen(matrix: Array) -> tuple[Array | None, Array]:
+
+def hermitian_eigen(matrix: contract.Factor) -> tuple[contract.Basis, Float[Array, " d"]]:
     """Eigenvectors and eigenvalues.
 
     Args:
-      matrix: [d, d], Hermitian; or [d], the diagonal of a diagonal matrix.
+      matrix: A Hermitian matrix, or the diagonal of a diagonal one.
 
     Returns:
-      The eigenvectors as columns [d, d], `None` for a diagonal matrix; and the eigenvalues, real
-      [d]. Cost: about 9·d³ operations, up to 2×2 in closed form.
+      The eigenvectors as columns, `None` for a diagonal matrix; and the eigenvalues. Cost: about
+      9·d³ operations, up to 2×2 in closed form.
     """
     if matrix.ndim == 1:
         return None, matrix
@@ -26,11 +28,12 @@ def hermitian_eigen(matrix: Array) -> tuple[Array | None, Array]:
     return basis, values
 
 
-def _small_eigen(matrix: Array) -> tuple[Array, Array]:
-    """Of a matrix up to 2×2, by one rotation."""
+def _small_eigen(matrix: Matrix) -> tuple[Matrix, Float[Array, " d"]]:
+    """Those of a matrix up to 2×2, by one rotation."""
     if matrix.shape[0] == 1:
         return jnp.ones_like(matrix), matrix[0].real
     a, c, corner = matrix[0, 0].real, matrix[1, 1].real, matrix[1, 0]
+    # [[a, b̄], [b, c]] is made real by the phase of b, which goes into the second row of the basis.
     if jnp.iscomplexobj(matrix):
         b = jnp.abs(corner)
         phase = jnp.where(b > 0, corner / jnp.where(b > 0, b, 1), 1)
@@ -45,64 +48,60 @@ def _small_eigen(matrix: Array) -> tuple[Array, Array]:
     return basis.astype(matrix.dtype), jnp.stack(values)
 
 
-def descending(matrix: Array) -> Array:
-    """Eigenvectors as columns [d, d] of a Hermitian [d, d], the largest eigenvalue's first."""
+def descending(matrix: Matrix) -> Matrix:
+    """Eigenvectors of a Hermitian matrix as columns, the largest eigenvalue's first."""
     basis, values = hermitian_eigen(matrix)
     assert basis is not None  # a matrix has one
     return jnp.take(basis, jnp.argsort(-values), axis=1)
 
 
 def rayleigh_quotients(
-    basis: Array, matrix: Array, *, precision: contract.Precision = None
-) -> Array:
-    """`diag(QᴴSQ)`, real [d], of columns Q and a Hermitian S [d, d]. Cost: 2·d³ operations."""
+    basis: Matrix, matrix: Matrix, *, precision: contract.Precision = None
+) -> Float[Array, " d"]:
+    """`diag(QᴴSQ)` of columns Q and a Hermitian S. Cost: 2·d³ operations."""
     return _quotients(basis, jnp.matmul(matrix, basis, precision=precision))
 
 
 def decompose(
-    basis: Array, matrix: Array, *, precision: contract.Precision = None
-) -> tuple[Array, Array]:
+    basis: Matrix, matrix: Matrix, *, precision: contract.Precision = None
+) -> tuple[Matrix, Int[Array, " d"]]:
     """An eigenbasis, the largest eigenvalue's column first.
 
     Args:
-      basis: Q, orthonormal columns [d, d] that the new ones are to be compared with.
-      matrix: S [d, d], Hermitian and positive semidefinite.
-      precision: of the matrix product.
+      basis: Q, orthonormal columns that the new ones are to be compared with.
+      matrix: S, Hermitian and positive semidefinite.
+      precision: Precision of the matrix product.
 
     Returns:
-      The new columns, and the old ones in the order of their Rayleigh quotients, int [d]. Cost:
-      about 11·d³ operations.
+      The new columns, and the indices of the old ones in the order of their Rayleigh quotients.
+      Cost: about 11·d³ operations.
     """
     order = jnp.argsort(-rayleigh_quotients(basis, matrix, precision=precision), stable=True)
     return descending(matrix), order
 
 
 def power_iteration(
-    basis: Array, matrix: Array, *, precision: contract.Precision = None
-) -> tuple[Array, Array]:
+    basis: Matrix, matrix: Matrix, *, precision: contract.Precision = None
+) -> tuple[Matrix, Int[Array, " d"]]:
     """One step of simultaneous iteration towards an eigenbasis: `Q ← qr(S Q)`.
 
-    The columns are ordered first, by `diag(QᴴSQ)`, the largest first, as the iteration finds the
-    leading ones from the left.
-
-    Args:
-      basis: as in `decompose`, like all other arguments.
-      matrix: S.
-      precision: of the matrix product.
+    Arguments are those of `decompose`.
 
     Returns:
-      The new columns, and of which old column each was made, int [d]. Where S is zero the basis
-      stays. Cost: 2·d³ operations and a QR decomposition, of about 8/3·d³.
+      The new columns, and for each the index of the old column that it was made of. Where S is zero
+      the basis stays. Cost: 2·d³ operations and a QR decomposition, of about 8/3·d³.
 
     Source: Wang et al. (2024), arXiv:2405.18144, and Vyas et al. (2024), arXiv:2409.11321.
     """
     product = jnp.matmul(matrix, basis, precision=precision)
+    # QR makes each column orthogonal to those on its left, which the iteration finds first: so the
+    # columns are ordered before, by diag(QᴴSQ), the largest first.
     order = jnp.argsort(-_quotients(basis, product), stable=True)
     if basis.shape[0] == 1:
         return basis, order
-    found = linalg.lapack_safe(lambda x: jnp.linalg.qr(x)[0])(jnp.take(product, order, axis=1))
-    return jnp.where(jnp.any(matrix != 0), found, jnp.take(basis, order, axis=1)), order
+    new = linalg.lapack_safe(lambda x: jnp.linalg.qr(x)[0])(jnp.take(product, order, axis=1))
+    return jnp.where(jnp.any(matrix != 0), new, jnp.take(basis, order, axis=1)), order
 
 
-def _quotients(basis: Array, product: Array) -> Array:
+def _quotients(basis: Matrix, product: Matrix) -> Float[Array, " d"]:
     return jnp.sum((basis.conj() * product).real, axis=0)

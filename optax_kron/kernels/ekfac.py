@@ -2,7 +2,7 @@
 
 Conventions are those of `kernels.kfac`. In the basis of columns `Q_a` of A and `Q_g` of G, K-FAC
 takes the product of their eigenvalues for the diagonal of the curvature. EKFAC takes that diagonal
-itself, from the gradient of every datum, summed over its positions before it is squared:
+itself, from the gradient of every example, summed over its positions before it is squared:
 
     λ = (1/N) Σ_v Σ_n (Q_aᵀ (Σ_s a gᵀ) Q_g)².
 
@@ -14,88 +14,89 @@ Source: George et al. (2018), arXiv:1806.03884.
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from optax_kron.kernels import contract, flow
 
-_IN_MEMORY = 2**22  # numbers, of gradients of single data at a time
+_IN_MEMORY = 2**22  # numbers, of gradients of single examples at a time
 
 
 def eigenvalues(
-    inputs: Array,
-    output_grads: Array,
-    input_basis: Array | None,
-    output_basis: Array | None,
+    inputs: Float[Array, "B N S d_in"],
+    output_grads: Float[Array, "V B N S d_out"],
+    input_basis: Float[Array, "B d_in d_in"] | None,
+    output_basis: Float[Array, "B d_out d_out"] | None,
     *,
     precision: contract.Precision = None,
-) -> Array:
+) -> Float[Array, "B d_in d_out"]:
     """`λ` of every block.
 
     Args:
-      inputs: [B, N, S, d_in].
-      output_grads: [V, B, N, S, d_out].
-      input_basis: Q_a [B, d_in, d_in]; `None`: the identity.
-      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
-      precision: of the matrix products.
+      inputs: Inputs `a` of the layer.
+      output_grads: Gradients `g` with respect to its outputs.
+      input_basis: Basis Q_a; `None`: the identity.
+      output_basis: Basis Q_g; `None`: the identity.
+      precision: Precision of the matrix products.
 
     Returns:
-      [B, d_in, d_out]. Cost: 2·B·N·S·(d_in² + V·d_out²) operations for the bases, and
+      The diagonals. Cost: 2·B·N·S·(d_in² + V·d_out²) operations for the bases, and
       2·B·N·d_in·d_out where S = 1, else 2·V·B·N·S·d_in·d_out, with the gradients of one column and
-      a few data in memory at a time: 4 million numbers at most, or one datum's.
+      a few examples in memory at a time: 4 million numbers at most, or one example's.
     """
-    _, blocks, data, positions, d_out = output_grads.shape
+    _, blocks, examples, positions, d_out = output_grads.shape
     a = _rotated(inputs, input_basis, precision)
     g = _rotated(output_grads, output_basis, precision)
     if positions == 1:
+        # (a gᵀ)² = a² (g²)ᵀ elementwise: one product, with no gradient of an example formed.
         squares = jnp.sum(jnp.square(g[:, :, :, 0]), axis=0)
-        found = jnp.einsum("bni,bno->bio", jnp.square(a[:, :, 0]), squares, precision=precision)
-        return found / data
+        total = jnp.einsum("bni,bno->bio", jnp.square(a[:, :, 0]), squares, precision=precision)
+        return total / examples
 
-    together = _divisor(data, _IN_MEMORY // (blocks * a.shape[-1] * d_out))
+    # Chunks of n examples: a [N / n, B, n, S, d_in], g [N / n, V, B, n, S, d_out].
+    together = _divisor(examples, _IN_MEMORY // (blocks * a.shape[-1] * d_out))
 
-    def add(total, seen):
-        x, y = seen  # [B, n, S, d_in], [V, B, n, S, d_out]
+    def add_chunk(total, chunk):
+        x, y = chunk
 
-        def of_column(total, y):
+        def add_column(total, y):
             gradients = jnp.einsum("bnsi,bnso->bnio", x, y, precision=precision)
             return total + jnp.sum(jnp.square(gradients), axis=1), None
 
-        return flow.scan(of_column, total, y)
+        return flow.scan(add_column, total, y)
 
     def cut(x, axis):
-        shape = (*x.shape[:axis], data // together, together, *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], examples // together, together, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
     zero = jnp.zeros((blocks, a.shape[-1], d_out), jnp.result_type(a, g))
-    total, _ = flow.scan(add, zero, (cut(a, 1), cut(g, 2)))
-    return total / data
+    total, _ = flow.scan(add_chunk, zero, (cut(a, 1), cut(g, 2)))
+    return total / examples
 
 
 def table_eigenvalues(
-    indices: Array,
-    output_grads: Array,
+    indices: Int[Array, "B N S 1"],
+    output_grads: Float[Array, "V B N S d_out"],
     length: int,
-    output_basis: Array | None,
+    output_basis: Float[Array, "B d_out d_out"] | None,
     *,
     precision: contract.Precision = None,
-) -> Array:
+) -> Float[Array, "B length d_out"]:
     """`λ` of a table, whose input factor is diagonal: of one-hot inputs, from their indices.
 
     Args:
-      indices: int [B, N, S, 1]; one beyond the table counts for nothing.
-      output_grads: [V, B, N, S, d_out].
-      length: number of rows of the table.
-      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
-      precision: of the matrix products.
+      indices: The rows that are read; one beyond the table counts for nothing.
+      output_grads: Gradients `g` with respect to the outputs.
+      length: Number of rows of the table.
+      output_basis: Basis Q_g; `None`: the identity.
+      precision: Precision of the matrix products.
 
     Returns:
-      [B, length, d_out]. Cost: 2·V·B·N·S·d_out² operations for the basis, and 2·V·B·N·S²·d_out.
+      The diagonals. Cost: 2·V·B·N·S·d_out² operations for the basis, and 2·V·B·N·S²·d_out.
     """
-    data = indices.shape[1]
     rows = indices[..., 0]
     g = _rotated(output_grads, output_basis, precision)
-    # A row that a datum reads twice has the sum of both gradients, which then is squared: each of
-    # them times the sum over all positions that read the same row.
+    # A row that an example reads twice has the sum of both gradients, which then is squared: each
+    # of them times the sum over all positions that read the same row.
     same = (rows[..., :, None] == rows[..., None, :]).astype(g.dtype)
     beside = jnp.einsum("bnst,vbnto->vbnso", same, g, precision=precision)
     squares = jnp.sum(g * beside, axis=0)
@@ -104,29 +105,30 @@ def table_eigenvalues(
         zero = jnp.zeros((length, squares.shape[-1]), squares.dtype)
         return zero.at[rows].add(squares, mode="drop")
 
-    return jax.vmap(collect)(rows, squares) / data
+    return jax.vmap(collect)(rows, squares) / indices.shape[1]
 
 
 def carried_over(
-    values: Array,
-    input_overlap: Array | None,
-    output_overlap: Array | None,
+    values: Float[Array, "d_in d_out"],
+    input_overlap: Float[Array, "d_in d_in"] | None,
+    output_overlap: Float[Array, "d_out d_out"] | None,
     *,
     precision: contract.Precision = None,
-) -> Array:
+) -> Float[Array, "d_in d_out"]:
     """What is known of `λ` after a change of basis: the diagonal of `Q_newᵀ Q diag(λ) Qᵀ Q_new`.
 
     Args:
-      values: λ [d_in, d_out] in the old basis.
-      input_overlap: `Q_newᵀ Q` of the input factor [d_in, d_in]; `None`: no change.
-      output_overlap: that of the output factor [d_out, d_out]; `None`: no change.
-      precision: of the matrix products.
+      values: λ in the old basis.
+      input_overlap: `Q_newᵀ Q` of the input factor; `None`: no change.
+      output_overlap: `Q_newᵀ Q` of the output factor; `None`: no change.
+      precision: Precision of the matrix products.
 
     Returns:
-      [d_in, d_out], of the same sum. Cost: 2·d_in·d_out·(d_in + d_out) operations.
+      λ in the new basis, of the same sum. Cost: 2·d_in·d_out·(d_in + d_out) operations.
     """
     for axis, overlap in enumerate((input_overlap, output_overlap)):
         if overlap is not None:
+            # Squares of a rotation's entries add up to one in each row and column.
             values = contract.apply_factor(jnp.square(overlap), values, axis, precision=precision)
     return values
 
@@ -136,6 +138,10 @@ def _divisor(number: int, most: int) -> int:
     return next(n for n in range(max(min(number, most), 1), 0, -1) if number % n == 0)
 
 
-def _rotated(x: Array, basis: Array | None, precision: contract.Precision) -> Array:
-    """`Qᵀx` of vectors [..., B, N, S, d]."""
+def _rotated(
+    x: Float[Array, "*V B N S d"],
+    basis: Float[Array, "B d d"] | None,
+    precision: contract.Precision,
+) -> Float[Array, "*V B N S d"]:
+    """`Qᵀx` of all vectors."""
     return x if basis is None else jnp.einsum("...bnsi,bij->...bnsj", x, basis, precision=precision)

@@ -7,118 +7,120 @@ such types where needed. Outside of `shard_map`, or with `check_vma=False`, they
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.core
-from jax import Array
+import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
 
-PyTree = Any
+# A worked example, on a mesh with the axis "data": x is sharded along it, so that its local part
+# has the type float32[4]{data}.
+#
+#   total, _ = scan(lambda total, row: (total + row, None), jnp.zeros([]), x)
+#
+# The carry starts as float32[], the same on all devices, and leaves the step as float32[]{data}.
+# `jax.lax.scan` refuses a step that changes the type of its carry. Here the start is cast to
+# float32[]{data} first (`pcast`, which moves no data), and the step then maps that type to itself.
 
 
 def varying_axes(tree: PyTree) -> frozenset[str]:
     """Names of the mesh axes along which any array of a tree may vary, inside `jax.shard_map`."""
-    return frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
+    return frozenset().union(*_types(tree))
 
 
-def varying_like(tree: PyTree, *data: PyTree) -> PyTree:
-    """The same arrays, with a type that varies along all mesh axes along which `data` may.
+def varying_like(tree: PyTree, *references: PyTree) -> PyTree:
+    """The same arrays, with a type that varies along all mesh axes along which references may.
 
     Constants that are made inside `jax.shard_map`, and are to be carried or returned beside what is
-    computed from data, get the type of those by this. It changes no value, and outside of
+    computed from references, get the type of those by this. It changes no value, and outside of
     `shard_map` nothing at all.
 
     Args:
-      tree: arrays.
-      *data: arrays, or abstract ones, in pytrees.
+      tree: The arrays.
+      *references: Arrays, or abstract ones, in pytrees.
     """
     if not _is_manual():
         return tree
-    axes = varying_axes(data)
+    axes = varying_axes(references)
     return jax.tree.map(lambda x: _widened(x, axes), tree)
 
 
 def while_loop(
-    condition: Callable[[PyTree], Array], step: Callable[[PyTree], PyTree], carry: PyTree
+    condition: Callable[[PyTree], Bool[Array, ""]],
+    step: Callable[[PyTree], PyTree],
+    carry: PyTree,
 ) -> PyTree:
     """`jax.lax.while_loop`."""
-    if _is_manual():
-        carry = _settled(step, carry, condition)
-
-    def typed(old):
-        new = step(old)
-        return _like(new, carry) if _is_manual() else new
-
-    return jax.lax.while_loop(condition, typed, carry)
+    carry = _stable_carry(step, carry, condition)
+    return jax.lax.while_loop(condition, lambda old: _widened_like(step(old), carry), carry)
 
 
 def fori_loop(
-    lower: ArrayLike, upper: ArrayLike, step: Callable[[Array, PyTree], PyTree], carry: PyTree
+    lower: ArrayLike,
+    upper: ArrayLike,
+    step: Callable[[Int[Array, ""], PyTree], PyTree],
+    carry: PyTree,
 ) -> PyTree:
     """`jax.lax.fori_loop`."""
-    if _is_manual():
-        bounds = jax.numpy.asarray(lower), jax.numpy.asarray(upper)
-        index = varying_like(*bounds)
-        carry = _settled(lambda carry: step(index, carry), carry, lambda _: bounds)
 
-    def typed(i, old):
-        new = step(i, old)
-        return _like(new, carry) if _is_manual() else new
+    def first_step(carry):
+        return step(varying_like(jnp.asarray(lower), upper), carry)
 
-    return jax.lax.fori_loop(lower, upper, typed, carry)
+    # The bounds decide when the loop ends, as the condition of a while loop does.
+    carry = _stable_carry(first_step, carry, lambda _: (jnp.asarray(lower), jnp.asarray(upper)))
+    return jax.lax.fori_loop(lower, upper, lambda i, x: _widened_like(step(i, x), carry), carry)
 
 
 def scan(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
     carry: PyTree,
     xs: PyTree,
-    **settings: Any,
+    *,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan`."""
-    if _is_manual():
-        first = one_step(xs)
-        carry = _settled(lambda carry: jax.eval_shape(step, carry, first)[0], carry)
+    carry = _stable_carry(lambda carry: jax.eval_shape(step, carry, one_step(xs))[0], carry)
 
-    def typed(old, x):
+    def typed_step(old, x):
         new, y = step(old, x)
-        return (_like(new, carry) if _is_manual() else new), y
+        return _widened_like(new, carry), y
 
-    return jax.lax.scan(typed, carry, xs, **settings)
+    return jax.lax.scan(typed_step, carry, xs, length, reverse, unroll)
 
 
 def one_step(xs: PyTree) -> PyTree:
     """What a step of a scan over arrays sees of them, as abstract arrays."""
     if _is_manual():
+        # Tracing tells along which axes the slices vary.
         return jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
 
 def cond(
-    condition: Array,
+    condition: Bool[Array, ""],
     if_true: Callable[..., PyTree],
     if_false: Callable[..., PyTree],
-    *operands: Any,
+    *operands: PyTree,
 ) -> PyTree:
     """`jax.lax.cond`."""
-    if _is_manual():
-        if_true, if_false = _agreeing([if_true, if_false], operands, condition)
+    if_true, if_false = _agreeing([if_true, if_false], operands, condition)
     return jax.lax.cond(condition, if_true, if_false, *operands)
 
 
-def switch(index: Array, branches: Sequence[Callable[..., PyTree]], *operands: Any) -> PyTree:
+def switch(
+    index: Int[Array, ""], branches: Sequence[Callable[..., PyTree]], *operands: PyTree
+) -> PyTree:
     """`jax.lax.switch`."""
-    if _is_manual():
-        branches = _agreeing(list(branches), operands, index)
-    return jax.lax.switch(index, branches, *operands)
+    return jax.lax.switch(index, _agreeing(branches, operands, index), *operands)
 
 
-def platform_dependent(*operands: Any, **branches: Callable[..., PyTree]) -> PyTree:
+def platform_dependent(*operands: PyTree, **branches: Callable[..., PyTree]) -> PyTree:
     """`jax.lax.platform_dependent`."""
-    if _is_manual():
-        agreeing = _agreeing(list(branches.values()), operands, None)
-        branches = dict(zip(branches, agreeing, strict=True))
-    return jax.lax.platform_dependent(*operands, **branches)
+    agreeing = _agreeing(list(branches.values()), operands)
+    return jax.lax.platform_dependent(*operands, **dict(zip(branches, agreeing, strict=True)))
 
 
 def _is_manual() -> bool:
@@ -126,15 +128,17 @@ def _is_manual() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def _axes(x: Any) -> frozenset[str]:
-    """Of one array or abstract array."""
+def _axes(x: ArrayLike | jax.ShapeDtypeStruct | jax.core.ShapedArray) -> frozenset[str]:
+    """The mesh axes along which one array, or abstract array, may vary."""
     abstract = isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray)
     kind = x if abstract else jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)  # since JAX 0.9 or so
+    # JAX 0.8 has the attribute `vma`, 0.9 and later `manual_axis_type`.
+    manual = getattr(kind, "manual_axis_type", None)
     return frozenset(getattr(kind, "vma", None) or () if manual is None else manual.varying)
 
 
-def _widened(x: Any, axes: frozenset[str]) -> Any:
+def _widened(x: Array, axes: frozenset[str]) -> Array:
+    """One array, of any shape, cast to vary along more axes."""
     missing = tuple(sorted(axes - _axes(x)))
     if not missing:
         return x
@@ -143,39 +147,49 @@ def _widened(x: Any, axes: frozenset[str]) -> Any:
     return getattr(jax.lax, "pvary")(x, missing)  # noqa: B009 (of JAX 0.8 alone)
 
 
-def _like(tree: PyTree, types: PyTree) -> PyTree:
-    """Every array of a tree widened to vary at least as another's."""
-    return jax.tree.map(lambda x, y: _widened(x, _axes(y)), tree, types)
+def _widened_like(tree: PyTree, references: PyTree) -> PyTree:
+    """Every array of a tree widened to vary at least as its reference, inside `shard_map`."""
+    if not _is_manual():
+        return tree
+    return jax.tree.map(lambda x, y: _widened(x, _axes(y)), tree, references)
 
 
-def _settled(
+def _stable_carry(
     step: Callable[[PyTree], PyTree],
     carry: PyTree,
     condition: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
-    """The carry, widened until a step no longer changes its type."""
+    """The carry of a loop, widened until a step no longer changes its type.
+
+    One entry of a carry may widen another only in the next step, so this is a fixed point. It ends:
+    types only widen, and a mesh has few axes.
+    """
+    if not _is_manual():
+        return carry
     while True:
         new = jax.eval_shape(step, carry)
-        ending = () if condition is None else varying_axes(jax.eval_shape(condition, carry))
-        wider = jax.tree.map(
-            lambda x, y, e=ending: _widened(x, _axes(y) | frozenset(e)), carry, new
-        )
-        if all(map(_same_axes, jax.tree.leaves(wider), jax.tree.leaves(carry))):
+        # Devices that leave the loop at different steps end with different values.
+        ending = varying_axes(() if condition is None else jax.eval_shape(condition, carry))
+        wider = jax.tree.map(lambda x, y, e=ending: _widened(x, _axes(y) | e), carry, new)
+        if _types(wider) == _types(carry):
             return wider
         carry = wider
 
 
-def _same_axes(x: Any, y: Any) -> bool:
-    return _axes(x) == _axes(y)
+def _types(tree: PyTree) -> list[frozenset[str]]:
+    return list(map(_axes, jax.tree.leaves(tree)))
 
 
 def _agreeing(
-    branches: list[Callable[..., PyTree]], operands: tuple[Any, ...], condition: Any
-) -> list[Callable[..., PyTree]]:
-    """The branches, with results of the same types."""
-    common = varying_axes(condition)
+    branches: Sequence[Callable[..., PyTree]],
+    operands: tuple[PyTree, ...],
+    condition: PyTree = None,
+) -> Sequence[Callable[..., PyTree]]:
+    """The branches, with results of the same types: those of all of them, and of the condition."""
+    if not _is_manual():
+        return branches
     results = [jax.tree.leaves(jax.eval_shape(branch, *operands)) for branch in branches]
-    axes = [common.union(*map(_axes, found)) for found in zip(*results, strict=True)]
+    axes = [varying_axes((condition, *leaves)) for leaves in zip(*results, strict=True)]
 
     def widening(branch):
         def run(*operands):

@@ -5,12 +5,11 @@ What cannot be had of them goes through `lapack_safe`.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float, Inexact, PyTree
 
 from optax_kron.kernels import contract, flow
 
@@ -23,7 +22,7 @@ _PANEL_SIZE = 128
 _PRODUCTS, _PRODUCTS_LONG, _LONG = 6, 10, 1024
 
 
-def lapack_safe(fn: Callable) -> Callable:
+def lapack_safe(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Make a function that calls LAPACK on single matrices safe to vmap.
 
     Batched LAPACK calls of one program can wait for each other for ever in XLA's CPU runtime. So a
@@ -40,37 +39,36 @@ def lapack_safe(fn: Callable) -> Callable:
     (jax#39292).
 
     Args:
-      fn: maps arrays to a pytree of arrays.
+      fn: Function from arrays to a pytree of arrays.
     """
     one_by_one = jax.custom_batching.sequential_vmap(fn)
 
     @functools.wraps(fn)
-    def safe(*args: Array):
+    def safe(*args: Array) -> PyTree:
         return flow.platform_dependent(*args, cpu=one_by_one, default=fn)
 
     return safe
 
 
-def map_blocks(fn: Callable, *stacks: Any) -> Any:
+def map_blocks(fn: Callable[..., PyTree], *stacks: PyTree) -> PyTree:
     """Map a function over the leading axis of its arguments: one at a time on CPU, else vmapped.
 
-    On CPU the working set of one block stays in the cache, and memory for one is enough. Both ways
-    are right on every backend: the choice, of speed alone, is made for the default one at trace
-    time, so that only one of them is traced.
-
     Args:
-      fn: maps pytrees of arrays [...] to a pytree of arrays.
-      *stacks: pytrees of arrays [N, ...].
+      fn: Function of one block: from pytrees of arrays to a pytree of arrays.
+      *stacks: Pytrees of arrays with a leading axis N.
 
     Returns:
       What `fn` returns, with a leading axis N on every leaf.
     """
+    # On CPU the working set of one block stays in the cache, and memory for one is enough. Both
+    # ways are right on every backend: the choice, of speed alone, is made for the default one at
+    # trace time, so that only one of them is traced.
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda x: fn(*x), stacks)
     return jax.vmap(fn)(*stacks)
 
 
-def norm_bound(matrix: Array, rows: Array) -> Array:
+def norm_bound(matrix: Inexact[Array, "d d"], rows: Float[Array, "r e"]) -> Float[Array, ""]:
     """A lower bound of the spectral norm of a Hermitian or skew-Hermitian matrix.
 
     Power iteration on a block of random rows, turned towards the row of largest norm: made of
@@ -78,14 +76,15 @@ def norm_bound(matrix: Array, rows: Array) -> Array:
     factor √2 of it.
 
     Args:
-      matrix: [d, d], normal (Hermitian or skew-Hermitian).
-      rows: standard normal [PROBE_ROWS, ≥ d], real or complex; blocks may share them.
+      matrix: A Hermitian or skew-Hermitian matrix.
+      rows: `PROBE_ROWS` standard normal rows of length e ≥ d; several blocks may share them.
 
     Returns:
-      A real scalar; zero for a zero matrix. Cost: 384·d² operations.
+      The bound; zero for a zero matrix. Cost: 384·d² operations.
 
     Source: Li (2024), arXiv:2402.11858, and its reference implementation.
     """
+    # Powers of a matrix with entries of at most one overflow later than those of the matrix.
     scale = jnp.max(jnp.abs(matrix)) + jnp.finfo(contract.real_dtype(matrix.dtype)).tiny
     row_norms = _row_norms(matrix / scale)
     top = matrix[jnp.argmax(row_norms)] / scale
@@ -93,16 +92,20 @@ def norm_bound(matrix: Array, rows: Array) -> Array:
     return scale * jnp.maximum(bound, jnp.max(row_norms))
 
 
-def power_bound(apply: Callable[[Array], Array], top: Array, rows: Array) -> Array:
+def power_bound(
+    apply: Callable[[Inexact[Array, "r d"]], Inexact[Array, "r d"]],
+    top: Inexact[Array, " d"],
+    rows: Float[Array, "r e"],
+) -> Float[Array, ""]:
     """Lower bound of the norm of a normal operator by power iteration on a block of rows.
 
     Args:
-      apply: maps rows [r, d] to their product [r, d] with the operator, whose norm is in [1, d].
-      top: [d], a row of large norm, towards which the random rows are turned.
-      rows: standard normal [PROBE_ROWS, ≥ d].
+      apply: Function that multiplies rows by the operator, whose norm is in [1, d].
+      top: A row of large norm, towards which the random rows are turned.
+      rows: `PROBE_ROWS` standard normal rows of length e ≥ d.
 
     Returns:
-      A real scalar. Cost: six calls of `apply`, ten beyond d = 1024.
+      The bound. Cost: six calls of `apply`, ten beyond d = 1024.
     """
     tiny = jnp.finfo(contract.real_dtype(top.dtype)).tiny
     rows = rows[:, : top.shape[-1]].astype(top.dtype)
@@ -117,26 +120,29 @@ def power_bound(apply: Callable[[Array], Array], top: Array, rows: Array) -> Arr
 
     products = _PRODUCTS if top.shape[-1] <= _LONG else _PRODUCTS_LONG
     rows = flow.fori_loop(0, products - 1, step, rows)
+    # ‖x M‖ ≤ ‖M‖ for a row x of length one: the last product is what makes this a lower bound.
     return jnp.max(_row_norms(apply(rows / (_row_norms(rows)[:, None] + tiny))))
 
 
-def _row_norms(matrix: Array) -> Array:
+def _row_norms(matrix: Inexact[Array, "r d"]) -> Float[Array, " r"]:
     return jnp.sqrt(jnp.sum(contract.squared_magnitude(matrix), axis=-1))
 
 
-def procrustes_step(q: Array, rows: Array, *, precision: contract.Precision = None) -> Array:
+def procrustes_step(
+    q: Inexact[Array, "d d"], rows: Float[Array, "r e"], *, precision: contract.Precision = None
+) -> Inexact[Array, "d d"]:
     """One second-order rotation of `Q` towards a Hermitian matrix; `QᴴQ` is kept to third order.
 
     With `R = (Qᴴ − Q) / bound(Qᴴ − Q)` skew-Hermitian, the step `exp(aR) Q ≈ Q + a(RQ + (a/2)R²Q)`
     raises `Re tr Q` fastest at `a = −tr(RQ) / tr(R²Q)`, kept within [0, 1/8].
 
     Args:
-      q: [d, d].
-      rows: standard normal rows for `norm_bound`.
-      precision: of the matrix products.
+      q: The matrix `Q`.
+      rows: Random rows for `norm_bound`.
+      precision: Precision of the matrix products.
 
     Returns:
-      [d, d]. Cost: 4·d³ operations.
+      The rotated matrix. Cost: 4·d³ operations.
 
     Source: Li (2024), arXiv:2402.11858.
     """
@@ -145,76 +151,89 @@ def procrustes_step(q: Array, rows: Array, *, precision: contract.Precision = No
     rotated = jnp.matmul(skew, q, precision=precision)
     twice = jnp.matmul(skew, rotated, precision=precision)
     slope, curvature = jnp.trace(rotated).real, jnp.trace(twice).real
+    # Re tr of the step is a parabola in a, with a maximum only where it is concave.
     largest = jnp.asarray(0.125, slope.dtype)
     exact = jnp.clip(-slope / jnp.where(curvature < 0, curvature, -1), 0, largest)
     size = jnp.where(curvature < 0, exact, largest)
     return q + size * (rotated + (size / 2) * twice)
 
 
+# A worked example of the triangular solve, for Q [700, 700] and a tensor [700, 40, 20]:
+#
+#   panels    Q is continued by the identity to [768, 768], 6 panels of 128;
+#   diagonal  its diagonal panels [6, 128, 128] are inverted together: each is cut into 4 blocks of
+#             32, whose inverses [6, 4, 32, 32] are found row by row, then doubled to 64 and 128;
+#   right     unfold(tensor, 0) is [700, 800], padded with zeros to [768, 800];
+#   loop      6 steps, each X_i = Q_ii^-H (R_i − Σ_{j<i} Q_jiᴴ X_j) [128, 800]: two products.
+
+
 def solve_upper_adjoint(
-    uppers: Sequence[Array], tensor: Array, *, precision: contract.Precision = None
-) -> Array:
+    uppers: Sequence[contract.Factor],
+    tensor: contract.Tensor,
+    *,
+    precision: contract.Precision = None,
+) -> contract.Tensor:
     """`Q_i^-H` along every axis of a tensor: forward substitution by panels.
 
     Only matrix products, so that it batches on every backend. The diagonal panels of all factors
     are inverted together (by substitution up to 32×32, then by doubling).
 
     Args:
-      uppers: one per axis, with a nonzero diagonal: upper triangular [d_i, d_i], or the diagonal
-        [d_i] of a real diagonal matrix.
-      tensor: [d_1, ..., d_k].
-      precision: of the matrix products.
+      uppers: One upper triangular factor per axis, with a nonzero diagonal, or a diagonal one.
+      tensor: The tensor to solve for.
+      precision: Precision of the matrix products.
 
     Returns:
-      A tensor of the shape of `tensor`. Cost of a dense factor: about 2·n·d_i + 4·d_i·128².
+      A tensor of the same shape. Cost of a dense factor: about 2·n·d_i + 4·d_i·128².
     """
     if tensor.size == 0:
         return tensor
-    sizes = {i: _panel_size(q.shape[0]) for i, q in enumerate(uppers) if q.ndim == 2}
-    padded = {i: _pad_to_panels(uppers[i], size) for i, size in sizes.items()}
-    groups = _inverse_panels(
-        {i: _diagonal_blocks(padded[i], p) for i, p in sizes.items()}, precision
+    panels = {i: _panel_size(q.shape[0]) for i, q in enumerate(uppers) if q.ndim == 2}
+    padded = {i: _pad_to_panels(uppers[i], panel) for i, panel in panels.items()}
+    inverses = _inverse_panels(
+        {i: _diagonal_blocks(padded[i], panel) for i, panel in panels.items()}, precision
     )
     for axis, upper in enumerate(uppers):
         if upper.ndim == 1:
             tensor = tensor / contract.along_axis(upper, axis, tensor.ndim)
             continue
-        size, whole = upper.shape[0], padded[axis].shape[0]
-        right = jnp.pad(contract.unfold(tensor, axis), ((0, whole - size), (0, 0)))
-        solved = _substitute_panels(padded[axis], groups[axis].conj().mT, right, precision)
+        size = upper.shape[0]
+        right = contract.unfold(tensor, axis)
+        right = jnp.pad(right, ((0, len(padded[axis]) - size), (0, 0)))
+        solved = _substitute_panels(padded[axis], inverses[axis].conj().mT, right, precision)
         tensor = contract.fold(solved[:size], axis, tensor.shape)
     return tensor
 
 
-def _pad_to_panels(upper: Array, panel: int) -> Array:
-    """Continue a triangular matrix by the identity, up to a whole number of panels."""
-    size = upper.shape[0]
-    return continue_by_identity(upper, size + -size % panel)
+def _pad_to_panels(upper: Inexact[Array, "d d"], panel: int) -> Inexact[Array, "p p"]:
+    """A triangular matrix, continued by the identity up to a whole number of panels."""
+    length, padding = upper.shape[0], -upper.shape[0] % panel
+    if not padding:
+        return upper
+    identity = np.diag((np.arange(length + padding) >= length).astype(upper.dtype))
+    return jnp.pad(upper, (0, padding)) + identity
 
 
-def continue_by_identity(matrices: Array, size: int) -> Array:
-    """Matrices [..., d, d] as the upper left blocks of [..., size, size], the identity beside."""
-    length = matrices.shape[-1]
-    if length == size:
-        return matrices
-    rest = np.diag((np.arange(size) >= length).astype(matrices.dtype))
-    widths = [(0, 0)] * (matrices.ndim - 2) + [(0, size - length)] * 2
-    return jnp.pad(matrices, widths) + rest.reshape((1,) * (matrices.ndim - 2) + rest.shape)
-
-
-def _inverse_panels(panels: Mapping[int, Array], precision) -> dict[int, Array]:
-    """Inverses of the diagonal panels [d / p, p, p] of each matrix, all of one size p together."""
+def _inverse_panels(
+    panels: Mapping[int, Inexact[Array, "k p p"]], precision: contract.Precision
+) -> dict[int, Inexact[Array, "k p p"]]:
+    """Inverses of the diagonal panels of each matrix, those of one size p all together."""
     inverses = {}
     for size in sorted({x.shape[-1] for x in panels.values()}):
         group = {i: x for i, x in panels.items() if x.shape[-1] == size}
-        inverted = invert_upper(jnp.concatenate(list(group.values())), precision=precision)
+        inverted = _invert_upper(jnp.concatenate(list(group.values())), precision)
         ends = np.cumsum([len(x) for x in group.values()])
         inverses |= dict(zip(group, jnp.split(inverted, ends[:-1]), strict=True))
     return inverses
 
 
-def _substitute_panels(upper: Array, adjoints: Array, right: Array, precision) -> Array:
-    """Solve `Qᴴ X = R` for [d, m], given the inverse adjoints of Q's diagonal panels."""
+def _substitute_panels(
+    upper: Inexact[Array, "d d"],
+    adjoints: Inexact[Array, "k p p"],
+    right: Inexact[Array, "d m"],
+    precision: contract.Precision,
+) -> Inexact[Array, "d m"]:
+    """Solve `Qᴴ X = R`, given the inverse adjoints of Q's diagonal panels, d = k·p."""
     panel, (size, width) = adjoints.shape[-1], right.shape
 
     def solve_panel(i, solved):
@@ -231,21 +250,15 @@ def _substitute_panels(upper: Array, adjoints: Array, right: Array, precision) -
     return flow.fori_loop(0, len(adjoints), solve_panel, jnp.zeros_like(right))
 
 
-def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Array:
-    """Invert a batch of upper triangular matrices by substitution and doubling.
-
-    Args:
-      blocks: [N, p, p], upper triangular; p ≤ 32, or 32 times a power of two.
-      precision: of the matrix products.
-
-    Returns:
-      [N, p, p], upper triangular.
-    """
-    whole = blocks.shape[-1]
-    size = min(whole, _SUBSTITUTION_SIZE)
+def _invert_upper(
+    blocks: Inexact[Array, "N p p"], precision: contract.Precision
+) -> Inexact[Array, "N p p"]:
+    """Inverses of upper triangular matrices; p ≤ 32, or 32 times a power of two."""
+    length = blocks.shape[-1]
+    size = min(length, _SUBSTITUTION_SIZE)
     inverse = _block_diagonal(_substitute(_diagonal_blocks(blocks, size)))
-    index = np.arange(whole)
-    while size < whole:
+    index = np.arange(length)
+    while size < length:
         # [[X, Y], [0, Z]]⁻¹ = [[X⁻¹, −X⁻¹ Y Z⁻¹], [0, Z⁻¹]]: one product for all pairs at once.
         block, pair = index // size, index // (2 * size)
         corners = (pair[:, None] == pair) & (block[:, None] != block)
@@ -255,8 +268,8 @@ def invert_upper(blocks: Array, *, precision: contract.Precision = None) -> Arra
     return inverse
 
 
-def _substitute(blocks: Array) -> Array:
-    """Inverses of upper triangular [..., p, p], row by row from the last."""
+def _substitute(blocks: Inexact[Array, "*batch p p"]) -> Inexact[Array, "*batch p p"]:
+    """Inverses of upper triangular matrices, row by row from the last."""
     size = blocks.shape[-1]
     columns = np.arange(size).reshape((1,) * (blocks.ndim - 2) + (size,))
 
@@ -276,23 +289,22 @@ def _panel_size(size: int) -> int:
     """The matrix itself up to 32; else 64 or 128, the larger that pads little."""
     if size <= _SUBSTITUTION_SIZE:
         return size
-    panel = _PANEL_SIZE
-    while panel > 2 * _SUBSTITUTION_SIZE and -size % panel > size // 8:
-        panel //= 2
-    return panel
+    return _PANEL_SIZE if -size % _PANEL_SIZE <= size // 8 else _PANEL_SIZE // 2
 
 
-def _diagonal_blocks(matrices: Array, size: int) -> Array:
-    """[..., d, d] to its diagonal blocks [..., d / size, size, size]."""
-    *batch, whole, _ = matrices.shape
-    tiles = matrices.reshape(*batch, whole // size, size, whole // size, size)
-    same = np.arange(whole // size)
+def _diagonal_blocks(
+    matrices: Inexact[Array, "*batch d d"], size: int
+) -> Inexact[Array, "*batch k size size"]:
+    """The diagonal blocks of matrices, k = d / size."""
+    *batch, length, _ = matrices.shape
+    count = length // size
+    tiles = matrices.reshape(*batch, count, size, count, size)
+    same = np.arange(count)
     return jnp.moveaxis(tiles[..., same, :, same, :], 0, -3)
 
 
-def _block_diagonal(blocks: Array) -> Array:
-    """Diagonal blocks [..., k, p, p] to matrices [..., k·p, k·p]; inverse of `_diagonal_blocks`."""
-    *batch, count, size, _ = blocks.shape
-    same = np.eye(count, dtype=blocks.dtype)[:, None, :, None]
-    tiles = blocks[..., None, :] * same.reshape((1,) * len(batch) + same.shape)
-    return tiles.reshape(*batch, count * size, count * size)
+def _block_diagonal(blocks: Inexact[Array, "N k p p"]) -> Inexact[Array, "N d d"]:
+    """Matrices with these diagonal blocks, d = k·p; the inverse of `_diagonal_blocks`."""
+    stack, count, size, _ = blocks.shape
+    same = np.eye(count, dtype=blocks.dtype).reshape(1, count, 1, count, 1)
+    return (blocks[..., None, :] * same).reshape(stack, count * size, count * size)

@@ -11,50 +11,72 @@ arXiv:2402.11858.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from optax_kron.kernels import contract, grams, linalg
 
+# A geometry says in which coordinates the step is taken, and with it what T1 and T2 are. For one
+# matrix, all axes but one left out:
+#
+#   geometry      T1, T2                                the step
+#   EQ            (Qg)(Qg)ᴴ, (Q⁻ᴴv)(Q⁻ᴴv)ᴴ             Q ← Q − μ triu(D) Q, upper triangular
+#   QEP           (QPg)(QPg)ᴴ, (Qv)(Qv)ᴴ               Q ← Q − μ D Q
+#   QEQ           (Pg)(Pg)ᴴ, vvᴴ                       Q ← Q − μ Q D
+#   Q0.5EQ1.5     (Pg)(Pg)ᴴ, vvᴴ                       Q ← Q − μ D Q, then a rotation to Hermitian
+#   QUAD          (Pg)(Pg)ᴴ, vvᴴ                       Q ← (I − μD/2) Q (I − μD/2), Hermitian
+#
+# Only EQ solves with Q. When whitening, all but EQ take the mean of T2 over v: vvᴴ → I.
+#
+# A worked example, for a block g [128, 64] with two dense factors in EQ: X = Q₁ g Q₂ᵀ and
+# Y = Q₁⁻ᴴ v Q₂⁻* are [128, 64]; T1 = XXᴴ and T2 = YYᴴ are [128, 128] for the first axis, and of
+# the unfoldings [64, 128] of both, [64, 64], for the second.
 GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
 
 _BOUND_DECAY = 0.9
 
-Factors = tuple[Array, ...]
-Sizes = Sequence[Array] | None
+Factors = tuple[contract.Factor, ...]
+# Valid extent of each axis of a padded block; `None`: no padding.
+Sizes = Sequence[Int[Array, ""]] | None
+Scalar = Float[Array, ""]
 
 
-def noised(gradient: Array, probe: Array, damping: ArrayLike) -> Array:
+def noised(
+    gradient: Inexact[Array, "*shape"], probe: Inexact[Array, "*shape"], damping: ArrayLike
+) -> Inexact[Array, "*shape"]:
     """`G + (damping + eps|G|)∘V`: damping, and noise at the level of rounding, against overfitting.
 
     Args:
-      gradient: `G`, or the Hessian-vector product, any shape.
-      probe: `V`, white, of the same shape.
-      damping: absolute; limits how small a curvature is believed.
+      gradient: `G`, or the Hessian-vector product.
+      probe: `V`, white.
+      damping: Absolute damping; limits how small a curvature is believed.
     """
     epsilon = jnp.finfo(gradient.dtype).eps
     return gradient + (damping + epsilon * jnp.abs(gradient)) * probe
 
 
 def initial_scale(
-    gradient: Array, damping: ArrayLike, probe: Array | None = None, sizes: Sizes = None
-) -> Array:
+    gradient: contract.Tensor,
+    damping: ArrayLike,
+    probe: contract.Tensor | None = None,
+    sizes: Sizes = None,
+) -> Scalar:
     """The scale s at which `Q = s·I` roughly whitens the first gradient.
 
     `s = (mean|g|⁴ + damping⁴)^(-1/8)`; for a Hessian-vector product, times `(mean|v|²)^(1/4)`.
 
     Args:
-      gradient: the first gradient or Hessian-vector product of the block.
-      damping: absolute, as in `noised`.
-      probe: the probe `v` in Newton mode.
-      sizes: valid extents of a padded block, whose padding is zero.
+      gradient: The first gradient or Hessian-vector product of the block.
+      damping: Absolute damping, as in `noised`.
+      probe: The probe `v` in Newton mode.
+      sizes: Valid extents of a padded block, whose padding is zero.
 
     Returns:
-      A real scalar, finite for every finite gradient.
+      The scale, finite for every finite gradient.
     """
     count = _count(gradient, sizes)
     magnitude = jnp.abs(gradient)
@@ -76,53 +98,50 @@ def balance(factors: Factors, sizes: Sizes = None) -> Factors:
     """
     if len(factors) < 2:
         return factors
+
     masks = [
-        None if sizes is None else contract.along_axis(_mask(q, sizes, axis, bool), 0, q.ndim)
+        None if sizes is None else contract.along_axis(_mask(q, sizes[axis]), 0, q.ndim)
         for axis, q in enumerate(factors)
     ]
-    largest = jnp.stack(
-        [jnp.max(_masked(jnp.abs(q), mask, 0)) for q, mask in zip(factors, masks, strict=True)]
-    )
+
+    def inside(value, mask, padding):
+        return value if mask is None else jnp.where(mask, value, padding)
+
+    magnitudes = [jnp.max(inside(jnp.abs(q), m, 0)) for q, m in zip(factors, masks, strict=True)]
+    largest = jnp.stack(magnitudes)
     # A mean of logarithms does not overflow where a product would.
     logarithms = jnp.log(jnp.maximum(largest, jnp.finfo(largest.dtype).tiny))
     scales = jnp.exp(jnp.mean(logarithms) - logarithms)
-    return tuple(
-        q * _masked(scale, mask, 1) for q, scale, mask in zip(factors, scales, masks, strict=True)
-    )
-
-
-def _masked(value: Array, mask: Array | None, otherwise: float) -> Array:
-    return value if mask is None else jnp.where(mask, value, otherwise)
+    return tuple(q * inside(s, m, 1) for q, s, m in zip(factors, scales, masks, strict=True))
 
 
 def update_factors(
     factors: Factors,
-    bounds: Array,
-    gradient: Array,
-    probe: Array,
-    rows: Array,
+    bounds: Float[Array, " k"],
+    gradient: contract.Tensor,
+    probe: contract.Tensor,
+    rows: Float[Array, "r e"],
     *,
     geometry: str,
-    precond_lr: ArrayLike,
+    precond_lr: float | Scalar,
     newton: bool = False,
     sizes: Sizes = None,
     precision: contract.Precision = None,
-) -> tuple[Factors, Array]:
+) -> tuple[Factors, Float[Array, " k"]]:
     """One step of the fit of `P` for one block.
 
     Args:
-      factors: one per axis, dense [d_i, d_i] (upper triangular in `EQ`, Hermitian in `QUAD`) or
-        diagonal [d_i].
-      bounds: running bound L of the curvature of the fit along each axis, real [k], from zero.
-      gradient: the `noised` gradient, momentum or Hessian-vector product, [d_1, ..., d_k].
-      probe: `V`, white, of the same shape; in Newton mode, the probe of the product.
-      rows: standard normal [linalg.PROBE_ROWS, ≥ max d_i], for the norm bounds.
-      geometry: in which geometry Q moves, one of `GEOMETRIES`.
-      precond_lr: relative size of the step, in (0, 1).
-      newton: fit `|H|⁻¹` rather than whiten.
-      sizes: valid extent of each axis if the block is padded: gradient, probe and the factors'
+      factors: One factor per axis; dense ones are upper triangular in `EQ`, Hermitian in `QUAD`.
+      bounds: Running bound L of the curvature of the fit along each axis, from zero.
+      gradient: The `noised` gradient, momentum or Hessian-vector product.
+      probe: `V`, white; in Newton mode, the probe of the product.
+      rows: `linalg.PROBE_ROWS` standard normal rows for the norm bounds, no axis longer than they.
+      geometry: The geometry in which Q moves, one of `GEOMETRIES`.
+      precond_lr: Relative size of the step, in (0, 1).
+      newton: Whether to fit `|H|⁻¹` rather than to whiten.
+      sizes: Valid extent of each axis if the block is padded: gradient, probe and the factors'
         off-diagonal must be zero in the padding, and the factors stay as they are there.
-      precision: of the matrix products.
+      precision: Precision of the matrix products.
 
     Returns:
       New factors and new bounds. Cost: about 4·n·d_i + 2·d_i³ operations for each dense factor (a
@@ -130,17 +149,13 @@ def update_factors(
     """
     if geometry == "QEP":
         factors = balance(factors, sizes)
-    roots = _roots(factors, gradient, probe, geometry, newton, precision)
+    pairs = _gram_pairs(factors, gradient, probe, geometry, newton, sizes, precision)
     move = functools.partial(
         _move_factor, rows=rows, geometry=geometry, precond_lr=precond_lr, precision=precision
     )
-    curvatures = [
-        _curvature(roots[axis], factor, axis, gradient, geometry, sizes)
-        for axis, factor in enumerate(factors)
-    ]
     moved = {}
-    for axes in _alike(factors):
-        group = [(factors[axis], bounds[axis], curvatures[axis]) for axis in axes]
+    for axes in _axes_alike(factors):
+        group = [(factors[axis], bounds[axis], pairs[axis]) for axis in axes]
         if len(group) == 1:
             moved[axes[0]] = move(*group[0])
             continue
@@ -151,57 +166,57 @@ def update_factors(
     return new_factors, jnp.stack(new_bounds)
 
 
-def _roots(factors, gradient, probe, geometry, newton, precision):
-    """For every factor, tensors X, Y with `T1 = C_i(X)` and `T2 = C_i(Y)`.
-
-    `Y` is `None` where `E[C_i(V)]` takes its place.
-    """
+def _gram_pairs(
+    factors: Factors,
+    gradient: contract.Tensor,
+    probe: contract.Tensor,
+    geometry: str,
+    newton: bool,
+    sizes: Sizes,
+    precision: contract.Precision,
+) -> list[grams.GramPair]:
+    """`T1` and `T2` of every factor, by the unfoldings of tensors X and Y."""
     if geometry == "EQ":
         first = contract.apply_factors(factors, gradient, precision=precision)
         second = linalg.solve_upper_adjoint(factors, probe, precision=precision)
-        return [(first, second)] * len(factors)
-    first = contract.precondition(factors, gradient, precision=precision)
-    second = probe if newton else None
-    if geometry != "QEP":
-        return [(first, second)] * len(factors)
+    else:
+        first = contract.precondition(factors, gradient, precision=precision)
+        second = probe if newton else None
 
-    def seen_from_output(factor, tensor, axis):
-        if tensor is None:
-            return None
-        return contract.apply_factor(factor, tensor, axis, precision=precision)
+    def from_output(x, axis):
+        # In QEP both terms are those of the output of Q_i, not of its input.
+        if x is None or geometry != "QEP":
+            return x
+        return contract.apply_factor(factors[axis], x, axis, precision=precision)
 
-    return [
-        (seen_from_output(factor, first, axis), seen_from_output(factor, second, axis))
-        for axis, factor in enumerate(factors)
-    ]
+    tensors = [(from_output(first, i), from_output(second, i)) for i in range(len(factors))]
+    pairs = []
+    for axis, (factor, (X, Y)) in enumerate(zip(factors, tensors, strict=True)):
+        X = contract.unfold(X, axis)
+        if Y is not None:
+            Y = contract.unfold(Y, axis)
+        else:
+            Y = _white(factor, axis, gradient, sizes)
+            if geometry == "QEP":
+                # E[C_i(V)] seen from the output of Q is Q diag(w) Qᴴ, with Q √w its square root.
+                Y = Y * jnp.square(factor) if factor.ndim == 1 else factor * jnp.sqrt(Y)[None]
+        pairs.append(grams.GramPair(X, Y))
+    return pairs
 
 
-def _white(factor, axis, gradient, sizes):
-    """The diagonal of `E[C_i(V)] = (n / d_i) I`, zero in the padding; [d_i]."""
+def _white(
+    factor: contract.Factor, axis: int, gradient: contract.Tensor, sizes: Sizes
+) -> Float[Array, " d"]:
+    """The diagonal of `E[C_i(V)] = (n / d_i) I`, zero in the padding."""
     real = contract.real_dtype(factor.dtype)
     length = factor.shape[-1]
     if sizes is None:
         return jnp.full(length, gradient.size // max(length, 1), real)
-    return _mask(factor, sizes, axis, real) * (
-        _count(gradient, sizes) / jnp.asarray(sizes[axis], real)
-    )
+    mask = _mask(factor, sizes[axis]).astype(real)
+    return mask * (_count(gradient, sizes) / jnp.asarray(sizes[axis], real))
 
 
-def _curvature(roots, factor, axis, gradient, geometry, sizes):
-    """`T1` and `T2` of one factor."""
-    first = contract.unfold(roots[0], axis)
-    if roots[1] is not None:
-        return grams.GramPair(first, contract.unfold(roots[1], axis), None)
-    weights = _white(factor, axis, gradient, sizes)
-    if geometry != "QEP":
-        return grams.GramPair(first, None, weights)
-    if factor.ndim == 1:
-        return grams.GramPair(first, None, weights * jnp.square(factor))
-    # E[C_i(V)] seen from the output of Q is Q diag(w) Qᴴ, with a root of its own.
-    return grams.GramPair(first, factor * jnp.sqrt(weights)[None], None)
-
-
-def _alike(factors):
+def _axes_alike(factors: Factors) -> Iterable[list[int]]:
     """The axes in groups of equal factors, which are handled as one: fewer kernels to compile."""
     groups = {}
     for axis, factor in enumerate(factors):
@@ -209,32 +224,48 @@ def _alike(factors):
     return groups.values()
 
 
-def _move_factor(factor, bound, curvature, *, rows, geometry, precond_lr, precision):
+def _move_factor(
+    factor: contract.Factor,
+    bound: Scalar,
+    pair: grams.GramPair,
+    *,
+    rows: Float[Array, "r e"],
+    geometry: str,
+    precond_lr: float | Scalar,
+    precision: contract.Precision,
+) -> tuple[contract.Factor, Scalar]:
     """A new factor and its bound."""
-    if factor.ndim == 1:
-        t1, t2 = curvature.diagonals()
-        bound, step = _bound_and_step(jnp.max(t1 + t2, initial=0), bound, precond_lr, factor)
-        return _move_diagonal(factor, t1 - t2, step, geometry), bound
-    norm = curvature.norm_bound(rows, precision=precision)
-    bound, step = _bound_and_step(norm, bound, precond_lr, factor)
-    return _move_dense(factor, curvature, step, geometry, rows, precision), bound
+    if factor.ndim == 2:
+        norm = pair.norm_bound(rows, precision=precision)
+        bound, step = _bound_and_step(norm, bound, precond_lr, factor)
+        return _move_dense(factor, pair, step, geometry, rows, precision), bound
+    t1, t2 = pair.diagonals()
+    bound, step = _bound_and_step(jnp.max(t1 + t2, initial=0), bound, precond_lr, factor)
+    difference = t1 - t2
+    if geometry == "QUAD":
+        return jnp.square(1 - step / 2 * difference) * factor, bound
+    return (1 - step * difference) * factor, bound
 
 
-def _bound_and_step(norm, bound, precond_lr, factor):
+def _bound_and_step(
+    norm: Scalar, bound: Scalar, precond_lr: float | Scalar, factor: contract.Factor
+) -> tuple[Scalar, Scalar]:
     """The running bound of the curvature, and the step that it allows."""
     norm = norm.astype(bound.dtype)
+    # It rises at once, lest a step overshoot, and forgets slowly.
     bound = jnp.maximum(_BOUND_DECAY * bound + (1 - _BOUND_DECAY) * norm, norm)
     step = precond_lr / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
     return bound, step.astype(contract.real_dtype(factor.dtype))
 
 
-def _move_diagonal(factor, difference, step, geometry):
-    if geometry == "QUAD":
-        return jnp.square(1 - step / 2 * difference) * factor
-    return (1 - step * difference) * factor
-
-
-def _move_dense(factor, pair, step, geometry, rows, precision):
+def _move_dense(
+    factor: Inexact[Array, "d d"],
+    pair: grams.GramPair,
+    step: Scalar,
+    geometry: str,
+    rows: Float[Array, "r e"],
+    precision: contract.Precision,
+) -> Inexact[Array, "d d"]:
     if geometry == "EQ":
         return pair.subtract_upper(factor, step, precision=precision)
 
@@ -253,16 +284,18 @@ def _move_dense(factor, pair, step, geometry, rows, precision):
         case "QUAD":
             half = factor - step / 2 * product(difference, factor)
             half = half - step / 2 * product(half, difference)
+            # Rounding would leave the Hermitian matrices little by little.
             return (half + half.conj().T) / 2
     raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}; got {geometry!r}.")
 
 
-def _mask(factor, sizes, axis, dtype):
-    return (jnp.arange(factor.shape[-1]) < sizes[axis]).astype(dtype)
+def _mask(factor: contract.Factor, size: Int[Array, ""]) -> Bool[Array, " d"]:
+    """Where the axis of a factor is not padding."""
+    return jnp.arange(factor.shape[-1]) < size
 
 
-def _count(tensor, sizes):
-    """Number of elements outside the padding, as a real scalar (an empty block counts as one)."""
+def _count(tensor: contract.Tensor, sizes: Sizes) -> Scalar:
+    """Number of elements outside the padding (an empty block counts as one)."""
     real = contract.real_dtype(tensor.dtype)
     if sizes is None:
         return jnp.asarray(max(tensor.size, 1), real)
