@@ -111,17 +111,16 @@ class LayerPlan:
           blocks: Gradients, as `take` returns them.
           taps: Taps of all layers. By hand they need not know, and are not judged.
         """
-        given: list[Array] = []
-        recorded: list[Array] = []
+        pairs: list[tuple[Array, Array]] = []
         for label in self.stacks:
             for m, where in self.slices(label):
                 norm = taps.gradient_norms.get(m.layer.name)
                 if norm is not None and m.is_whole:
-                    given.append(magnitude(blocks[label][where]))
-                    recorded.append(jnp.asarray(norm).astype(given[-1].dtype))
-        if not given:
+                    given = magnitude(blocks[label][where])
+                    pairs.append((given, jnp.asarray(norm).astype(given.dtype)))
+        if not pairs:
             return jnp.zeros([], bool)
-        now, then = (sum(x[1:], x[0]) for x in (given, recorded))
+        now, then = (sum(x[1:], x[0]) for x in zip(*pairs, strict=True))
         # Gradients that vanish, or are not finite, are a matter of their own.
         judged = (now > 0) & jnp.isfinite(now) & (then > 0) & jnp.isfinite(then)
         return judged & ((now / MOST_APART > then) | (then / MOST_APART > now))

@@ -21,6 +21,7 @@ it goes through jit, vmap and checkpoints like any other.
 # ruff: noqa: D102
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -231,8 +232,8 @@ class Operator:
 
     def plus(self, other: "Operator") -> "Operator":
         """The sum with an operator on the same pytrees."""
-        terms = [t for x in (self, other) for t in (x.terms if isinstance(x, Sum) else (x,))]
-        return Sum(tuple(terms))
+        mine, its = (x if isinstance(x, Sum) else Sum((x,), (None,)) for x in (self, other))
+        return Sum(mine.terms + its.terms, mine.scales + its.scales)
 
     def __radd__(self, other: object) -> "Operator":
         if isinstance(other, int) and other == 0:  # so that sum() works
@@ -253,41 +254,16 @@ class Operator:
 
     def times(self, scalar: Float[Array, ""]) -> "Operator":
         """The multiple by a number."""
-        return Scaled(self, scalar)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled(Operator):
-    """A multiple of an operator that knows only how to multiply."""
-
-    operator: Operator
-    scale: Float[Array, ""]
-
-    def in_structure(self) -> PyTree:
-        return self.operator.in_structure()
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.operator.dtype
-
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        return Scaled(self.operator.T, self.scale)
-
-    def mv(self, vector: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: scaled(self.scale, x), self.operator.mv(vector))
-
-    def times(self, scalar: Float[Array, ""]) -> Operator:
-        return Scaled(self.operator, self.scale * scalar)
+        return Sum((self,), (scalar,))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum(Operator):
-    """A sum of operators on the same pytrees; the inverse and the like are dense."""
+    """A weighted sum of operators on the same pytrees; the inverse and the like are dense."""
 
     terms: tuple[Operator, ...]
+    scales: tuple[Float[Array, ""] | None, ...]  # None: one
 
     def in_structure(self) -> PyTree:
         return self.terms[0].in_structure()
@@ -298,18 +274,26 @@ class Sum(Operator):
 
     @property
     def T(self) -> Operator:  # noqa: N802
-        return Sum(tuple(term.T for term in self.terms))
+        return Sum(tuple(term.T for term in self.terms), self.scales)
 
     def mv(self, vector: PyTree) -> PyTree:
-        first, *others = (term.mv(vector) for term in self.terms)
+        first, *others = self._each(lambda term: term.mv(vector))
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), first, *others)
 
     def trace(self) -> Float[Array, ""]:
-        first, *others = (term.trace() for term in self.terms)
+        first, *others = self._each(lambda term: term.trace())
         return sum(others, first)
 
     def times(self, scalar: Float[Array, ""]) -> Operator:
-        return Sum(tuple(term * scalar for term in self.terms))
+        scales = (scalar if s is None else s * scalar for s in self.scales)
+        return Sum(self.terms, tuple(scales))
+
+    def _each(self, fn: Callable[[Operator], PyTree]) -> list[PyTree]:
+        """A linear function of every term, times its scale."""
+        return [
+            fn(term) if s is None else jax.tree.map(functools.partial(scaled, s), fn(term))
+            for term, s in zip(self.terms, self.scales, strict=True)
+        ]
 
 
 @jax.tree_util.register_dataclass

@@ -60,7 +60,8 @@ class Batches:
     ):
         self.owner = owner
         checked = plans.check_layers(owner, layers)
-        if not checked and getattr(layers, "structure", None) is None:
+        known = getattr(layers, "structure", None)  # that `find_layers` has seen
+        if not checked and known is None:
             raise ValueError(
                 f"{owner}: there is not a single layer, and so no curvature. print(ok.find_layers("
                 "...)) says why parameters are in no layer."
@@ -80,8 +81,8 @@ class Batches:
         self._ahead = itertools.chain([first], self._ahead)
         taps = self._pair(first)[1]
         sizes = {name: _sizes(groups[0]) for name, groups in taps.items() if groups}
-        found = layers if hasattr(layers, "structure") else checked
-        self.structure = structure_of(owner, found, params, sizes)
+        like = known if params is None else params
+        self.structure = structure_of(owner, checked, like, sizes)
         self.plan = plans.plan_layers(owner, checked, self.structure.tree)
 
     def _opener(self, source: Source, times: int) -> Callable[[], Iterator[object]]:

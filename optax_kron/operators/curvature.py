@@ -123,12 +123,10 @@ def structure_of(
 
     Args:
       owner: Name of the function that makes the operator, for messages.
-      layers: Layers as `find_layers` returns, which know it, or made by hand.
-      params: The parameters, or abstract ones; `None` if not given.
+      layers: The layers.
+      params: The parameters, or abstract ones; `None` if they are not known, of layers by hand.
       sizes: d_in and d_out of the layers in their taps.
     """
-    if params is None:
-        params = getattr(layers, "structure", None)
     if params is not None:
         return Structure.of(params)
     shapes: dict[str, tuple[int, ...]] = {}
