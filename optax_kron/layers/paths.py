@@ -110,7 +110,7 @@ def by_path(tree: PyTree) -> dict[str, Leaf]:
     """The leaves of a tree by path, in order; Python's numbers as arrays.
 
     Raises:
-      ValueError: if two leaves have one path.
+      ValueError: If two leaves have one path.
     """
     paths = paths_of(tree)
     leaves = dict(zip(paths, map(as_array, jax.tree.leaves(tree)), strict=True))

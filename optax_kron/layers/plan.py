@@ -147,7 +147,7 @@ class LayerPlan:
         """Taps of all layers, in canonical form.
 
         Raises:
-          ValueError: if they are missing, or do not fit the layers.
+          ValueError: If they are missing, or do not fit the layers.
         """
         if not self.stacks:
             return Taps({})
