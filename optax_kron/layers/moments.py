@@ -1,11 +1,22 @@
 """Second moments of what a layer saw: its Kronecker factors for one batch."""
 
+# Worked example: a dense layer with a bias, kernel [3, 2], applied to 7 examples at 5 positions.
+#
+#   tap.inputs [1, 7, 5, 4]               the bias's column of ones last
+#   tap.output_grads [1, 1, 7, 5, 2]      of one column, as of fisher="mc"
+#   moments_of(layer, tap)                A [1, 4, 4], a mean over 7·5 cases, 1 in its last corner
+#                                         G [1, 2, 2], a mean over 7, the sum over the rest
+#                                         weight [1], 35 without weights of the loss
+#
+# A parameter that is used in two batches, of 7 and of 20 examples, has two groups of taps. The
+# curvature of its layer is A ⊗ G with G_1 + G_2, as curvatures add up, and with the mean of A_1
+# and A_2 by their weights.
+
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Array, Shaped
 
 from optax_kron.kernels import contract, kfac
 from optax_kron.layers.layer import Layer
@@ -24,29 +35,38 @@ def moments_of(
     """The second moments of a tap in canonical form.
 
     Args:
-      layer: that the tap belongs to. A bias alone is always reduced.
-      tap: what it saw.
+      layer: The layer that the tap belongs to. A bias alone is always reduced.
+      tap: What the layer saw.
       approx: "expand" or "reduce", as in `ok.kfac`.
-      dtype: of the moments; `None`: that of the output-gradients, at least float32.
-      precision: of the matrix products.
+      dtype: Dtype of the moments; `None`: that of the output-gradients, at least float32.
+      precision: Precision of the matrix products.
     """
+    # A bias alone has the input one at all positions, so that reducing is exact.
     approx = "reduce" if layer.kernel is None else approx
     dtype = contract.wide_dtype(tap.output_grads.dtype) if dtype is None else dtype
     weights = None if tap.weights is None else tap.weights.astype(dtype)
-    settings: Any = {"approx": approx, "precision": precision}
-    if layer.is_embedding:
-        inputs = kfac.index_frequencies(tap.inputs, layer.d_in, weights, dtype=dtype)
+    if layer.table_rows is not None:
+        A = kfac.index_frequencies(tap.inputs, layer.table_rows, weights, dtype=dtype)
     else:
-        x = tap.inputs.astype(dtype)
-        inputs = kfac.input_moment(x, weights, diagonal=layer.has_diagonal_input, **settings)
-    grads = tap.output_grads.astype(dtype)
-    outputs = kfac.output_moment(grads, diagonal=layer.has_diagonal_output, **settings)
-    blocks, data, positions, _ = tap.inputs.shape
+        A = kfac.input_moment(
+            tap.inputs.astype(dtype),
+            weights,
+            approx=approx,
+            diagonal=layer.has_diagonal_input,
+            precision=precision,
+        )
+    G = kfac.output_moment(
+        tap.output_grads.astype(dtype),
+        approx=approx,
+        diagonal=layer.has_diagonal_output,
+        precision=precision,
+    )
+    blocks, examples, positions, _ = tap.inputs.shape
     if weights is None:
-        weight = jnp.asarray(data * (1 if approx == "reduce" else positions), dtype)
+        weight = jnp.asarray(examples * (1 if approx == "reduce" else positions), dtype)
     else:
         weight = kfac.total_weight(weights, positions) / positions
-    return Moments(inputs, outputs, jnp.broadcast_to(weight, blocks))
+    return Moments(A, G, jnp.broadcast_to(weight, blocks))
 
 
 def moments_of_member(
@@ -61,55 +81,60 @@ def moments_of_member(
     """The second moments of a layer from all groups of its taps.
 
     Args:
-      owner: for messages.
-      member: the layer, and which columns of its taps' inputs belong to it.
-      taps: groups, in canonical form.
-      approx: as in `moments_of`.
-      dtype: of the moments.
-      precision: of the matrix products.
+      owner: Name of the optimizer or operator, for messages.
+      member: The layer, and which columns of its taps' inputs belong to it.
+      taps: Groups of taps, in canonical form.
+      approx: As in `moments_of`.
+      dtype: Dtype of the moments.
+      precision: Precision of the matrix products.
 
     Raises:
-      ValueError: for second moments where `approx` needs what each datum gave.
+      ValueError: For second moments where `approx` needs what each example gave.
     """
 
-    def of_group(tap):
-        layer, columns = member.layer, member.columns
-        if isinstance(tap, Tap):
-            return moments_of(
-                layer, own_columns(member, tap), approx=approx, dtype=dtype, precision=precision
-            )
-        if approx == "reduce" and layer.kernel is not None:
-            raise ValueError(
-                f"{owner}: approx='reduce' needs what each datum gave, but the taps of layer "
-                f"{layer.name!r} are second moments, which 'expand' has. Make the taps with "
-                "reduce=False, or take approx='expand'."
-            )
-        inputs = tap.input_factor.astype(dtype)
-        if not layer.is_embedding:
-            inputs = inputs[..., columns] if inputs.ndim == 2 else inputs[..., columns, columns]
-        if inputs.ndim == 2 and not layer.has_diagonal_input:
-            inputs = inputs[..., None]  # of a wide kernel that is hidden, the bias's one is left
-        weight = jnp.broadcast_to(tap.weight.astype(dtype), layer.blocks)
-        return Moments(inputs, tap.output_factor.astype(dtype), weight)
+    def of_group(tap: Tap | Moments) -> Moments:
+        if isinstance(tap, Moments):
+            return _visible_moments(owner, member, tap, approx, dtype)
+        seen = visible_inputs(member, tap)
+        return moments_of(member.layer, seen, approx=approx, dtype=dtype, precision=precision)
 
-    found = combined([of_group(tap) for tap in taps])
+    moments = combined([of_group(tap) for tap in taps])
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
-        return found._replace(output_factor=of_group(taps[0]).output_factor)  # no sum of identities
-    return found
+        # Without columns every group's output factor is the identity, and so is that of all.
+        return moments._replace(output_factor=of_group(taps[0]).output_factor)
+    return moments
 
 
-def own_columns(member: Member, tap: Tap) -> Tap:
+def _visible_moments(
+    owner: str, member: Member, moments: Moments, approx: str, dtype: DTypeLike
+) -> Moments:
+    """Second moments without the inputs of parameters that are hidden, in another dtype."""
+    layer, columns = member.layer, member.columns
+    if approx == "reduce" and layer.kernel is not None:
+        raise ValueError(
+            f"{owner}: approx='reduce' needs what each example gave, but the taps of layer "
+            f"{layer.name!r} are second moments, which 'expand' has. Make the taps with "
+            "reduce=False, or take approx='expand'."
+        )
+    A = moments.input_factor.astype(dtype)
+    A = A[..., columns] if A.ndim == 2 else A[..., columns, columns]
+    if A.ndim == 2 and not layer.has_diagonal_input:
+        # Of a wide kernel that is hidden the bias's entry [B, 1] is left, a dense factor.
+        A = A[..., None]
+    weight = jnp.broadcast_to(moments.weight.astype(dtype), layer.blocks)
+    return Moments(A, moments.output_factor.astype(dtype), weight)
+
+
+def visible_inputs(member: Member, tap: Tap) -> Tap:
     """A tap without the inputs of parameters that are hidden."""
-    if member.layer.is_embedding:
-        return tap
     return tap._replace(inputs=tap.inputs[..., member.columns])
 
 
-def weighed_inputs(member: Member, tap: Tap) -> Tap:
-    """`own_columns`, with zeros for inputs whose weight is zero, as they may be anything."""
-    tap = own_columns(member, tap)
+def masked_inputs(member: Member, tap: Tap) -> Tap:
+    """`visible_inputs`, with zeros for those whose weight is zero, as they may be anything."""
+    tap = visible_inputs(member, tap)
     if member.layer.is_embedding or tap.weights is None:
-        return tap
+        return tap  # the output-gradients beside an index are zero, and the index is finite
     w = tap.weights if tap.weights.ndim == 3 else tap.weights.reshape(1, len(tap.weights), -1)
     return tap._replace(inputs=jnp.where(w[..., None] > 0, tap.inputs, 0))
 
@@ -117,8 +142,8 @@ def weighed_inputs(member: Member, tap: Tap) -> Tap:
 def combined(moments: Sequence[Moments]) -> Moments:
     """Second moments of a sum of losses from those of the terms.
 
-    The input factor is the mean, by what the data of each weigh in the loss; the output factor is
-    the sum, as curvatures add up.
+    The input factor is the mean, by the total weight of each term; the output factor is the sum, as
+    curvatures add up.
     """
     if len(moments) == 1:
         return moments[0]
@@ -129,7 +154,7 @@ def combined(moments: Sequence[Moments]) -> Moments:
     return Moments(sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), total)
 
 
-def with_bias(x: Array, biased: bool) -> Array:
+def with_bias(x: Shaped[Array, "*batch d"], biased: bool) -> Shaped[Array, "*batch d+1"]:
     """Inputs with a column more, the input of the bias: one, or zero for a use without it."""
     column = jnp.full((*x.shape[:-1], 1), 1 if biased else 0, x.dtype)
     return jnp.concatenate([x, column], axis=-1)

@@ -1,18 +1,30 @@
 """Parameters of a tree by path: "params/Dense_0/kernel"."""
 
+# Worked example. One parameter may be written in several ways:
+#
+#   params["params"]["Dense_0"]["kernel"]      "params/Dense_0/kernel", the key of `by_path`
+#   jax.tree_util.keystr of it                 "['params']['Dense_0']['kernel']"
+#   an nnx.Variable `model.dense.kernel`       "dense/kernel", or keystr's ".dense.kernel.value"
+#
+# `spellings` lists, for what a user wrote, the keys that it may mean.
+
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-PyTree = Any
+# A leaf: an array, an abstract array, a Python number, or a setting that is no parameter. Which
+# of them depends on the tree, and no type says so.
+Leaf = Any
 
 
-def is_inexact(x: Any) -> bool:
+def is_inexact(x: object) -> bool:
     """Whether a leaf is an array of real or complex numbers, as parameters are."""
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def are_parameters(tree: PyTree) -> list[bool]:
@@ -23,7 +35,8 @@ def are_parameters(tree: PyTree) -> list[bool]:
     """
     leaves = jax.tree.leaves(tree)
     arrays = [is_inexact(x) for x in leaves]
-    if all(x or _is_number(leaf) for x, leaf in zip(arrays, leaves, strict=True)):
+    if all(is_array or _is_number(x) for is_array, x in zip(arrays, leaves, strict=True)):
+        # Equinox's gradients leave out numbers, whatever else the module holds.
         nodes = jax.tree.leaves(tree, is_leaf=_is_module)
         return arrays if any(map(_is_module, nodes)) else [True] * len(leaves)
     return arrays
@@ -32,82 +45,85 @@ def are_parameters(tree: PyTree) -> list[bool]:
 def abstract(tree: PyTree) -> PyTree:
     """The parameters of a tree as `jax.ShapeDtypeStruct`s, `None` for all other leaves."""
     leaves, treedef = jax.tree.flatten(tree)
-    found = [
-        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) if wanted else None
-        for x, wanted in zip(leaves, are_parameters(tree), strict=True)
+    shapes = [
+        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) if is_parameter else None
+        for x, is_parameter in zip(leaves, are_parameters(tree), strict=True)
     ]
-    return jax.tree.unflatten(treedef, found)
+    return jax.tree.unflatten(treedef, shapes)
 
 
-def as_array(x: Any) -> Any:
+def as_array(x: Leaf) -> Leaf:
     """Python's numbers as arrays, as `jax.grad` takes them; all else as it is."""
     return jnp.asarray(x) if _is_number(x) else x
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, float | complex)
 
 
-def _is_module(x: Any) -> bool:
-    """Whether a node is a module of Equinox, which need not be installed."""
+def _is_module(x: object) -> bool:
+    """Whether a node is a module of Equinox."""
     return _descends_from(x, "equinox", ("Module",))
 
 
-def _is_variable(x: Any) -> bool:
-    """Whether a node is a variable of Flax NNX, which need not be installed."""
+def _is_variable(x: object) -> bool:
+    """Whether a node is a variable of Flax NNX."""
     return _descends_from(x, "flax.nnx", ("Variable", "VariableState"))
 
 
-def _descends_from(x: Any, package: str, names: Sequence[str]) -> bool:
+def _descends_from(x: object, package: str, names: Sequence[str]) -> bool:
+    """Whether a class of one of the names, in the package, is a base of the node's class."""
+    # By name, for the package may not be installed, and is slow to import where it is.
     return any(
         kind.__name__ in names and f"{kind.__module__}.".startswith(f"{package}.")
         for kind in type(x).__mro__
     )
 
 
-def paths_of(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+def paths_of(tree: PyTree, is_leaf: Callable[[object], bool] | None = None) -> list[str]:
     """The paths of a tree's leaves, in order, with slashes: "params/Dense_0/kernel".
 
     What a variable of Flax NNX holds has the path of the variable; a field named `value` of
     anything else is a name like others.
 
     Args:
-      tree: any pytree.
-      is_leaf: as in `jax.tree.leaves`.
+      tree: A pytree of leaves of every kind.
+      is_leaf: As in `jax.tree.leaves`.
     """
 
     def stops(x):
         return _is_variable(x) or (is_leaf is not None and is_leaf(x))
 
-    found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
-        inner: list[Any] = [()]
+    paths = []
+    for outer, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
+        inner = [()]
         if _is_variable(x):
             inner = [keys for keys, _ in jax.tree_util.tree_leaves_with_path(x, is_leaf=is_leaf)]
         for keys in inner:
-            own = () if keys == (jax.tree_util.GetAttrKey("value"),) else keys
-            found.append(jax.tree_util.keystr((*path, *own), simple=True, separator="/"))
-    return found
+            # A variable that holds one array has it in a field `value`: the path is its own.
+            named = () if keys == (jax.tree_util.GetAttrKey("value"),) else keys
+            paths.append(jax.tree_util.keystr((*outer, *named), simple=True, separator="/"))
+    return paths
 
 
-def by_path(tree: PyTree) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Leaf]:
     """The leaves of a tree by path, in order; Python's numbers as arrays.
 
     Raises:
-      ValueError: if two leaves have one path.
+      ValueError: If two leaves have one path.
     """
     paths = paths_of(tree)
-    found = dict(zip(paths, map(as_array, jax.tree.leaves(tree)), strict=True))
-    if len(found) < len(paths):
+    leaves = dict(zip(paths, map(as_array, jax.tree.leaves(tree)), strict=True))
+    if len(leaves) < len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(
             f"two parameters have one path: written with slashes, {', '.join(twice)} may mean "
             "either. Rename one of them."
         )
-    return found
+    return leaves
 
 
-def map_by_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+def map_by_path(function: Callable[[str, Leaf], object], tree: PyTree) -> PyTree:
     """The tree of `function(path, leaf)`."""
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(treedef, list(map(function, paths_of(tree), leaves)))

@@ -1,21 +1,33 @@
 """Layers of a tree of parameters: which parts they own, what is left over, and their taps."""
 
+# Worked example. Layers "q" and "k" with kernels [64, 64] and biases [64], "out" with a kernel
+# [64, 10] alone, a table "emb" [1000, 64] whose input factor is diagonal, and a scale [64] that is
+# in no layer:
+#
+#   label          stacks[label]   take(...)[label]   factors
+#   "65x64"        q, k            [2, 65, 64]        A [2, 65, 65], G [2, 64, 64]
+#   "64x10"        out             [1, 64, 10]        A [1, 64, 64], G [1, 10, 10]
+#   "1000diagx64"  emb             [1, 1000, 64]      A [1, 1000], G [1, 64, 64]
+#   uncovered == ["scale"]
+#
+# If optax.masked hides k's bias, then k has another signature, "64x64". Its taps still have the
+# bias's column, of width 65: Member.columns leaves out the last. If it hides k's kernel, what is
+# left is the bias alone, "1x64", of which the last column is the input.
+
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PyTree
 
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.paths import by_path, paths_of, spellings
+from optax_kron.layers.paths import Leaf, by_path, paths_of, spellings
 from optax_kron.layers.taps import Moments, Tap, Taps, magnitude
 
-PyTree = Any
 # Clipping, averages over batches and the like change a gradient's scale by less, the usual loss
 # scales by more.
 MOST_APART = 128.0
@@ -27,10 +39,10 @@ class Member:
     """A layer in a stack.
 
     Attributes:
-      layer: with views, without the parameters that are hidden from the optimizer.
-      columns: of the inputs in its taps, those that belong to the parameters which are there.
-      width: number of columns that its taps must have; `None` if not known.
-      wide_input: whether second moments of its inputs are diagonal, as of all of the layer.
+      layer: The layer with views, without the parameters that are hidden from the optimizer.
+      columns: The columns of its taps' inputs that belong to the parameters which are there.
+      width: Number of columns that its taps must have; `None` if not known.
+      wide_input: Whether second moments of the full layer's inputs are diagonal.
     """
 
     layer: Layer
@@ -49,11 +61,11 @@ class LayerPlan:
     """How layers share stacks, and own the parameters of a tree.
 
     Attributes:
-      owner: name of the optimizer, for messages.
-      leaves: shapes of all parameters by path.
-      stacks: layers by the label of their signature, in order.
-      owned: parts of parameters that belong to layers, by path.
-      names: of all layers, hidden ones too.
+      owner: Name of the optimizer, for messages.
+      leaves: Shapes of all parameters by path.
+      stacks: Layers by the label of their signature, in order.
+      owned: Parts of parameters that belong to layers, by path.
+      names: Names of all layers, hidden ones too.
     """
 
     owner: str
@@ -65,6 +77,17 @@ class LayerPlan:
     def count(self, label: str) -> int:
         """Number of blocks in a stack."""
         return sum(m.layer.blocks for m in self.stacks[label])
+
+    @property
+    def members(self) -> list[Member]:
+        """The layers of all stacks, in order."""
+        return [member for members in self.stacks.values() for member in members]
+
+    def slices(self, label: str) -> list[tuple[Member, slice]]:
+        """The layers of a stack, and where the blocks of each are along its first axis."""
+        stops = np.cumsum([m.layer.blocks for m in self.stacks[label]]).tolist()
+        starts = [0, *stops[:-1]]
+        return list(zip(self.stacks[label], map(slice, starts, stops), strict=True))
 
     @property
     def uncovered(self) -> list[str]:
@@ -81,51 +104,50 @@ class LayerPlan:
             leaf = leaf.at[tuple(slice(*span) for span in box)].set(0)
         return leaf
 
-    def scales_differ(self, blocks: Mapping[str, Array], taps: Taps) -> Array:
-        """Whether gradients are far from the scale of those that taps were made beside, bool [].
+    def scales_differ(self, blocks: Mapping[str, Array], taps: Taps) -> Bool[Array, ""]:
+        """Whether gradients are far from the scale of those that taps were made beside.
 
         Args:
-          blocks: gradients, as `take` returns them.
-          taps: of all layers. By hand they need not know, and are not judged.
+          blocks: Gradients, as `take` returns them.
+          taps: Taps of all layers. By hand they need not know, and are not judged.
         """
-        given: list[Array] = []
-        known: list[Array] = []
-        for label, members in self.stacks.items():
-            start = 0
-            for m in members:
+        pairs: list[tuple[Array, Array]] = []
+        for label in self.stacks:
+            for m, where in self.slices(label):
                 norm = taps.gradient_norms.get(m.layer.name)
                 if norm is not None and m.is_whole:
-                    given.append(magnitude(blocks[label][start : start + m.layer.blocks]))
-                    known.append(jnp.asarray(norm).astype(given[-1].dtype))
-                start += m.layer.blocks
-        if not given:
+                    given = magnitude(blocks[label][where])
+                    pairs.append((given, jnp.asarray(norm).astype(given.dtype)))
+        if not pairs:
             return jnp.zeros([], bool)
-        own, others = (sum(x[1:], x[0]) for x in (given, known))
+        now, then = (sum(x[1:], x[0]) for x in zip(*pairs, strict=True))
         # Gradients that vanish, or are not finite, are a matter of their own.
-        judged = (own > 0) & jnp.isfinite(own) & (others > 0) & jnp.isfinite(others)
-        return judged & ((own / MOST_APART > others) | (others / MOST_APART > own))
+        judged = (now > 0) & jnp.isfinite(now) & (then > 0) & jnp.isfinite(then)
+        return judged & ((now / MOST_APART > then) | (then / MOST_APART > now))
 
-    def take(self, leaves: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
-        """Stacks [N, d_in, d_out] of a tree like the parameters, given by path."""
+    def take(
+        self, leaves: Mapping[str, Array], dtype: DTypeLike
+    ) -> dict[str, Float[Array, "N d_in d_out"]]:
+        """Stacks of a tree like the parameters, given by path."""
         cast = {path: leaves[path].astype(dtype) for path in self.owned}
         return {
             label: jnp.concatenate([m.layer.take(cast) for m in members])
             for label, members in self.stacks.items()
         }
 
-    def put(self, leaves: dict[str, Array], stacks: Mapping[str, Array]) -> None:
+    def put(
+        self, leaves: dict[str, Array], stacks: Mapping[str, Float[Array, "N d_in d_out"]]
+    ) -> None:
         """Replace what belongs to layers; the inverse of `take`, in place of the mapping."""
-        for label, members in self.stacks.items():
-            start = 0
-            for m in members:
-                m.layer.put(leaves, stacks[label][start : start + m.layer.blocks])
-                start += m.layer.blocks
+        for label in self.stacks:
+            for m, where in self.slices(label):
+                m.layer.put(leaves, stacks[label][where])
 
     def read_taps(self, taps: Mapping[str, Tap | Iterable[Tap]] | None) -> Taps:
         """Taps of all layers, in canonical form.
 
         Raises:
-          ValueError: if they are missing, or do not fit the layers.
+          ValueError: If they are missing, or do not fit the layers.
         """
         if not self.stacks:
             return Taps({})
@@ -137,8 +159,7 @@ class LayerPlan:
                 "state, params, taps=taps), or by hand ok.Taps({name: ok.Tap(inputs, "
                 "output_grads)})."
             )
-        members = [m for group in self.stacks.values() for m in group]
-        missing = [m.layer.name for m in members if m.layer.name not in taps]
+        missing = [m.layer.name for m in self.members if m.layer.name not in taps]
         unknown = [name for name in taps if name not in self.names]
         if missing or unknown:
             raise ValueError(
@@ -147,13 +168,14 @@ class LayerPlan:
                 "same layers, ok.value_and_grad_with_taps(loss_fn, layers)."
             )
         norms = getattr(taps, "gradient_norms", {})
-        found = Taps({m.layer.name: taps[m.layer.name] for m in members}, gradient_norms=norms)
-        for m in members:
-            if not found[m.layer.name]:
+        groups = {m.layer.name: taps[m.layer.name] for m in self.members}
+        canonical = Taps(groups, gradient_norms=norms)
+        for m in self.members:
+            if not canonical[m.layer.name]:
                 raise ValueError(f"{self.owner}: the taps of layer {m.layer.name!r} are empty.")
-            for tap in found[m.layer.name]:
+            for tap in canonical[m.layer.name]:
                 self._check_tap(m, tap)
-        return found
+        return canonical
 
     def _check_tap(self, member: Member, tap: Tap | Moments) -> None:
         layer = member.layer
@@ -161,40 +183,35 @@ class LayerPlan:
         if isinstance(tap, Moments):
             self._check_moments(member, tap, where)
             return
-        blocks, *_, width = tap.inputs.shape
+        inputs, grads, _ = tap
+        blocks, *_, width = inputs.shape
+        problem = ""
         if blocks != layer.blocks:
-            raise ValueError(
-                f"{where}: the taps have {blocks} blocks, in inputs of shape {tap.inputs.shape}; "
-                f"expected {layer.blocks}."
+            problem = (
+                f"{blocks} blocks, in inputs of shape {inputs.shape}; expected {layer.blocks}."
             )
-        if layer.is_embedding and not jnp.issubdtype(tap.inputs.dtype, jnp.integer):
-            raise ValueError(
-                f"{where} is an embedding: its taps have inputs of dtype {tap.inputs.dtype}; "
-                "expected integer indices [B, N, S, 1]."
+        elif layer.is_embedding and not jnp.issubdtype(inputs.dtype, jnp.integer):
+            problem = (
+                f"inputs of an embedding with dtype {inputs.dtype}; expected integer indices "
+                "[B, N, S, 1]."
             )
-        if member.width is not None and width != member.width:
-            remedy = ""
+        elif member.width is not None and width != member.width:
+            problem = f"inputs of width {width}; expected {member.width}."
             if layer.bias is not None:
-                remedy = " The bias needs a column of ones, the last one of the inputs."
+                problem += " The bias needs a column of ones, the last one of the inputs."
             elif layer.is_embedding:
-                remedy = " Inputs of an embedding are indices, not one-hot vectors."
-            raise ValueError(
-                f"{where}: the taps have inputs of width {width}; expected {member.width}.{remedy}"
-            )
-        if tap.output_grads.shape[-1] != layer.d_out:
-            raise ValueError(
-                f"{where}: the taps have output_grads of width {tap.output_grads.shape[-1]}; "
-                f"expected {layer.d_out}."
-            )
-        for name, x in (("inputs", tap.inputs), ("output_grads", tap.output_grads)):
-            if jnp.iscomplexobj(x):
-                raise ValueError(
-                    f"{where}: the taps have {name} of dtype {x.dtype}; expected real."
-                )
+                problem += " Inputs of an embedding are indices, not one-hot vectors."
+        elif grads.shape[-1] != layer.d_out:
+            problem = f"output_grads of width {grads.shape[-1]}; expected {layer.d_out}."
+        for name, x in (("inputs", inputs), ("output_grads", grads)):
+            if not problem and jnp.iscomplexobj(x):
+                problem = f"{name} of dtype {x.dtype}; expected real."
+        if problem:
+            raise ValueError(f"{where}: the taps have {problem}")
 
     def _check_moments(self, member: Member, moments: Moments, where: str) -> None:
         layer = member.layer
-        width = layer.d_in if layer.is_embedding else member.width
+        width = layer.table_rows or member.width
         got = jnp.shape(moments.input_factor), jnp.shape(moments.output_factor)
         expected = (
             factor_shape(layer.blocks, width or 0, member.wide_input),
@@ -213,26 +230,27 @@ class LayerPlan:
             )
 
 
-def check_layers(owner: str, layers: Any) -> tuple[Layer, ...]:
+def check_layers(owner: str, layers: object) -> tuple[Layer, ...]:
     """The layers as a tuple.
 
     Raises:
-      ValueError: if they are not layers, or two have one name.
+      ValueError: If they are not layers, or two have one name.
     """
     if not isinstance(layers, Iterable) or isinstance(layers, str | Mapping):
         raise ValueError(
             f"{owner}: layers must be a sequence of ok.Layer, as ok.find_layers returns; got "
             f"{layers!r}."
         )
-    layers = tuple(layers)
+    checked: list[Layer] = []
     for layer in layers:
         if not isinstance(layer, Layer):
             raise ValueError(f"{owner}: layers must hold nothing but ok.Layer; got {layer!r}.")
-    names = [layer.name for layer in layers]
+        checked.append(layer)
+    names = [layer.name for layer in checked]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{owner}: layers must have names of their own; {twice} occur twice.")
-    return layers
+    return tuple(checked)
 
 
 def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
@@ -243,12 +261,12 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
     is left out.
 
     Args:
-      owner: name of the optimizer, for messages.
-      layers: with names of their own.
-      tree: arrays or `jax.ShapeDtypeStruct`s.
+      owner: Name of the optimizer, for messages.
+      layers: Layers with names of their own.
+      tree: Arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      ValueError: for a parameter that is not floating-point or complex, for layers that do not
+      ValueError: For a parameter that is not floating-point or complex, for layers that do not
         match the parameters, and for a parameter that belongs to two layers.
     """
     leaves = by_path(tree)
@@ -267,9 +285,7 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
         if member is None:
             continue
         layer = member.layer
-        for path, view in ((layer.kernel, layer.kernel_view), (layer.bias, layer.bias_view)):
-            if path is None or view is None:
-                continue
+        for path, view in layer.views:
             if jnp.iscomplexobj(leaves[path]):
                 raise ValueError(
                     f"{owner}: layer {layer.name!r}: parameter {path} is complex; only real "
@@ -294,26 +310,27 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
 
 
 def _label(layer: Layer) -> str:
+    """The signature of a layer's factors: "64x10", or "1000diagx64" for a diagonal one."""
     sides = (layer.d_in, layer.has_diagonal_input), (layer.d_out, layer.has_diagonal_output)
     return "x".join(f"{size}{'diag' if diagonal else ''}" for size, diagonal in sides)
 
 
 def factor_shape(count: int, size: int, diagonal: bool) -> tuple[int, ...]:
-    """That of so many factors."""
+    """Shape of a stack of dense or diagonal factors."""
     return (count, size) if diagonal else (count, size, size)
 
 
 def _hidden_paths(tree: PyTree) -> list[str]:
     """Paths of what a wrapper has taken out of a tree: leaves, or whole subtrees."""
 
-    def is_hidden(x):
+    def is_hidden(x: object) -> bool:
         return x is None or isinstance(x, optax.MaskedNode)
 
     leaves = jax.tree.leaves(tree, is_leaf=is_hidden)
     return [path for path, x in zip(paths_of(tree, is_hidden), leaves, strict=True) if is_hidden(x)]
 
 
-def _is_hidden(path: str, leaves: Mapping[str, Any], hidden: Sequence[str]) -> bool:
+def _is_hidden(path: str, leaves: Mapping[str, Leaf], hidden: Sequence[str]) -> bool:
     """Whether a parameter, or a subtree that holds it, is hidden."""
     forms = spellings(path)
     if any(form in leaves for form in forms):
@@ -321,31 +338,34 @@ def _is_hidden(path: str, leaves: Mapping[str, Any], hidden: Sequence[str]) -> b
     return any(form == other or form.startswith(other + "/") for form in forms for other in hidden)
 
 
-def _visible(layer: Layer, leaves: Mapping[str, Any], hidden: Sequence[str]) -> Member | None:
-    """The layer's part that can be seen; `None` if there is none, or nothing in it."""
-    sees_kernel = layer.kernel is not None and not _is_hidden(layer.kernel, leaves, hidden)
-    sees_bias = layer.bias is not None and not _is_hidden(layer.bias, leaves, hidden)
-    if not (sees_kernel or sees_bias):
+def _visible(layer: Layer, leaves: Mapping[str, Leaf], hidden: Sequence[str]) -> Member | None:
+    """The layer's part that is not hidden; `None` if there is none, or nothing in it."""
+    kernel, bias = (
+        None if path is None or _is_hidden(path, leaves, hidden) else path
+        for path in (layer.kernel, layer.bias)
+    )
+    if kernel is None and bias is None:
         return None
-    seen = dataclasses.replace(
+    visible = dataclasses.replace(
         layer,
-        kernel=layer.kernel if sees_kernel else None,
-        kernel_view=layer.kernel_view if sees_kernel else None,
-        bias=layer.bias if sees_bias else None,
-        bias_view=layer.bias_view if sees_bias else None,
+        kernel=kernel,
+        kernel_view=None if kernel is None else layer.kernel_view,
+        bias=bias,
+        bias_view=None if bias is None else layer.bias_view,
     ).resolved(leaves)
-    if 0 in (seen.blocks, seen.d_in, seen.d_out):
+    if 0 in (visible.blocks, visible.d_in, visible.d_out):
         return None
+    columns, width, wide_input = slice(None), visible.d_in, visible.has_diagonal_input
     if layer.is_embedding:
-        return Member(seen, slice(None), 1, True)
-    if layer.kernel is not None and not sees_kernel:
-        view = layer.kernel_view
-        rows = None if view is None else view.arranged_shape[1]
-        wide = rows is not None and rows > layer.max_size
-        return Member(seen, slice(-1, None), None if rows is None else rows + 1, wide)
-    if layer.bias is not None and not sees_bias:
-        return Member(seen, slice(0, -1), seen.d_in + 1, seen.has_diagonal_input)
-    return Member(seen, slice(None), seen.d_in, seen.has_diagonal_input)
+        width = 1
+    elif layer.kernel is not None and kernel is None:
+        # The bias's column is the last. How wide the others are is known if the kernel was found.
+        rows = None if layer.kernel_view is None else layer.kernel_view.arranged_shape[1]
+        columns, width = slice(-1, None), None if rows is None else rows + 1
+        wide_input = rows is not None and rows > layer.max_size
+    elif layer.bias is not None and bias is None:
+        columns, width = slice(0, -1), visible.d_in + 1
+    return Member(visible, columns, width, wide_input)
 
 
 def _volume(box: Box) -> int:

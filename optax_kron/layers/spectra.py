@@ -1,13 +1,17 @@
 """EKFAC's eigenvalues of a layer, from its taps."""
 
+# Worked example: inputs [1, 7, 5, 4] and output_grads [1, 1, 7, 5, 2], bases Q_a [1, 4, 4] and
+# Q_g [1, 2, 2]. The gradient of an example is [4, 2], a sum over 5 positions; λ [1, 4, 2] is the
+# mean over 7 examples of the squares of its coordinates Q_aᵀ (·) Q_g.
+
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.kernels import contract, ekfac, kfac
-from optax_kron.layers.moments import moments_of_member, weighed_inputs
+from optax_kron.layers.moments import masked_inputs, moments_of_member
 from optax_kron.layers.plan import Member
 from optax_kron.layers.taps import Moments, Tap
 
@@ -16,44 +20,44 @@ def eigenvalues_of_member(
     owner: str,
     member: Member,
     taps: Sequence[Tap | Moments],
-    input_basis: Array | None,
-    output_basis: Array | None,
+    input_basis: Float[Array, "B d_in d_in"] | None,
+    output_basis: Float[Array, "B d_out d_out"] | None,
     *,
     dtype: DTypeLike,
     precision: contract.Precision = None,
-) -> Array:
+) -> Float[Array, "B d_in d_out"]:
     """The diagonal of a layer's curvature in a basis, from all groups of its taps.
 
     Args:
-      owner: for messages.
-      member: the layer, and which columns of its taps' inputs belong to it.
-      taps: groups, in canonical form.
-      input_basis: Q_a [B, d_in, d_in]; `None`: the identity.
-      output_basis: Q_g [B, d_out, d_out]; `None`: the identity.
-      dtype: of the eigenvalues.
-      precision: of the matrix products.
+      owner: Name of the optimizer or operator, for messages.
+      member: The layer, and which columns of its taps' inputs belong to it.
+      taps: Groups of taps, in canonical form.
+      input_basis: Q_a; `None`: the identity.
+      output_basis: Q_g; `None`: the identity.
+      dtype: Dtype of the eigenvalues.
+      precision: Precision of the matrix products.
 
     Returns:
-      λ [B, d_in, d_out]: the sum over groups, as curvatures of terms of a loss add up.
+      λ, the sum over groups, as curvatures of terms of a loss add up.
 
     Raises:
-      ValueError: for second moments in place of what each datum gave.
+      ValueError: For second moments in place of what each example gave.
     """
     layer = member.layer
 
-    def of_group(tap):
+    def of_group(tap: Tap | Moments) -> Array:
         if isinstance(tap, Moments):
             raise ValueError(
-                f"{owner}: eigenvalues need what each datum gave, but the taps of layer "
+                f"{owner}: eigenvalues need what each example gave, but the taps of layer "
                 f"{layer.name!r} are second moments. Make the taps with reduce=False."
             )
-        tap = weighed_inputs(member, tap)
-        grads = tap.output_grads.astype(dtype)
-        if layer.is_embedding:
+        inputs, grads, _ = masked_inputs(member, tap)
+        grads = grads.astype(dtype)
+        if layer.table_rows is not None:
             return ekfac.table_eigenvalues(
-                tap.inputs, grads, layer.d_in, output_basis, precision=precision
+                inputs, grads, layer.table_rows, output_basis, precision=precision
             )
-        inputs = tap.inputs.astype(dtype)
+        inputs = inputs.astype(dtype)
         return ekfac.eigenvalues(inputs, grads, input_basis, output_basis, precision=precision)
 
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
@@ -66,12 +70,11 @@ def eigenvalues_of_member(
     return sum(others, first)
 
 
-def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Array:
-    """Whether any datum of any group weighs in a block, bool [B]."""
-    found = jnp.zeros(member.layer.blocks, bool)
+def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Bool[Array, " B"]:
+    """Whether any example of any group has a weight above zero in a block."""
+    seen = jnp.zeros(member.layer.blocks, bool)
     for tap in taps:
-        if isinstance(tap, Tap) and tap.weights is not None:
-            found |= kfac.total_weight(tap.weights, tap.inputs.shape[2]) > 0
-        else:
+        if not isinstance(tap, Tap) or tap.weights is None:
             return jnp.ones(member.layer.blocks, bool)
-    return found
+        seen |= kfac.total_weight(tap.weights, tap.inputs.shape[2]) > 0
+    return seen

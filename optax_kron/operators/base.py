@@ -4,64 +4,46 @@ An operator is a real symmetric matrix that acts on pytrees. It is a pytree itse
 it goes through jit, vmap and checkpoints like any other.
 """
 
+# How operators nest. K-FAC's curvature of a layer "w" with a kernel [2, 4, 3], of B = 2 blocks with
+# d_in = 4 and d_out = 3, beside a parameter [5] that is in no layer:
+#
+#   Layerwise                                     acts on {"scale": [5], "w": [2, 4, 3]}
+#     blocks["w"] = Stacked                       acts on [2, 4, 3]
+#       operator = Kronecker, vmapped             acts on [4, 3]
+#         factors = (A [2, 4, 4], G [2, 3, 3])    one more axis, B, in front of each factor
+#     rest = 0                                    the number that acts on "scale"
+#
+# op.inverse(δ) asks each of them for `power(-1, δ, rule)`, from the outside in, and gets back an
+# operator and a mapping from names of blocks to whether they are singular: {"w": False, ...}. Only
+# at the outside, where the user called, is that an error.
+#
+# Methods of subclasses without a docstring have that of `Operator`, which `help` shows.
+# ruff: noqa: D102
+
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.core
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
 
 from optax_kron.autodiff import map_stacked
 from optax_kron.kernels import contract, eigenbases
-from optax_kron.layers.paths import abstract, is_inexact
+from optax_kron.operators.damping import (
+    check_number,
+    check_rule,
+    damped_power,
+    only_exact,
+    spectrum,
+)
+from optax_kron.operators.vectors import Structure, scaled
 
-PyTree = Any
-
-RULES = ("exact", "pi", "plain")
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-    """Shapes and dtypes of a pytree, hashable."""
-
-    treedef: Any
-    leaves: tuple[jax.ShapeDtypeStruct, ...]
-
-    @classmethod
-    def of(cls, tree: PyTree) -> "Structure":
-        """That of a pytree of arrays, or of abstract ones; without leaves that are not inexact."""
-        leaves, treedef = jax.tree.flatten(abstract(tree))
-        return cls(treedef, tuple(leaves))
-
-    def check(self, vector: PyTree) -> PyTree:
-        """The vector, if it has this structure; its leaves as floating-point arrays."""
-        if isinstance(vector, Operator) or not self.is_that_of(vector):
-            raise ValueError(
-                f"the operator acts on {self.treedef} of shapes {[x.shape for x in self.leaves]}; "
-                f"{described(vector)}."
-            )
-        leaves = [
-            as_real(x, like.dtype)
-            for x, like in zip(jax.tree.leaves(vector), self.leaves, strict=True)
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def is_that_of(self, tree: PyTree) -> bool:
-        """Whether a pytree of arrays, or of abstract ones, has this structure and these shapes."""
-        leaves, treedef = jax.tree.flatten(tree)
-        return treedef == self.treedef and [jnp.shape(x) for x in leaves] == [
-            x.shape for x in self.leaves
-        ]
-
-    @property
-    def tree(self) -> PyTree:
-        """The pytree of abstract arrays."""
-        return jax.tree.unflatten(self.treedef, self.leaves)
+Faults = Mapping[str, Bool[Array, ""]]  # by name of the block: whether it has no such power
 
 
 class Operator:
@@ -94,7 +76,7 @@ class Operator:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the arithmetic: that of the factors, at least float32."""
+        """Dtype of the arithmetic: that of the factors, at least float32."""
         leaves = [x for x in jax.tree.leaves(self) if jnp.issubdtype(x.dtype, jnp.floating)]
         return contract.wide_dtype(jnp.result_type(*leaves, jnp.float32))
 
@@ -103,40 +85,43 @@ class Operator:
         """The transpose: of a symmetric operator itself."""
         return self
 
-    def as_matrix(self) -> Array:
-        """The dense matrix [n, n], in the order of `jax.flatten_util.ravel_pytree`."""
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, self.dtype)),
-            self.in_structure(),
-        )
+    def as_matrix(self) -> Float[Array, "n n"]:
+        """The dense matrix, in the order of `jax.flatten_util.ravel_pytree`."""
+        zeros = self._like_vector(lambda x, dtype: jnp.zeros(x.shape, dtype))
         flat, unravel = jax.flatten_util.ravel_pytree(zeros)
 
-        def row(v):
-            return jax.flatten_util.ravel_pytree(self.mv(unravel(v)))[0]
+        def column(unit: Array) -> Array:
+            return jax.flatten_util.ravel_pytree(self.mv(unravel(unit)))[0]
 
-        return map_stacked(row, jnp.eye(flat.size, dtype=flat.dtype)).T
+        return map_stacked(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
-    def trace(self) -> Array:
+    def _like_vector(self, fn: Callable[[jax.ShapeDtypeStruct, jnp.dtype], Array]) -> PyTree:
+        """A vector of arrays `fn(abstract, dtype)`, in the dtype of the arithmetic or wider."""
+        return jax.tree.map(
+            lambda x: fn(x, jnp.promote_types(x.dtype, self.dtype)), self.in_structure()
+        )
+
+    def trace(self) -> Float[Array, ""]:
         """The sum of the eigenvalues."""
         return jnp.trace(self.as_matrix())
 
-    def det(self) -> Array:
+    def det(self) -> Float[Array, ""]:
         """The product of the eigenvalues; of many it soon overflows, unlike `logdet`."""
         return jnp.prod(self.eigenvalues())
 
-    def logdet(self) -> Array:
+    def logdet(self) -> Float[Array, ""]:
         """The logarithm of the determinant's magnitude, -inf where that is zero."""
         return jnp.sum(jnp.log(jnp.abs(self.eigenvalues())))
 
-    def frobenius_norm(self) -> Array:
-        """The root of the sum of the eigenvalues' squares."""
+    def frobenius_norm(self) -> Float[Array, ""]:
+        """The square root of the sum of the eigenvalues' squares."""
         return jnp.linalg.norm(self.as_matrix())
 
-    def eigenvalues(self) -> Array:
+    def eigenvalues(self) -> Float[Array, " n"]:
         """All n eigenvalues, ascending."""
         return jnp.sort(eigenbases.hermitian_eigen(self._symmetric_matrix())[1])
 
-    def _symmetric_matrix(self) -> Array:
+    def _symmetric_matrix(self) -> Float[Array, "n n"]:
         """`as_matrix`, without what rounding has made different on both sides of the diagonal."""
         matrix = self.as_matrix()
         return (matrix + matrix.T) / 2
@@ -146,9 +131,11 @@ class Operator:
 
         Args:
           damping: δ ≥ 0.
-          rule: how it is added. "exact": `(M + δI)⁻¹`. For Kronecker products also "plain": δ to
-            each factor; and "pi": `δ^(1/k)` to each of k factors, times how much larger its mean
-            eigenvalue is than their geometric mean, and 1e-8 at least.
+          rule: How it is added. "exact": `(M + δI)⁻¹`. Kronecker products of k factors also have
+            "pi": `δ^(1/k)` to each factor, times how much larger its mean eigenvalue is than their
+            geometric mean, and 1e-8 at least; "trace": δ times its own mean eigenvalue to each
+            factor, and 1e-12 at least; "plain": δ to each factor. "exact", "pi" and "trace" are
+            those of `ok.kfac`.
 
         Returns:
           An operator. Without damping, eigenvalues that are zero but for rounding have no inverse:
@@ -156,8 +143,16 @@ class Operator:
           raised, and the result is the pseudoinverse, which is zero there.
 
         Raises:
-          numpy.linalg.LinAlgError: for an operator that is singular without damping, or not finite.
-          ValueError: for a damping or a rule that there is not.
+          numpy.linalg.LinAlgError: For an operator that is singular without damping, or not finite.
+          ValueError: For a damping or a rule that there is not.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import optax_kron as ok
+          >>> op = ok.operators.kronecker(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(2))
+          >>> print(op.inverse(damping=1.0) @ jnp.ones((2, 2)))
+          [[0.5  0.5 ]
+           [0.25 0.25]]
         """
         return self._checked_power(-1.0, damping, rule)
 
@@ -173,31 +168,24 @@ class Operator:
         """Draw from the normal distribution of mean zero and covariance `inverse(damping, rule)`.
 
         Args:
-          key: of jax.random. For many samples at the cost of one decomposition:
+          key: Key of jax.random. For many samples at the cost of one decomposition:
             `jax.vmap(lambda key: op.sample(key, damping))(jax.random.split(key, count))`.
-          damping: as in `inverse`, with the same errors.
-          rule: as there.
+          damping: As in `inverse`, with the same errors.
+          rule: As in `inverse`.
 
         Returns:
           A pytree with the shapes and dtypes of `in_structure()`.
         """
-        drawn = self.inverse_sqrt(damping, rule).mv(self._noise(key))
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), drawn, self.in_structure())
-
-    def _noise(self, key: Array) -> PyTree:
-        leaves, treedef = jax.tree.flatten(self.in_structure())
-        keys = jax.random.split(key, len(leaves))
-        noise = [
-            jax.random.normal(k, x.shape, jnp.promote_types(x.dtype, self.dtype))
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-        return treedef.unflatten(noise)
+        like = self.in_structure()
+        keys = iter(jax.random.split(key, len(jax.tree.leaves(like))))
+        noise = self._like_vector(lambda x, dtype: jax.random.normal(next(keys), x.shape, dtype))
+        drawn = self.inverse_sqrt(damping, rule).mv(noise)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), drawn, like)
 
     def _checked_power(self, exponent: float, damping: ArrayLike, rule: str) -> "Operator":
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+        check_rule(rule)
         check_number("damping", damping)
-        found, faults = self.power(exponent, damping, rule)
+        result, faults = self.power(exponent, damping, rule)
         for name, fault in faults.items():
             if not isinstance(fault, jax.core.Tracer) and bool(fault):
                 where = f"block {name!r} of the operator" if name else "the operator"
@@ -205,12 +193,10 @@ class Operator:
                     f"{where} has no power {exponent:g} at damping={damping}: it is "
                     "singular, not positive semidefinite, or not finite. Give a larger damping."
                 )
-        return found
+        return result
 
-    def power(
-        self, exponent: float, damping: ArrayLike, rule: str
-    ) -> tuple["Operator", Mapping[str, Array]]:
-        """A power of the damped operator, and whether it has none, bool [], by name of the block.
+    def power(self, exponent: float, damping: ArrayLike, rule: str) -> tuple["Operator", Faults]:
+        """A power of the damped operator, and whether it has none, by name of the block.
 
         Where it has none, it is zero on those eigenvectors.
         """
@@ -221,6 +207,11 @@ class Operator:
         return Dense((basis * powers) @ basis.T, Structure.of(self.in_structure())), {"": fault}
 
     def __matmul__(self, vector: PyTree) -> PyTree:
+        if isinstance(vector, Operator):
+            raise ValueError(
+                "the operator acts on pytrees of arrays; got an operator: there is no product of "
+                "two operators."
+            )
         return self.mv(vector)
 
     def __neg__(self) -> "Operator":
@@ -241,10 +232,10 @@ class Operator:
 
     def plus(self, other: "Operator") -> "Operator":
         """The sum with an operator on the same pytrees."""
-        terms = [t for x in (self, other) for t in (x.terms if isinstance(x, Sum) else (x,))]
-        return Sum(tuple(terms))
+        mine, its = (x if isinstance(x, Sum) else Sum((x,), (None,)) for x in (self, other))
+        return Sum(mine.terms + its.terms, mine.scales + its.scales)
 
-    def __radd__(self, other: Any) -> "Operator":
+    def __radd__(self, other: object) -> "Operator":
         if isinstance(other, int) and other == 0:  # so that sum() works
             return self
         return NotImplemented
@@ -261,153 +252,126 @@ class Operator:
     def __truediv__(self, scalar: ArrayLike) -> "Operator":
         return self * (1 / scalar)
 
-    def times(self, scalar: Array) -> "Operator":
+    def times(self, scalar: Float[Array, ""]) -> "Operator":
         """The multiple by a number."""
-        return Scaled(self, scalar)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled(Operator):
-    """A multiple of an operator."""
-
-    operator: Operator
-    scale: Array
-
-    def in_structure(self) -> PyTree:
-        """See `Operator`."""
-        return self.operator.in_structure()
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """See `Operator`."""
-        return self.operator.dtype
-
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        """See `Operator`."""
-        return Scaled(self.operator.T, self.scale)
-
-    def mv(self, vector: PyTree) -> PyTree:
-        """See `Operator`."""
-        return jax.tree.map(lambda x: scaled(self.scale, x), self.operator.mv(vector))
-
-    def times(self, scalar: Array) -> Operator:
-        """See `Operator`."""
-        return Scaled(self.operator, self.scale * scalar)
+        return Sum((self,), (scalar,))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum(Operator):
-    """A sum of operators on the same pytrees; the inverse and the like are dense."""
+    """A weighted sum of operators on the same pytrees; the inverse and the like are dense."""
 
     terms: tuple[Operator, ...]
+    scales: tuple[Float[Array, ""] | None, ...]  # None: one
 
     def in_structure(self) -> PyTree:
-        """See `Operator`."""
         return self.terms[0].in_structure()
 
     @property
     def dtype(self) -> jnp.dtype:
-        """See `Operator`."""
         return jnp.result_type(*(term.dtype for term in self.terms))
 
     @property
     def T(self) -> Operator:  # noqa: N802
-        """See `Operator`."""
-        return Sum(tuple(term.T for term in self.terms))
+        return Sum(tuple(term.T for term in self.terms), self.scales)
 
     def mv(self, vector: PyTree) -> PyTree:
-        """See `Operator`."""
-        first, *others = (term.mv(vector) for term in self.terms)
+        first, *others = self._each(lambda term: term.mv(vector))
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), first, *others)
 
-    def trace(self) -> Array:
-        """See `Operator`."""
-        first, *others = (term.trace() for term in self.terms)
+    def trace(self) -> Float[Array, ""]:
+        first, *others = self._each(lambda term: term.trace())
         return sum(others, first)
 
-    def times(self, scalar: Array) -> Operator:
-        """See `Operator`."""
-        return Sum(tuple(term * scalar for term in self.terms))
+    def times(self, scalar: Float[Array, ""]) -> Operator:
+        scales = (scalar if s is None else s * scalar for s in self.scales)
+        return Sum(self.terms, tuple(scales))
+
+    def _each(self, fn: Callable[[Operator], PyTree]) -> list[PyTree]:
+        """A linear function of every term, times its scale."""
+        return [
+            fn(term) if s is None else jax.tree.map(functools.partial(scaled, s), fn(term))
+            for term, s in zip(self.terms, self.scales, strict=True)
+        ]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense(Operator):
-    """A dense symmetric matrix [n, n] that acts on pytrees, in the order of `ravel_pytree`."""
+    """A dense symmetric matrix that acts on pytrees, in the order of `ravel_pytree`."""
 
-    matrix: Array
+    matrix: Float[Array, "n n"]
     structure: Structure = dataclasses.field(metadata={"static": True})
 
     def in_structure(self) -> PyTree:
-        """See `Operator`."""
         return self.structure.tree
 
     def mv(self, vector: PyTree) -> PyTree:
-        """See `Operator`."""
-        vector = self.structure.check(vector)
-        leaves = jax.tree.leaves(vector)
+        leaves = jax.tree.leaves(self.structure.check(vector))
         flat = jnp.concatenate([x.astype(self.dtype).ravel() for x in leaves])
-        result = jnp.split(self.matrix @ flat, np.cumsum([x.size for x in leaves])[:-1])
-        pairs = zip(result, leaves, strict=True)
+        parts = jnp.split(self.matrix @ flat, np.cumsum([x.size for x in leaves])[:-1])
+        pairs = zip(parts, leaves, strict=True)
         shaped = [y.reshape(x.shape).astype(x.dtype) for y, x in pairs]
-        return jax.tree.unflatten(jax.tree.structure(vector), shaped)
+        return jax.tree.unflatten(self.structure.treedef, shaped)
 
-    def times(self, scalar: Array) -> Operator:
-        """See `Operator`."""
+    def times(self, scalar: Float[Array, ""]) -> Operator:
         return Dense(self.matrix * scalar, self.structure)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Identity(Operator):
-    """A multiple of the identity."""
+    """A multiple of the identity. Damping is added to its number, whatever the rule."""
 
-    scale: Array
+    scale: Float[Array, ""]
     structure: Structure = dataclasses.field(metadata={"static": True})
 
     def in_structure(self) -> PyTree:
-        """See `Operator`."""
         return self.structure.tree
 
     def mv(self, vector: PyTree) -> PyTree:
-        """See `Operator`."""
         return jax.tree.map(lambda x: scaled(self.scale, x), self.structure.check(vector))
 
-    def trace(self) -> Array:
-        """See `Operator`."""
+    def trace(self) -> Float[Array, ""]:
         return self.size * self.scale
 
-    def eigenvalues(self) -> Array:
-        """See `Operator`."""
-        return jnp.full(self.size, self.scale)
+    def det(self) -> Float[Array, ""]:
+        return self.scale**self.size
 
-    def frobenius_norm(self) -> Array:
-        """See `Operator`."""
+    def logdet(self) -> Float[Array, ""]:
+        # Of no entries it is 0, also where the number is 0 and its logarithm -inf.
+        log = jnp.log(jnp.abs(self.scale))
+        return self.size * log if self.size else jnp.zeros_like(log)
+
+    def frobenius_norm(self) -> Float[Array, ""]:
         return jnp.sqrt(self.size) * jnp.abs(self.scale)
 
-    def power(self, exponent: float, damping: ArrayLike, rule: str):
-        """See `Operator`."""
-        only_exact(rule, "identity")
-        found, fault = damped_power(self.scale, self.scale == 0, damping, exponent)
-        return Identity(found, self.structure), {"": fault}
+    def eigenvalues(self) -> Float[Array, " n"]:
+        return jnp.full(self.size, self.scale)
 
-    def times(self, scalar: Array) -> Operator:
-        """See `Operator`."""
+    def power(self, exponent: float, damping: ArrayLike, rule: str) -> tuple[Operator, Faults]:
+        number, fault = damped_power(self.scale, self.scale == 0, damping, exponent)
+        return Identity(number, self.structure), {"": fault} if self.size else {}
+
+    def times(self, scalar: Float[Array, ""]) -> Operator:
         return Identity(self.scale * scalar, self.structure)
+
+    def plus(self, other: Operator) -> Operator:
+        if isinstance(other, Identity):
+            return Identity(self.scale + other.scale, self.structure)
+        return super().plus(other)
 
 
 def identity(like: PyTree) -> Identity:
     """The identity on pytrees like a given one.
 
     Args:
-      like: a pytree of arrays, or of `jax.ShapeDtypeStruct`s.
+      like: A pytree of arrays, or of `jax.ShapeDtypeStruct`s.
 
     Returns:
       An operator on such pytrees, of one number. Its methods cost as many operations as there are
-      entries, or none; rule="exact" alone.
+      entries, or none; all damping rules add δ to the number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -419,87 +383,3 @@ def identity(like: PyTree) -> Identity:
     structure = Structure.of(like)
     dtypes = [x.dtype for x in structure.leaves]
     return Identity(jnp.ones((), jnp.result_type(jnp.float32, *dtypes)), structure)
-
-
-def only_exact(rule: str, name: str) -> None:
-    """Raise for a rule that needs the factors of a Kronecker product."""
-    if rule != "exact":
-        raise ValueError(
-            f"rule={rule!r} is for Kronecker products; {name} has no factors to add damping to. "
-            'Take rule="exact".'
-        )
-
-
-def damped_power(
-    values: Array, null: Array, damping: ArrayLike, exponent: float
-) -> tuple[Array, Array]:
-    """`(values + damping)^exponent`, zero where there is none; and whether that is anywhere.
-
-    Args:
-      values: eigenvalues.
-      null: which of them are zero but for rounding, and have no inverse without damping.
-      damping: δ ≥ 0.
-      exponent: any; if it is not whole, negative numbers have no power.
-    """
-    damping = jnp.asarray(damping, values.dtype)
-    shifted = values + damping
-    sound = jnp.isfinite(shifted)
-    if exponent < 0:
-        sound &= (shifted != 0) & ~(null & (damping == 0))
-    if exponent != round(exponent):
-        sound &= shifted >= 0
-    powers = jnp.where(sound, jnp.where(sound, shifted, 1) ** exponent, 0)
-    return powers, ~jnp.all(sound)
-
-
-def spectrum(values: Array) -> tuple[Array, Array]:
-    """Eigenvalues of a symmetric matrix, and which of them are zero but for rounding.
-
-    Those are at most d·eps of the largest, with d the longest axis; if negative, they become zero.
-    """
-    largest = jnp.max(jnp.abs(values), initial=0)
-    null = jnp.abs(values) <= max(values.shape) * jnp.finfo(values.dtype).eps * largest
-    return jnp.where(null & (values < 0), 0, values), null
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise unless a value is one finite number, at least 0; traced ones only need be single."""
-    got = f"{value!r:.100}"
-    if isinstance(value, int | float | np.generic | np.ndarray | Array):
-        single = jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
-        if isinstance(value, jax.core.Tracer):
-            sound = single
-        else:
-            sound = single and np.asarray(value) >= 0 and np.isfinite(np.asarray(value))
-        if sound:
-            return
-        if not single:
-            got = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}"
-    raise ValueError(f"{name} must be one finite number, at least 0; got {got}.")
-
-
-def described(vector: Any) -> str:
-    """What came in place of the vector that was expected."""
-    if isinstance(vector, Operator):
-        return "got an operator: there is no product of two operators"
-    leaves, treedef = jax.tree.flatten(vector)
-    if jax.tree_util.all_leaves([vector]):
-        kind = "one" if hasattr(vector, "shape") else f"a {type(vector).__name__}"
-        return f"got {kind} of shape {jnp.shape(vector)}"
-    return f"got {treedef} of shapes {[jnp.shape(x) for x in leaves]}"
-
-
-def as_real(x: Any, like: Any = jnp.float32) -> Array:
-    """A floating-point array; real, unless an operator acts on complex numbers."""
-    array = jnp.asarray(x)
-    if jnp.iscomplexobj(array) and not jnp.issubdtype(like, jnp.complexfloating):
-        raise ValueError(
-            f"the operator acts on real numbers; got complex ones, of shape {array.shape}. Apply "
-            "it to the real and the imaginary part by themselves."
-        )
-    return array if is_inexact(array) else array.astype(jnp.result_type(array, jnp.float32))
-
-
-def scaled(scale: Array, x: Array) -> Array:
-    """A number times an array, in the dtype of the array."""
-    return (scale * x).astype(x.dtype)

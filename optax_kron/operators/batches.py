@@ -1,35 +1,50 @@
-"""Data in several batches: what layers saw of each, and their share in the whole."""
+"""Batches of taps: what layers saw of each, and the share of each in the whole."""
+
+# Worked example. Three batches of 20, 20 and 10 examples, whose losses are means:
+#
+#   kfac(lambda: map(taps_of, cuts), layers)      shares 0.4, 0.4, 0.2: numbers of examples over 50
+#   kfac([(0.4, a), (0.4, b), (0.2, c)], layers)  the same, with shares given
+#   kfac([(1.0, a), (1.0, b), (1.0, c)], layers)  the sum, for losses that are sums
+#
+# Numbers of examples are known only when all batches have been read: `sums` adds up with the
+# numbers themselves, and divides by their sum at the end. `ekfac` reads all batches twice.
 
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
+
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from optax_kron.layers import plan as plans
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import LayerPlan, Member
-from optax_kron.layers.taps import Moments, Taps
-from optax_kron.operators.base import Structure, check_number
+from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.operators.curvature import structure_of
+from optax_kron.operators.damping import check_number
+from optax_kron.operators.vectors import Structure
 
-PyTree = Any
-Source = Taps | Iterable[Any] | Callable[[], Iterable[Any]]
+Groups = Sequence[Tap | Moments]
+Batch = Mapping[str, Groups] | tuple[ArrayLike, Mapping[str, Groups]]
+Source = Mapping[str, Groups] | Iterable[Batch] | Callable[[], Iterable[Batch]]
+T = TypeVar("T")
 
 
 class Batches:
     """Batches of taps, checked against the layers.
 
     Args:
-      owner: for messages.
-      source: taps; or taps or pairs `(weight, taps)`, in an iterable or from a function.
-      layers: that they belong to.
-      params: the parameters, or `None`.
-      times: how often the batches are read.
+      owner: Name of the function that makes the operator, for messages.
+      source: Taps; or taps or pairs `(weight, taps)`, in an iterable or from a function.
+      layers: The layers that the taps belong to.
+      params: The parameters, or `None`.
+      times: How often the batches are read.
 
     Attributes:
-      owner: for messages.
-      plan: of the layers.
-      structure: of the parameters.
+      owner: Name of the function that makes the operator.
+      plan: Plan of the layers.
+      structure: Structure of the parameters.
     """
 
     plan: LayerPlan
@@ -45,7 +60,8 @@ class Batches:
     ):
         self.owner = owner
         checked = plans.check_layers(owner, layers)
-        if not checked and getattr(layers, "structure", None) is None:
+        known = getattr(layers, "structure", None)  # that `find_layers` has seen
+        if not checked and known is None:
             raise ValueError(
                 f"{owner}: there is not a single layer, and so no curvature. print(ok.find_layers("
                 "...)) says why parameters are in no layer."
@@ -56,79 +72,84 @@ class Batches:
                 "says why parameters are in no layer.",
                 stacklevel=3,
             )
-        layers = layers if hasattr(layers, "structure") else checked
-        if isinstance(source, Mapping):
-            source = [source]
-        self._open: Callable[[], Iterable[Any]] = source if callable(source) else lambda: source
-        opened: Any = self._open()
-        if not isinstance(opened, Iterable):
-            raise ValueError(
-                f"{owner}: taps must be the ok.Taps of ok.value_and_grad_with_taps, an iterable of "
-                f"those, or a function that returns one; got {opened!r:.100}."
-            )
-        self._next = iter(opened)
-        if times > 1 and self._next is opened and not callable(source):
-            raise ValueError(
-                f"{owner}: the batches are read {times} times, and {type(opened).__name__} can be "
-                "read but once; pass a list, or a function that returns the iterator."
-            )
-        first = next(self._next, None)
+        self._open = self._opener(source, times)
+        # Layers by hand have no structure: the first batch tells the shapes of their parameters.
+        self._ahead = self._open()
+        first = next(self._ahead, None)
         if first is None:
             raise ValueError(f"{owner}: there are no taps.")
-        self._first = [first]
+        self._ahead = itertools.chain([first], self._ahead)
         taps = self._pair(first)[1]
         sizes = {name: _sizes(groups[0]) for name, groups in taps.items() if groups}
-        self.structure = structure_of(owner, layers, params, sizes)
+        like = known if params is None else params
+        self.structure = structure_of(owner, checked, like, sizes)
         self.plan = plans.plan_layers(owner, checked, self.structure.tree)
 
-    @property
-    def members(self) -> list[Member]:
-        """The layers."""
-        return [m for group in self.plan.stacks.values() for m in group]
+    def _opener(self, source: Source, times: int) -> Callable[[], Iterator[object]]:
+        """A function that starts to read the batches, from the first on."""
+
+        def read() -> Iterator[object]:
+            batches = source() if callable(source) else source
+            if isinstance(batches, Mapping):
+                return iter([batches])
+            if not isinstance(batches, Iterable):
+                raise ValueError(
+                    f"{self.owner}: taps must be the ok.Taps of ok.value_and_grad_with_taps, an "
+                    f"iterable of those, or a function that returns one; got {batches!r:.100}."
+                )
+            return iter(batches)
+
+        if times > 1 and isinstance(source, Iterator):
+            raise ValueError(
+                f"{self.owner}: the batches are read {times} times, and {type(source).__name__} "
+                "can be read but once; pass a list, or a function that returns the iterator."
+            )
+        return read
 
     def sums(
         self,
-        of: Callable[[Member, Sequence[Any]], Any],
-        scaled: Callable[[Any, Any], Any],
-        add: Callable[[Any, Any], Any],
-    ) -> dict[str, Any]:
+        of: Callable[[Member, Groups], T],
+        scaled: Callable[[T, ArrayLike], T],
+        add: Callable[[T, T], T],
+    ) -> dict[str, T]:
         """For each layer, the sum over batches of what is made of its taps, times their share.
 
         Args:
-          of: makes it, from the layer and its groups of taps.
-          scaled: multiplies it with a number.
-          add: adds two of it.
+          of: Makes it, from the layer and its groups of taps.
+          scaled: Multiplies it with a number.
+          add: Adds two of it.
         """
-        found: dict[str, Any] = {}
-        whole, weights = 0, []
+        sums: dict[str, T] = {}
+        total, weights = 0, []
         for weight, taps in self._read():
             weights.append(weight)
-            share = self._number(taps, len(weights)) if weight is None else weight
-            whole = whole + share
+            share = self._examples(taps, len(weights)) if weight is None else weight
+            total = total + share
             if len({w is None for w in weights}) > 1:
                 raise ValueError(
                     f"{self.owner}: give all batches as pairs (weight, taps), or none."
                 )
-            for member in self.members:
+            for member in self.plan.members:
                 name = member.layer.name
                 new = scaled(of(member, taps[name]), share)
-                found[name] = add(found[name], new) if name in found else new
+                sums[name] = add(sums[name], new) if name in sums else new
         if not weights:
             raise ValueError(
                 f"{self.owner}: the function of batches returned none when called again."
             )
         if weights[0] is not None:
-            return found
-        return {name: scaled(x, 1 / whole) for name, x in found.items()}
+            return sums
+        return {name: scaled(x, 1 / total) for name, x in sums.items()}
 
-    def _read(self) -> Iterator[tuple[Any, Taps]]:
-        first, self._first = self._first, []
-        rest = self._next if first else iter(self._open())
-        for given in itertools.chain(first, rest):
+    def _read(self) -> Iterator[tuple[ArrayLike | None, Taps]]:
+        """The batches; the first time without another call of the function that gives them."""
+        batches, self._ahead = self._ahead, None
+        for given in self._open() if batches is None else batches:
             weight, taps = self._pair(given)
             yield weight, self.plan.read_taps(taps)
 
-    def _pair(self, given):
+    def _pair(self, given: object) -> tuple[ArrayLike | None, Taps]:
+        """The weight of a batch, if it has one, and its taps in canonical form."""
         weight, taps = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
         if not isinstance(taps, Mapping):
             got = f"{given!r:.40}"
@@ -141,20 +162,24 @@ class Batches:
             check_number(f"{self.owner}: weights of batches", weight)
         return weight, taps if isinstance(taps, Taps) else Taps(taps)
 
-    def _number(self, taps: Taps, batch: int) -> int:
-        """Of data in a batch."""
-        groups = taps[self.members[0].layer.name] if self.members else ()
-        if not any(isinstance(tap, Moments) for tap in groups):
-            return sum(tap.inputs.shape[1] for tap in groups)
-        if batch > 1:
-            raise ValueError(
-                f"{self.owner}: second moments do not tell how many data they are of; give "
-                "several batches as pairs (weight, taps), with each batch's share of the data."
-            )
-        return 1
+    def _examples(self, taps: Taps, batch: int) -> int:
+        """Number of examples in a batch."""
+        members = self.plan.members
+        number = 0
+        for tap in taps[members[0].layer.name] if members else ():
+            if isinstance(tap, Moments):
+                if batch == 1:
+                    return 1
+                raise ValueError(
+                    f"{self.owner}: second moments do not tell how many examples they are of; give "
+                    "several batches as pairs (weight, taps), with each batch's share of the "
+                    "examples."
+                )
+            number += tap.inputs.shape[1]
+        return number
 
 
-def _sizes(tap: Any) -> tuple[int, int]:
+def _sizes(tap: Tap | Moments) -> tuple[int, int]:
     """d_in and d_out of a tap."""
     if isinstance(tap, Moments):
         return tap.input_factor.shape[1], tap.output_factor.shape[1]

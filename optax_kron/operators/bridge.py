@@ -1,22 +1,25 @@
 """To lineax, whose solvers take operators and preconditioners."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from optax_kron.operators.base import Operator
 
+if TYPE_CHECKING:
+    import lineax
 
-def as_lineax(operator: Operator) -> Any:
+
+def as_lineax(operator: Operator) -> "lineax.FunctionLinearOperator":
     """An operator as a `lineax.FunctionLinearOperator`, tagged positive semidefinite.
 
     So that `lineax.CG` and `lineax.GMRES` can solve with it, or take its inverse as preconditioner:
     `options={"preconditioner": ok.operators.as_lineax(op.inverse(damping))}`.
 
     Args:
-      operator: any of `ok.operators`, positive semidefinite.
+      operator: An operator of `ok.operators`, positive semidefinite.
 
     Raises:
-      ImportError: without lineax, which optax_kron does not install by itself.
-      TypeError: for what is no operator.
+      ImportError: Without lineax, which optax_kron does not install by itself.
+      TypeError: For what is no operator.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -29,7 +32,7 @@ def as_lineax(operator: Operator) -> Any:
       >>> bool(jnp.allclose(op @ solution.value, right, atol=1e-5))
       True
     """
-    import lineax
+    import lineax  # when called, for optax_kron does not need it otherwise
 
     if not isinstance(operator, Operator):
         raise TypeError(f"as_lineax: expected an operator; got {type(operator).__name__}.")

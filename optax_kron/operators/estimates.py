@@ -1,31 +1,41 @@
 """Curvature of a loss as an operator on its parameters, from what its layers saw."""
 
+# Worked example: a dense layer, kernel [3, 2], and two batches of 20 and 10 examples at S = 1, with
+# fisher="exact", of V = 2 columns.
+#
+#   kfac    A [1, 3, 3] and G [1, 2, 2] of each batch, averaged with 20/30 and 10/30
+#   ekfac   reads the batches once for the bases of A and G, and again for λ [1, 3, 2] in them
+#   kfoc    keeps both batches: inputs [1, 30, 1, 3], output_grads [2, 1, 30, 1, 2], and finds by
+#           power iteration the A and G whose product is nearest to Σ vec(M) vec(M)ᵀ / 30
+#
+# The curvature itself is [6, 6]; none of them forms it.
+
 import functools
 import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from optax_kron.kernels import contract, linalg
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.kernels import kfoc as kfoc_kernels
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.moments import combined, moments_of_member, weighed_inputs
+from optax_kron.layers.moments import combined, masked_inputs, moments_of_member
 from optax_kron.layers.plan import Member
 from optax_kron.layers.spectra import eigenvalues_of_member
 from optax_kron.layers.taps import Moments, Tap
-from optax_kron.operators.base import check_number
-from optax_kron.operators.batches import Batches, Source
+from optax_kron.operators.batches import Batches, Groups, Source
 from optax_kron.operators.blocks import Stacked
 from optax_kron.operators.curvature import Layerwise, layerwise
+from optax_kron.operators.damping import check_number
 from optax_kron.operators.products import Eigen, Kronecker
 
-PyTree = Any
+Case = tuple[Shaped[Array, "B N S d_in"], Float[Array, "V B N S d_out"]]
 
 
 def kfac(
@@ -39,16 +49,16 @@ def kfac(
     """K-FAC's approximation of the curvature: `A ⊗ G` for each layer, zero on all else.
 
     Args:
-      taps: what the layers saw, as `ok.value_and_grad_with_taps` returns, with any estimate of the
-        Fisher information; also second moments. For data in several batches: an iterable of taps,
-        or a function of no arguments that returns one. Each batch counts by its number of data, as
+      taps: What the layers saw, as `ok.value_and_grad_with_taps` returns, with any estimate of the
+        Fisher information; also second moments. For several batches: an iterable of taps, or a
+        function of no arguments that returns one. Each batch counts by its number of examples, as
         losses that are means over their batch do; give pairs `(weight, taps)` for anything else,
-        such as 1.0 for losses that are sums, or the batch's share of the data.
-      layers: that the taps were made with.
+        such as 1.0 for losses that are sums, or the batch's share of the examples.
+      layers: The layers that the taps were made with.
       approx: "expand" or "reduce", as in `ok.kfac`.
-      params: the parameters, or abstract ones: for layers made by hand, and for some of those that
+      params: The parameters, or abstract ones: for layers made by hand, and for some of those that
         were found, which alone do not know of the others' parameters.
-      precision: of the matrix products.
+      precision: Precision of the matrix products.
 
     Returns:
       An operator on pytrees like the parameters. Memory: d_in² + d_out² for each layer; factors of
@@ -57,7 +67,7 @@ def kfac(
       `λ_A·λ_G + δ`.
 
     Raises:
-      ValueError: for taps that do not fit the layers.
+      ValueError: For taps that do not fit the layers.
 
     Examples:
       >>> import jax
@@ -96,18 +106,19 @@ def ekfac(
     """EKFAC's approximation of the curvature: its own diagonal in the eigenbasis of K-FAC.
 
     Of all operators that are diagonal in that basis none is nearer to a layer's curvature in
-    Frobenius norm, and the trace is exact. The eigenvalues take the gradient of each datum, summed
-    over positions before it is squared. Factors are gathered first and eigenvalues then, in the
-    fixed basis: batches are read twice, and how the data are cut into them makes no difference.
+    Frobenius norm, and the trace is exact. The eigenvalues take the gradient of each example,
+    summed over positions before it is squared. Factors are gathered first and eigenvalues then, in
+    the fixed basis: batches are read twice, and how the examples are cut into them makes no
+    difference.
 
     Args:
-      taps: as in `kfac`, but no second moments; batches must come in an iterable that can be read
+      taps: As in `kfac`, but no second moments; batches must come in an iterable that can be read
         twice, such as a list, or as a function. If they are drawn at random ("mc"), both readings
         should draw the same.
-      layers: that the taps were made with.
-      approx: of the factors whose eigenbases are taken, as in `kfac`.
-      params: as in `kfac`.
-      precision: of the matrix products.
+      layers: The layers that the taps were made with.
+      approx: Approximation of the factors whose eigenbases are taken, as in `kfac`.
+      params: As in `kfac`.
+      precision: Precision of the matrix products.
 
     Returns:
       An operator as of `kfac`; rule="exact" alone. Memory: d_in² + d_out² + d_in·d_out for each
@@ -115,7 +126,7 @@ def ekfac(
       those of `kernels.ekfac.eigenvalues`.
 
     Raises:
-      ValueError: as `kfac`, for second moments, and for an iterator that can be read but once.
+      ValueError: As `kfac`, for second moments, and for an iterator that can be read but once.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -132,20 +143,20 @@ def ekfac(
     _check_approx(owner, approx)
     batches = Batches(owner, taps, layers, params, times=2)
     bases = {}
-    for name, m in _moments(batches, approx, precision).items():
-        factors = contract.widen(m.input_factor), contract.widen(m.output_factor)
+    for name, moments in _moments(batches, approx, precision).items():
+        factors = contract.widen(moments.input_factor), contract.widen(moments.output_factor)
         bases[name] = [
             None if x.ndim == 2 else linalg.map_blocks(lambda y: kfac_kernels.eigenbasis(y)[0], x)
             for x in factors
         ]
 
-    def eigenvalues(member, taps):
-        dtype = _dtype(member, taps)
+    def eigenvalues(member: Member, taps: Groups) -> Float[Array, "B d_in d_out"]:
+        dtype = _dtype(taps)
         return eigenvalues_of_member(
             owner, member, taps, *bases[member.layer.name], dtype=dtype, precision=precision
         )
 
-    values = batches.sums(eigenvalues, lambda x, share: share * x, jnp.add)
+    values = batches.sums(eigenvalues, lambda x, share: x * share, jnp.add)
     blocks = {name: Stacked(Eigen(tuple(bases[name]), values[name])) for name in bases}
     return layerwise(batches.plan, batches.structure, blocks)
 
@@ -161,16 +172,17 @@ def kfoc(
 ) -> Layerwise:
     """The Kronecker product for each layer that is nearest to its curvature in Frobenius norm.
 
-    It is the top singular pair of the curvature's rearrangement, by power iteration over the data:
-    neither is ever formed. Never farther from the curvature than K-FAC, "expand" or "reduce".
+    It is the top singular pair of the curvature's rearrangement, by power iteration over the
+    examples: neither is ever formed. Never farther from the curvature than K-FAC, "expand" or
+    "reduce".
 
     Args:
-      taps: as in `kfac`, but no second moments. All batches are in memory at once.
-      layers: that the taps were made with.
-      tolerance: the iteration ends when the norm changes by less, relatively.
-      max_iterations: and after so many at the latest.
-      params: as in `kfac`.
-      precision: of the matrix products.
+      taps: As in `kfac`, but no second moments. All batches are in memory at once.
+      layers: The layers that the taps were made with.
+      tolerance: The iteration ends when the norm changes by less, relatively.
+      max_iterations: The iteration ends after so many at the latest.
+      params: As in `kfac`.
+      precision: Precision of the matrix products.
 
     Returns:
       An operator as of `kfac`. Where a layer's factor is diagonal, as an embedding's input factor
@@ -179,7 +191,7 @@ def kfoc(
       `kernels.kfoc.factors`.
 
     Raises:
-      ValueError: as `kfac`, for second moments, and for settings out of range.
+      ValueError: As `kfac`, for second moments, and for settings out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -198,25 +210,27 @@ def kfoc(
         raise ValueError(f"{owner}: max_iterations must be an int ≥ 1; got {max_iterations!r}.")
     batches = Batches(owner, taps, layers, params)
 
-    def cases(member, taps):
+    def cases(member: Member, taps: Groups) -> list[Case]:
         return [_case(owner, member, tap) for tap in taps]
 
-    def scaled(cases, share):
+    def scaled(cases: list[Case], share: ArrayLike) -> list[Case]:
+        # The curvature is quadratic in the gradients.
         return [(x, g * jnp.sqrt(share).astype(g.dtype)) for x, g in cases]
 
-    found = batches.sums(cases, scaled, operator.add)
+    seen = batches.sums(cases, scaled, operator.add)
     blocks = {}
-    for member in batches.members:
+    for member in batches.plan.members:
         layer = member.layer
         solve = functools.partial(
             kfoc_kernels.factors,
-            length=layer.d_in if layer.is_embedding else None,
+            length=layer.table_rows,
             diagonal=(layer.has_diagonal_input, layer.has_diagonal_output),
             tolerance=tolerance,
             max_iterations=max_iterations,
             precision=precision,
         )
-        inputs, grads = _joined(found[layer.name], layer.d_in if layer.is_embedding else 0)
+        # Of an embedding an index beyond the table counts for nothing.
+        inputs, grads = _joined(seen[layer.name], absent=layer.table_rows or 0)
         factors = linalg.map_blocks(solve, inputs, jnp.moveaxis(grads, 1, 0))
         blocks[layer.name] = Stacked(Kronecker(factors))
     return layerwise(batches.plan, batches.structure, blocks)
@@ -228,57 +242,56 @@ def _check_approx(owner: str, approx: str) -> None:
         raise ValueError(f"{owner}: approx must be one of {choices}; got {approx!r}.")
 
 
-def _dtype(member: Member, taps: Sequence[Tap | Moments]) -> jnp.dtype:
-    """Of the arithmetic on the taps of a layer."""
+def _dtype(taps: Groups) -> jnp.dtype:
+    """Dtype of the arithmetic on the taps of a layer."""
     kinds = [x.dtype for x in jax.tree.leaves(taps) if jnp.issubdtype(x.dtype, jnp.floating)]
     return contract.wide_dtype(jnp.result_type(*kinds))
 
 
-def _moments(batches: Batches, approx: str, precision: Any) -> dict[str, Moments]:
+def _moments(batches: Batches, approx: str, precision: contract.Precision) -> dict[str, Moments]:
     """Second moments of every layer, of all batches."""
 
-    def of(member, taps):
-        found = moments_of_member(
-            batches.owner,
-            member,
-            taps,
-            approx=approx,
-            dtype=_dtype(member, taps),
-            precision=precision,
+    def of(member: Member, taps: Groups) -> Moments:
+        moments = moments_of_member(
+            batches.owner, member, taps, approx=approx, dtype=_dtype(taps), precision=precision
         )
         if all(isinstance(tap, Tap) and tap.weights is None for tap in taps):
-            # Alone, they are a mean over their data, as the weights of a mean loss add up to one.
-            found = found._replace(weight=jnp.ones_like(found.weight))
-        return found
+            # By hand, they are a mean over their examples, as the weights of a mean loss add up to
+            # one: so that batches count by their share alone.
+            moments = moments._replace(weight=jnp.ones_like(moments.weight))
+        return moments
 
-    def scaled(m, share):
+    def scaled(m: Moments, share: ArrayLike) -> Moments:
+        # The input factor is a mean by weights, and the output factor a sum.
         return m._replace(output_factor=share * m.output_factor, weight=share * m.weight)
 
     return batches.sums(of, scaled, lambda a, b: combined([a, b]))
 
 
-def _case(owner: str, member: Member, tap: Tap | Moments) -> tuple[Array, Array]:
-    """Inputs [B, N, S, d_in] and gradients [V, B, N, S, d_out] whose curvatures are to be added."""
+def _case(owner: str, member: Member, tap: Tap | Moments) -> Case:
+    """Inputs and gradients whose curvatures are to be added."""
     if isinstance(tap, Moments) or tap.output_grads.shape[0] == 0:
         reason = "are second moments; make them with reduce=False"
         if isinstance(tap, Tap):
             reason = 'have no columns, as of fisher="forward"; operators.kfac is the nearest then'
         raise ValueError(
-            f"{owner}: the nearest Kronecker product needs what each datum gave, but the taps of "
+            f"{owner}: the nearest Kronecker product needs what each example gave, but the taps of "
             f"layer {member.layer.name!r} {reason}."
         )
-    tap = weighed_inputs(member, tap)
-    dtype = _dtype(member, [tap])
-    inputs = tap.inputs if member.layer.is_embedding else tap.inputs.astype(dtype)
-    return inputs, tap.output_grads.astype(dtype) / math.sqrt(tap.inputs.shape[1])
+    inputs, grads, _ = masked_inputs(member, tap)
+    dtype = _dtype([tap])
+    inputs = inputs if member.layer.is_embedding else inputs.astype(dtype)
+    return inputs, grads.astype(dtype) / math.sqrt(inputs.shape[1])
 
 
-def _joined(cases: Sequence[tuple[Array, Array]], absent: int) -> tuple[Array, Array]:
-    """All cases as data of one batch, whose curvature is a mean.
+def _joined(cases: Sequence[Case], absent: int) -> Case:
+    """All cases as examples of one batch, whose curvature is a mean.
+
+    Of [2, 1, 20, 5, d] and [3, 1, 10, 1, d] gradients it makes [3, 1, 30, 5, d], with zeros.
 
     Args:
-      cases: from `_case`.
-      absent: the input of positions that are filled in.
+      cases: What `_case` returns for each group of each batch.
+      absent: The input of positions that are filled in.
     """
     columns = max(g.shape[0] for _, g in cases)
     positions = max(g.shape[3] for _, g in cases)
@@ -288,4 +301,5 @@ def _joined(cases: Sequence[tuple[Array, Array]], absent: int) -> tuple[Array, A
         inputs.append(jnp.pad(x, ((0, 0), (0, 0), (0, s), (0, 0)), constant_values=absent))
         grads.append(jnp.pad(g, ((0, v), (0, 0), (0, 0), (0, s), (0, 0))))
     together = jnp.concatenate(grads, axis=2)
+    # `_case` divides by each batch's number of examples; the mean divides by that of all.
     return jnp.concatenate(inputs, axis=1), together * math.sqrt(together.shape[2])

@@ -1,16 +1,18 @@
 """The exact generalized Gauss-Newton matrix of a loss, matrix-free."""
 
+# Methods without a docstring have that of `Operator`, which `help` shows.
+# ruff: noqa: D102
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from optax_kron.capture.ggn import ggn_vector_product
-from optax_kron.operators.base import Operator, Structure
-
-PyTree = Any
+from optax_kron.operators.base import Operator
+from optax_kron.operators.vectors import Structure
 
 
 @jax.tree_util.register_dataclass
@@ -19,42 +21,43 @@ class GGN(Operator):
     """The generalized Gauss-Newton matrix of a loss; see `ggn`."""
 
     params: PyTree
-    args: tuple[Any, ...]
-    loss_fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    args: tuple[PyTree, ...]
+    loss_fn: Callable[..., PyTree] = dataclasses.field(metadata={"static": True})
     has_aux: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters, at least float32."""
         leaves = jax.tree.leaves(self.in_structure())
         return jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
 
     def in_structure(self) -> PyTree:
-        """See `Operator`; `None` for leaves that are not floating-point."""
+        """The abstract parameters, with `None` for leaves that are not floating-point."""
         return Structure.of(self.params).tree
 
     def mv(self, vector: PyTree) -> PyTree:
-        """See `Operator`. Cost: about four evaluations of the loss."""
+        """The product, by derivatives of the loss. Cost: about four evaluations of the loss."""
         vector = Structure.of(self.params).check(vector)
         product = ggn_vector_product(self.loss_fn, self.params, *self.args, has_aux=self.has_aux)
         return jax.tree.map(lambda y, x: y.astype(x.dtype), product(vector), vector)
 
 
-def ggn(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False) -> GGN:
+def ggn(
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, has_aux: bool = False
+) -> GGN:
     """The generalized Gauss-Newton matrix of a marked loss, exact and matrix-free.
 
     Args:
-      loss_fn: as in `ok.find_layers`.
-      params: where the matrix is taken.
-      *args: of the loss, by position. Under `jax.jit`, arrays or pytrees of them.
-      has_aux: whether `loss_fn` returns auxiliary data.
+      loss_fn: The loss function, as in `ok.find_layers`.
+      params: The parameters at which the matrix is taken.
+      *args: Arguments of the loss, by position. Under `jax.jit`, arrays or pytrees of them.
+      has_aux: Whether `loss_fn` returns auxiliary data.
 
     Returns:
       An operator on pytrees like the parameters. `mv` costs about four evaluations of the loss; all
       other methods make the dense matrix by `mv` of every unit vector, for small models.
 
     Raises:
-      ValueError: for complex parameters; in `mv`, if the loss marks no likelihood.
+      ValueError: For complex parameters; in `mv`, if the loss marks no likelihood.
 
     Examples:
       >>> import jax.numpy as jnp

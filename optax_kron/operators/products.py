@@ -1,26 +1,38 @@
 """Kronecker products, and what is diagonal in a Kronecker product of bases."""
 
+# Worked example: A [4, 4] and G [3, 3], an operator on arrays X [4, 3] with n = 12 entries.
+#
+#   Kronecker((A, G)) @ X                        A X Gᵀ [4, 3], never the matrix [12, 12]
+#   its inverse for rule="exact"                 Eigen((Q_a, Q_g), 1 / (λ_a λ_gᵀ + δ) [4, 3])
+#   its inverse for "pi", "trace" and "plain"    Kronecker(((A + δ_a I)⁻¹, (G + δ_g I)⁻¹))
+#
+# The damping of "exact" couples the factors, and only in their eigenbases is it simple; the other
+# rules keep a product of factors, which is cheaper to apply. With mean eigenvalues tr(A)/4 = 8 and
+# tr(G)/3 = 2 and δ = 0.01 they add
+#
+#            δ_a                       δ_g
+#   "pi"     √(8/2)·√0.01 = 0.2        √0.01/√(8/2) = 0.05      of product δ
+#   "trace"  0.01·8 = 0.08             0.01·2 = 0.02            relative
+#   "plain"  0.01                      0.01                     absolute
+#
+# Methods of subclasses without a docstring have that of `Operator`, which `help` shows.
+# ruff: noqa: D102
+
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
 
-from optax_kron.kernels import contract, eigenbases, linalg
-from optax_kron.operators.base import (
-    Operator,
-    as_real,
-    damped_power,
-    described,
-    only_exact,
-    spectrum,
-)
+from optax_kron.kernels import contract, eigenbases, kfac, linalg
+from optax_kron.operators.base import Faults, Operator
+from optax_kron.operators.damping import damped_power, only_exact, spectrum
+from optax_kron.operators.vectors import check_array
 
-PI_FLOOR = 1e-8  # least that the rule "pi" adds to a factor
+PI_FLOOR = 1e-8  # least damping of the rule "pi"
 
 
 @jax.tree_util.register_dataclass
@@ -28,20 +40,19 @@ PI_FLOOR = 1e-8  # least that the rule "pi" adds to a factor
 class Kronecker(Operator):
     """`F_1 ⊗ … ⊗ F_k` on arrays [d_1, ..., d_k]; see `kronecker`."""
 
-    factors: tuple[Array, ...]
+    factors: tuple[Float[Array, "d_i ..."], ...]  # [d_i], the diagonal, of a diagonal one
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the arrays that it acts on."""
+        """Shape of the arrays that it acts on."""
         return tuple(factor.shape[-1] for factor in self.factors)
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
-        """See `Operator`."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
-    def mv(self, vector: Array) -> Array:
-        """See `Operator`. Cost: 2·n·Σd_i operations."""
-        vector = checked(vector, self.shape)
+    def mv(self, vector: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """The product. Cost: 2·n·Σd_i operations."""
+        vector = check_array(vector, self.shape)
         wide = [factor.astype(self.dtype) for factor in self.factors]
         return contract.apply_factors(wide, vector.astype(self.dtype)).astype(vector.dtype)
 
@@ -50,79 +61,84 @@ class Kronecker(Operator):
         """The transpose, also of factors that are not symmetric."""
         return Kronecker(tuple(factor.T for factor in self.factors))
 
-    def as_matrix(self) -> Array:
-        """See `Operator`; by literal Kronecker products."""
-        found = jnp.ones((1, 1), self.dtype)
+    def as_matrix(self) -> Float[Array, "n n"]:
+        matrix = jnp.ones((1, 1), self.dtype)
         for factor in self.factors:
-            found = jnp.kron(found, _dense(factor.astype(self.dtype)))
-        return found
+            dense = jnp.diag(factor) if factor.ndim == 1 else factor
+            matrix = jnp.kron(matrix, dense.astype(self.dtype))
+        return matrix
 
-    def trace(self) -> Array:
-        """See `Operator`. Cost: Σd_i operations; so for all of these, but for decompositions."""
+    def trace(self) -> Float[Array, ""]:
+        """The sum of the eigenvalues. Cost: Σd_i operations."""
         return _product([jnp.sum(_diagonal(factor)) for factor in self.factors])
 
-    def det(self) -> Array:
-        """See `Operator`; also of factors that are not symmetric. Cost: Σd_i³."""
-        n = math.prod(self.shape)
-        found = map(_slogdet, self.factors)
-        pairs = [
-            (sign ** (n // d), log * (n // d))
-            for (sign, log), d in zip(found, self.shape, strict=True)
-        ]
+    def det(self) -> Float[Array, ""]:
+        """The determinant, also of factors that are not symmetric. Cost: Σd_i³ operations."""
+        signs, logs = self._slogdets()
         # Not the product of powers, of which one may overflow and one vanish.
-        return _product([sign for sign, _ in pairs]) * jnp.exp(sum(log for _, log in pairs))
+        return _product(signs) * jnp.exp(sum(logs))
 
-    def logdet(self) -> Array:
-        """See `Operator`; as `det`."""
+    def logdet(self) -> Float[Array, ""]:
+        """The logarithm of the determinant's magnitude. Cost: as `det`."""
+        return sum(self._slogdets()[1], jnp.zeros(()))
+
+    def _slogdets(self) -> tuple[list[Array], list[Array]]:
+        """What each factor gives to the determinant's sign, and to its logarithm."""
         n = math.prod(self.shape)
-        pairs = zip(self.factors, self.shape, strict=True)
-        return sum((_slogdet(factor)[1] * (n // d) for factor, d in pairs), jnp.zeros(()))
+        signs, logs = [], []
+        for factor, d in zip(self.factors, self.shape, strict=True):
+            # det(A ⊗ G) = det(A)^d_out · det(G)^d_in: each to the power of the others' sizes.
+            sign, log = _slogdet(factor)
+            signs.append(sign ** (n // d))
+            logs.append(log * (n // d))
+        return signs, logs
 
-    def frobenius_norm(self) -> Array:
-        """See `Operator`."""
+    def frobenius_norm(self) -> Float[Array, ""]:
         return _product([jnp.linalg.norm(factor) for factor in self.factors])
 
-    def eigenvalues(self) -> Array:
-        """See `Operator`. Cost: about 9·Σd_i³ operations, and n numbers."""
+    def eigenvalues(self) -> Float[Array, " n"]:
+        """All n eigenvalues, ascending. Cost: about 9·Σd_i³ operations, and n numbers."""
         values = [eigenbases.hermitian_eigen(contract.widen(factor))[1] for factor in self.factors]
         return jnp.sort(_outer(values).ravel())
 
-    def times(self, scalar: Array) -> "Kronecker":
-        """See `Operator`."""
+    def times(self, scalar: Float[Array, ""]) -> "Kronecker":
         first, *others = self.factors
         return Kronecker(((first * scalar).astype(first.dtype), *others))
 
-    def power(self, exponent: float, damping: ArrayLike, rule: str):
-        """See `Operator`. Cost: about 9·Σd_i³ operations."""
+    def power(self, exponent: float, damping: ArrayLike, rule: str) -> tuple[Operator, Faults]:
+        """A power of the damped operator. Cost: about 9·Σd_i³ operations."""
         pairs = [eigenbases.hermitian_eigen(factor.astype(self.dtype)) for factor in self.factors]
         bases = tuple(basis for basis, _ in pairs)
         spectra = [spectrum(values) for _, values in pairs]
         if rule == "exact":
-            values = _outer([v for v, _ in spectra])
+            values = _outer([values for values, _ in spectra])
+            # A product is zero where any of its factors is zero but for rounding.
             null = _outer([~null for _, null in spectra]) == 0
             powers, fault = damped_power(values, null, damping, exponent)
             return Eigen(bases, powers), {"": fault}
-        amounts = [damping] * len(bases) if rule == "plain" else self._pi_amounts(damping)
-        powers, faults = zip(
-            *(
-                damped_power(values, null, amount, exponent)
-                for (values, null), amount in zip(spectra, amounts, strict=True)
-            ),
-            strict=True,
-        )
-        made = [_assembled(b, p) for b, p in zip(bases, powers, strict=True)]
-        return Kronecker(tuple(made)), {"": jnp.any(jnp.stack(faults))}
+        factors, faults = [], []
+        for basis, (values, null), amount in zip(
+            bases, spectra, self._amounts(damping, rule), strict=True
+        ):
+            powers, fault = damped_power(values, null, amount, exponent)
+            factors.append(powers if basis is None else (basis * powers) @ basis.T)
+            faults.append(fault)
+        return Kronecker(tuple(factors)), {"": jnp.any(jnp.stack(faults))}
 
-    def _pi_amounts(self, damping: ArrayLike) -> list[Array]:
-        """What the rule "pi" adds to each factor."""
+    def _amounts(self, damping: ArrayLike, rule: str) -> Float[Array, " k"]:
+        """What a rule other than "exact" adds to the diagonal of each of the k factors."""
         means = jnp.stack([jnp.mean(_diagonal(f.astype(self.dtype))) for f in self.factors])
-        sound = jnp.all(means > 0)
-        logs = jnp.log(jnp.where(sound, means, 1))
-        root = jnp.asarray(damping, self.dtype) ** (1 / len(means))
-        amounts = jnp.where(
-            root > 0, jnp.maximum(jnp.exp(logs - jnp.mean(logs)) * root, PI_FLOOR), 0
-        )
-        return list(amounts)
+        damping = jnp.asarray(damping, self.dtype)
+        if rule == "plain":
+            amounts = jnp.full_like(means, damping)
+        elif rule == "trace":
+            amounts = kfac.trace_damping(means, damping)
+        else:
+            logs = jnp.log(jnp.where(jnp.all(means > 0), means, 1))
+            share = jnp.exp(logs - jnp.mean(logs))  # the mean over the means' geometric mean
+            amounts = jnp.maximum(share * damping ** (1 / len(means)), PI_FLOOR)
+        # Without damping a singular factor is to be found out, so that there is no floor either.
+        return jnp.where(damping > 0, amounts, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -130,51 +146,44 @@ class Kronecker(Operator):
 class Eigen(Operator):
     """`Q diag(λ) Qᵀ` with `Q = Q_1 ⊗ … ⊗ Q_k` on arrays [d_1, ..., d_k]; see `eigen`."""
 
-    bases: tuple[Array | None, ...]  # orthonormal columns [d_i, d_i]; None: the identity
-    values: Array  # λ [d_1, ..., d_k]
+    bases: tuple[Float[Array, "d_i d_i"] | None, ...]  # orthonormal columns; None: the identity
+    values: Float[Array, "*d"]  # λ
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the arrays that it acts on."""
+        """Shape of the arrays that it acts on."""
         return self.values.shape
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
-        """See `Operator`."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
-    def mv(self, vector: Array) -> Array:
-        """See `Operator`. Cost: 4·n·Σd_i operations."""
-        vector = checked(vector, self.shape)
+    def mv(self, vector: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """The product. Cost: 4·n·Σd_i operations."""
+        vector = check_array(vector, self.shape)
         bases = [None if q is None else q.astype(self.dtype) for q in self.bases]
         x = vector.astype(self.dtype)
         return contract.in_bases(bases, lambda x: x * self.values, x).astype(vector.dtype)
 
-    def trace(self) -> Array:
-        """See `Operator`. Cost: n operations; so for all of these."""
+    def trace(self) -> Float[Array, ""]:
         return jnp.sum(self.values)
 
-    def det(self) -> Array:
-        """See `Operator`."""
+    def det(self) -> Float[Array, ""]:
         return jnp.prod(self.values)
 
-    def logdet(self) -> Array:
-        """See `Operator`."""
+    def logdet(self) -> Float[Array, ""]:
         return jnp.sum(jnp.log(jnp.abs(self.values)))
 
-    def frobenius_norm(self) -> Array:
-        """See `Operator`."""
+    def frobenius_norm(self) -> Float[Array, ""]:
         return jnp.linalg.norm(self.values.ravel())
 
-    def eigenvalues(self) -> Array:
-        """See `Operator`."""
+    def eigenvalues(self) -> Float[Array, " n"]:
         return jnp.sort(self.values.ravel())
 
-    def times(self, scalar: Array) -> "Eigen":
-        """See `Operator`."""
+    def times(self, scalar: Float[Array, ""]) -> "Eigen":
         return Eigen(self.bases, (self.values * scalar).astype(self.values.dtype))
 
-    def power(self, exponent: float, damping: ArrayLike, rule: str):
-        """See `Operator`; the bases are shared."""
+    def power(self, exponent: float, damping: ArrayLike, rule: str) -> tuple[Operator, Faults]:
+        """A power of the damped operator, in the same bases. Cost: n operations."""
         only_exact(rule, "a diagonal in a basis")
         powers, fault = damped_power(*spectrum(self.values), damping, exponent)
         return Eigen(self.bases, powers), {"": fault}
@@ -186,14 +195,14 @@ def kronecker(*factors: ArrayLike) -> Kronecker:
     `(F_1 ⊗ … ⊗ F_k) vec(X)`, with `vec` row by row, is X with `F_i` applied along every axis i.
 
     Args:
-      *factors: symmetric [d_i, d_i], or the diagonal [d_i] of a diagonal one. Of factors that are
+      *factors: Symmetric [d_i, d_i], or the diagonal [d_i] of a diagonal one. Of factors that are
         not symmetric, `eigenvalues`, `inverse`, `sqrt` and `sample` mean nothing.
 
     Returns:
       An operator on arrays [d_1, ..., d_k]. Memory: Σd_i².
 
     Raises:
-      ValueError: for no factors, or one that is not square or not real.
+      ValueError: For no factors, or one that is not square or not real.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -223,15 +232,15 @@ def eigen(
     """What is diagonal in a Kronecker product of two bases, `(Q_a ⊗ Q_g) diag(λ) (Q_a ⊗ Q_g)ᵀ`.
 
     Args:
-      input_basis: Q_a, orthonormal columns [d_in, d_in]; `None`: the identity.
-      output_basis: Q_g, orthonormal columns [d_out, d_out]; `None`: the identity.
-      values: λ [d_in, d_out].
+      input_basis: Q_a, with orthonormal columns [d_in, d_in]; `None`: the identity.
+      output_basis: Q_g, with orthonormal columns [d_out, d_out]; `None`: the identity.
+      values: The eigenvalues λ [d_in, d_out].
 
     Returns:
       An operator on arrays [d_in, d_out]. Memory: d_in² + d_out² + d_in·d_out.
 
     Raises:
-      ValueError: for shapes that do not fit each other, or numbers that are not real.
+      ValueError: For shapes that do not fit each other, or numbers that are not real.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -243,27 +252,21 @@ def eigen(
 
     Source: George et al. (2018), arXiv:1806.03884.
     """
-    found = _real("eigen", "values", values)
+    diagonal = _real("eigen", "values", values)
     bases = tuple(
         None if q is None else _real("eigen", "a basis", q) for q in (input_basis, output_basis)
     )
-    expected = [(d, d) for d in found.shape]
-    if found.ndim != 2 or any(
-        q is not None and q.shape != s for q, s in zip(bases, expected, strict=False)
+    shapes = [None if q is None else q.shape for q in bases]
+    # As many squares as `values` has axes, which must be two.
+    squares = [(d, d) for d in diagonal.shape]
+    if len(squares) != 2 or any(
+        shape not in (None, square) for shape, square in zip(shapes, squares, strict=True)
     ):
-        got = [None if q is None else q.shape for q in bases]
         raise ValueError(
-            f"eigen: values have shape {found.shape}, and the bases {got}; expected [d_in, d_out], "
-            "[d_in, d_in] and [d_out, d_out]."
+            f"eigen: values have shape {diagonal.shape}, and the bases {shapes}; expected "
+            "[d_in, d_out], [d_in, d_in] and [d_out, d_out]."
         )
-    return Eigen(bases, found)
-
-
-def checked(vector: Any, shape: tuple[int, ...]) -> Array:
-    """The array, if it has the shape that an operator acts on."""
-    if not jax.tree_util.all_leaves([vector]) or jnp.shape(vector) != shape:
-        raise ValueError(f"the operator acts on arrays of shape {shape}; {described(vector)}.")
-    return as_real(vector)
+    return Eigen(bases, diagonal)
 
 
 def _real(owner: str, name: str, x: ArrayLike) -> Array:
@@ -276,33 +279,24 @@ def _real(owner: str, name: str, x: ArrayLike) -> Array:
     return contract.widen(array)
 
 
-def _dense(factor: Array) -> Array:
-    return jnp.diag(factor) if factor.ndim == 1 else factor
-
-
-def _diagonal(factor: Array) -> Array:
+def _diagonal(factor: Float[Array, "d ..."]) -> Float[Array, " d"]:
     return factor if factor.ndim == 1 else jnp.diagonal(factor)
 
 
-def _assembled(basis: Array | None, values: Array) -> Array:
-    """`Q diag(λ) Qᵀ`; λ alone without a basis."""
-    return values if basis is None else (basis * values) @ basis.T
-
-
-def _slogdet(factor: Array) -> tuple[Array, Array]:
+def _slogdet(factor: Float[Array, "d ..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     factor = contract.widen(factor)
     if factor.ndim == 1:
         return jnp.prod(jnp.sign(factor)), jnp.sum(jnp.log(jnp.abs(factor)))
     return linalg.lapack_safe(lambda x: tuple(jnp.linalg.slogdet(x)))(factor)
 
 
-def _outer(vectors: Sequence[Array]) -> Array:
-    """[d_1, ..., d_k] of products of the entries of vectors."""
-    found = jnp.ones((), vectors[0].dtype)
+def _outer(vectors: Sequence[Shaped[Array, " d_i"]]) -> Shaped[Array, "*d"]:
+    """The products [d_1, ..., d_k] of the entries of vectors."""
+    product = jnp.ones((), vectors[0].dtype)
     for vector in vectors:
-        found = found[..., None] * vector
-    return found
+        product = product[..., None] * vector
+    return product
 
 
-def _product(numbers: Sequence[Array]) -> Array:
+def _product(numbers: Sequence[Float[Array, ""]]) -> Float[Array, ""]:
     return jnp.prod(jnp.stack(numbers))

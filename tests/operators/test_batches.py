@@ -1,4 +1,4 @@
-"""Data in several batches: the result is that of all data at once, however they are cut."""
+"""Several batches: the result is that of all examples at once, however they are cut."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "kfoc"])
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_how_data_are_cut_makes_no_difference(kind, split):
+def test_how_examples_are_cut_makes_no_difference(kind, split):
     layers, taps_of = problem(jnp.mean)
     make = getattr(operators, kind)
     settings = {"tolerance": 1e-15, "max_iterations": 2000} if kind == "kfoc" else {}
@@ -71,7 +71,7 @@ def test_second_moments_will_do_for_kfac():
     np.testing.assert_allclose(found.as_matrix(), whole, atol=RTOL * np.abs(whole).max())
     one = operators.kfac(moments(range(12)), layers)
     np.testing.assert_allclose(one.as_matrix(), whole, atol=RTOL * np.abs(whole).max())
-    with pytest.raises(ValueError, match="do not tell how many data"):
+    with pytest.raises(ValueError, match="do not tell how many examples"):
         operators.kfac([moments(range(5)), moments(range(5, 12))], layers)
     for kind in ("ekfac", "kfoc"):
         with pytest.raises(ValueError, match=r"layer 'v'.*second moments.*reduce=False"):

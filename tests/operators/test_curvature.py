@@ -41,7 +41,7 @@ def factors(layers, taps):
 
 
 def gradients(layer, tap):
-    """Per datum and column, [B, V·N, d_in·d_out]."""
+    """Per example and column, [B, V·N, d_in·d_out]."""
     a = jax.nn.one_hot(tap.inputs[..., 0], layer.d_in) if layer.is_embedding else tap.inputs
     g = jnp.einsum("bnsi,vbnso->bvnio", a, tap.output_grads)
     return g.reshape(layer.blocks, -1, layer.d_in * layer.d_out)
@@ -122,7 +122,7 @@ def test_every_method_equals_its_dense_counterpart(name, kind):
 
 
 @problems
-@pytest.mark.parametrize("rule", ["plain", "pi"])
+@pytest.mark.parametrize("rule", ["plain", "pi", "trace"])
 def test_rules_that_damp_the_factors(name, rule):
     params = problem(name)[1]
     layers, _, taps = seen(name)
@@ -132,6 +132,8 @@ def test_rules_that_damp_the_factors(name, rule):
         found = []
         for A, G in zip(*factors(layers, taps)[layer.name], strict=True):
             amounts = 0.1, 0.1
+            if rule == "trace":
+                amounts = [0.1 * np.trace(x) / len(x) for x in (A, G)]
             if rule == "pi":
                 pi = np.sqrt(np.trace(A) / len(A) / (np.trace(G) / len(G)))
                 amounts = pi * np.sqrt(0.1), np.sqrt(0.1) / pi
@@ -242,13 +244,13 @@ def block_distances(op, layers, params, F):
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "kfoc"])
-@pytest.mark.parametrize("case", ["linear", "one_datum", "neither"])
+@pytest.mark.parametrize("case", ["linear", "one_example", "neither"])
 def test_where_all_three_are_exact(kind, case):
-    """Deep linear nets under squared error, and single data of any net; not else."""
+    """Deep linear nets under squared error, and single examples of any net; not else."""
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=(3, 3))) for k in ("w", "v")}
     params["b"] = jnp.asarray(rng.normal(size=3))
-    count = 1 if case == "one_datum" else 6
+    count = 1 if case == "one_example" else 6
     x, y = jnp.asarray(rng.normal(size=(count, 3))), jnp.arange(count) % 3
 
     def loss_fn(p, x, y):

@@ -128,7 +128,7 @@ def test_the_block_that_is_singular_is_named(x64):
         op.inverse()
 
 
-@pytest.mark.parametrize("rule", ["plain", "pi"])
+@pytest.mark.parametrize("rule", ["plain", "pi", "trace"])
 @pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-2, 1e2])
 def test_rules_of_products_of_three(rule, damping, x64):
     factors = positive(3), positive(2, 1), positive(4, 2)
@@ -137,9 +137,11 @@ def test_rules_of_products_of_three(rule, damping, x64):
     amounts = np.full(3, damping)
     if rule == "pi":
         amounts = damping ** (1 / 3) * means / np.prod(means) ** (1 / 3)
-    damped = [f + c * jnp.eye(len(f)) for f, c in zip(factors, amounts, strict=True)]
-    expected = functools.reduce(jnp.kron, map(jnp.linalg.inv, damped))
-    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9 * jnp.abs(expected).max())
+    if rule == "trace":
+        amounts = damping * means
+    damped = [np.asarray(f) + c * np.eye(len(f)) for f, c in zip(factors, amounts, strict=True)]
+    expected = functools.reduce(np.kron, map(np.linalg.inv, damped))
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
 
 
 def test_pi_adds_at_least_its_floor(x64):
@@ -147,6 +149,34 @@ def test_pi_adds_at_least_its_floor(x64):
     found = op.inverse(1e-10, "pi").as_matrix()
     assert np.all(np.isfinite(found))
     np.testing.assert_allclose(jnp.diagonal(found)[-1], 1 / (0.5**0.5 * 1e10 * 1e-8), rtol=1e-6)
+
+
+def test_trace_adds_at_least_its_floor_and_nothing_without_damping(x64):
+    op = operators.kronecker(jnp.zeros((2, 2)), jnp.eye(2))
+    found = op.inverse(1e-3, "trace").as_matrix()
+    np.testing.assert_allclose(found, np.eye(4) / (1e-12 * (1 + 1e-3)), rtol=1e-9)
+    with pytest.raises(np.linalg.LinAlgError, match=r"damping=0\.0: it is singular"):
+        op.inverse(0.0, "trace")
+
+
+@pytest.mark.parametrize("rule", ["exact", "pi", "trace", "plain"])
+def test_every_rule_damps_an_identity_alike(rule):
+    op = 3.0 * operators.identity(jnp.zeros(2))
+    np.testing.assert_allclose(op.inverse(1.0, rule).as_matrix(), np.eye(2) / 4, rtol=1e-6)
+    blocks = operators.block_diagonal({"a": op, "b": operators.kronecker(jnp.full((1, 1), 3.0))})
+    expected = {"trace": 6.0}.get(rule, 4.0)  # three and its damping, relative to it or not
+    np.testing.assert_allclose(
+        blocks.inverse(1.0, rule).as_matrix(), np.diag([0.25, 0.25, 1 / expected]), rtol=1e-6
+    )
+
+
+def test_sums_of_identities_are_one(x64):
+    op = operators.identity(jnp.zeros(3)) + 2.0 * operators.identity(jnp.zeros(3))
+    np.testing.assert_allclose(op.det(), 27.0, rtol=1e-12)
+    np.testing.assert_allclose(op.logdet(), 3 * np.log(3), rtol=1e-12)
+    np.testing.assert_allclose(op.inverse(1.0) @ jnp.ones(3), 0.25, rtol=1e-12)
+    empty = 0.0 * operators.identity(jnp.zeros(0))
+    assert (empty.det(), empty.logdet(), empty.inverse().size) == (1, 0, 0)
 
 
 def test_what_is_not_finite_is_refused():
@@ -247,7 +277,9 @@ def test_errors_name_what_differs():
     op = operators.kronecker(jnp.eye(3), jnp.eye(2))
     with pytest.raises(ValueError, match=r"arrays of shape \(3, 2\); got one of shape \(6,\)"):
         op @ jnp.ones(6)
-    with pytest.raises(ValueError, match=r"rule must be one of exact, pi, plain; got 'full'"):
+    with pytest.raises(
+        ValueError, match=r"rule must be one of exact, pi, trace, plain; got 'full'"
+    ):
         op.inverse(0.1, "full")
     with pytest.raises(ValueError, match=r"damping must be one finite number, at least 0; got -1"):
         op.inverse(-1)
