@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import autoencoder
+import learning_rates
 import measure
 from rich.console import Console
 from rich.progress import Progress
@@ -98,7 +98,7 @@ def autoencoder_tasks(args):
 def best_runs(results):
     """For each side, the (label, figures) of its lowest final loss."""
     return {
-        side: autoencoder.best_run([(name, pairs[0][side]) for name, pairs in results.items()])
+        side: learning_rates.best_run([(name, pairs[0][side]) for name, pairs in results.items()])
         for side in next(iter(results.values()))[0]
     }
 
@@ -107,7 +107,7 @@ def curves_tables(results):
     """One table of loss curves for each side."""
     for side in next(iter(results.values()))[0]:
         runs = [(name, pairs[0][side]) for name, pairs in results.items()]
-        yield autoencoder.curves_table(f"Digits autoencoder: loss of {side}", runs)
+        yield learning_rates.curves_table(f"Digits autoencoder: loss of {side}", runs)
 
 
 def step_criteria(results):
