@@ -124,11 +124,25 @@ def print_tables(console: Console, scores, groups, changes, before, extremes, na
     console.print(table)
 
 
+def group_count(text: str) -> int:
+    """Reads how many groups, enough to rank, from the command line."""
+    if (value := common.positive_integer(text)) < 3:
+        raise argparse.ArgumentTypeError(f"expected at least 3 groups, got {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Reads a number above zero from the command line."""
+    if not 0 < (value := float(text)) < np.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = common.make_parser(__doc__, steps=300, out="influence_retraining.png")
-    parser.add_argument("--weight-decay", type=float, default=1e-2, help="and the damping: λ")
-    parser.add_argument("--groups", type=int, default=24, help="left out, each for itself")
+    parser.add_argument("--weight-decay", type=positive_number, default=1e-2, help="and damping")
+    parser.add_argument("--groups", type=group_count, default=24, help="left out, each for itself")
     return parser.parse_args()
 
 

@@ -59,7 +59,7 @@ def fit_both(params, images, labels):
 
 
 def measure(params, posteriors, samples: int, seed: int):
-    """Returns what `laplace.calibration` measures, by method and level of disturbance."""
+    """Returns what `common.calibration` measures, by method and level of disturbance."""
     keys = jax.random.split(jax.random.key(seed), samples)
     test, results = data.load_data(), {name: {} for name in COLOURS}
     images = np.tile(test.test_images, (DRAWS, 1, 1, 1))
@@ -70,7 +70,7 @@ def measure(params, posteriors, samples: int, seed: int):
     for level in track(LEVELS, "predicting"):
         shown = data.disturbed(images, level, seed + 1)
         for name, predict in predictors.items():
-            results[name][level] = laplace.calibration(np.asarray(predict(shown)), labels)
+            results[name][level] = common.calibration(np.asarray(predict(shown)), labels)
     return results
 
 
@@ -100,10 +100,14 @@ def draw(path, results) -> None:
     """Draws confidence, likelihood and calibration error over the strength of the disturbance."""
     figure = Figure(figsize=(14, 4.6), dpi=120, layout="constrained")
     panels = figure.subplots(1, 3)
-    titles = {1: "mean confidence", 2: "negative log-likelihood", 3: "expected calibration error"}
+    titles = {
+        "confidence": "mean confidence",
+        "nll": "negative log-likelihood",
+        "error": "expected calibration error",
+    }
     for axes, (number, title) in zip(panels, titles.items(), strict=True):
         for name, by_level in results.items():
-            curve = [by_level[level][number] for level in LEVELS]
+            curve = [getattr(by_level[level], number) for level in LEVELS]
             axes.plot(LEVELS, curve, "o-", color=COLOURS[name], lw=2.2, ms=4, label=name)
         axes.set(title=title, ylim=(0, None), xlabel="degrees of rotation, and noise")
         axes.axvline(laplace.DEGREES, color="#888888", lw=1, ls=":", label="as in training")

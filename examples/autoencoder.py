@@ -66,10 +66,10 @@ def make_optimizers(layers: ok.Layers, steps: int, seed: int):
 def train(optimizer, layers: ok.Layers, params, images, steps: int, key):
     """Returns the parameters after training, and the loss after 0, 1, ... steps."""
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
 
     @jax.jit
-    def step(params, state, key):
+    def step(params, state, images, key):
         # AdamW and kron_psgd ignore the taps, and XLA leaves out what is not used.
         loss, grads, taps = with_taps(params, images, key=key)
         updates, state = optimizer.update(grads, state, params, taps=taps)
@@ -77,9 +77,9 @@ def train(optimizer, layers: ok.Layers, params, images, steps: int, key):
 
     losses = []
     for i in range(steps):
-        params, state, loss = step(params, state, jax.random.fold_in(key, i))
+        params, state, loss = step(params, state, images, jax.random.fold_in(key, i))
         losses.append(float(loss))
-    return params, [*losses, float(loss_fn(params, images))]
+    return params, [*losses, float(jax.jit(loss_fn)(params, images))]
 
 
 def draw_images(axes, images, trained) -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     steps, key, images = arguments.steps, jax.random.key(arguments.seed), load_images()
     print(f"entropy of the grey pixels, below which no loss falls: {entropy(images):.2f}")
-    initial = Autoencoder().init(key, images[:1])
+    initial = jax.jit(Autoencoder().init)(key, images[:1])
     layers = ok.find_layers(loss_fn, initial, images)
     print(layers)
     curves, trained = {}, {}

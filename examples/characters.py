@@ -89,14 +89,14 @@ def main() -> None:
     arguments = parser.parse_args()
     steps, key = arguments.steps, jax.random.key(arguments.seed)
     windows, seen, held_out = load_windows(steps, arguments.seed)
-    params = Transformer().init(key, windows[0, :, :-1])
+    params = jax.jit(Transformer().init)(key, windows[0, :, :-1])
 
     layers = ok.find_layers(loss_fn, params, windows[0])
     print(layers)
     # Without the constraint, steps would have to be shorter all along to survive the first.
     schedule = optax.cosine_decay_schedule(3e-1, steps)
     optimizer = ok.kfac(schedule, layers=layers, damping=1e-2, norm_constraint=1e-3)
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
 
     @jax.jit

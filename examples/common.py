@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from data import TRAIN_IMAGES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,12 +25,32 @@ def draw_curves(axes: Axes, curves: Curves) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_reliability(axes: Axes, accuracy: Sequence[float], title: str) -> None:
-    """Draws the accuracy in bins of equal width of confidence, beside that of a calibrated net."""
-    bins = len(accuracy)
-    axes.bar([(i + 0.5) / bins for i in range(bins)], accuracy, 0.9 / bins, label="accuracy")
+class Calibration(NamedTuple):
+    """How right and how sure predictions are."""
+
+    accuracy: float
+    confidence: float  # the mean
+    nll: float  # negative log-likelihood of the labels, the mean
+    error: float  # expected calibration error: mean gap of confidence and accuracy in a bin
+    bins: np.ndarray  # accuracy in bins of equal width of confidence
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+    """Compares probabilities [images, classes] with labels [images]."""
+    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    count, confidence, hits = (np.bincount(which, w, bins) for w in (None, sure, right))
+    error = np.abs(confidence - hits).sum() / len(labels)
+    nll = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    return Calibration(right.mean(), sure.mean(), nll, error, hits / np.maximum(count, 1))
+
+
+def draw_reliability(axes: Axes, name: str, found: Calibration) -> None:
+    """Draws accuracy over confidence, beside that of a calibrated net."""
+    middle = (np.arange(len(found.bins)) + 0.5) / len(found.bins)
+    axes.bar(middle, found.bins, 0.9 / len(found.bins), label="accuracy")
     axes.plot([0, 1], [0, 1], color="#222222", ls="--", lw=1, label="calibrated")
-    axes.set(title=title, xlabel="confidence", ylabel="share of right predictions", ylim=(0, 1))
+    axes.set(title=f"{name}: calibration error {found.error:.3f}", xlabel="confidence", ylim=(0, 1))
     axes.legend(frameon=False, loc="upper left")
 
 

@@ -24,8 +24,8 @@ BLOCKING = ok.Blocking(
 )
 READOUT = "params/readout"
 OPTIMIZERS = {
-    "adamw": lambda rate, layers: optax.with_extra_args_support(optax.adamw(rate(1e-2))),
-    "kron_psgd": lambda rate, _: ok.kron_psgd(rate(1e-2), geometry="QEQ", blocking=BLOCKING),
+    "adamw": lambda rate, layers: optax.with_extra_args_support(optax.adamw(rate(3e-3))),
+    "kron_psgd": lambda rate, _: ok.kron_psgd(rate(3e-3), geometry="QEQ", blocking=BLOCKING),
     "shampoo": lambda rate, _: ok.shampoo(rate(1e-2), blocking=BLOCKING),
     "soap": lambda rate, _: ok.soap(rate(1e-2), blocking=BLOCKING),
     "kl_soap": lambda rate, _: ok.soap(rate(1e-2), variant="kl_soap", blocking=BLOCKING),
@@ -51,7 +51,7 @@ def train(name: str, layers: ok.Layers, params, windows, key):
         lambda peak: optax.cosine_decay_schedule(peak, len(windows)), layers
     )
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
 
     @jax.jit
     def step(params, state, windows, key):
@@ -83,14 +83,14 @@ def main() -> None:
     arguments = parser.parse_args()
     key = jax.random.key(arguments.seed)
     windows, seen, held_out = load_windows(arguments.steps, arguments.seed)
-    params = Transformer().init(key, windows[0, :, :-1])
+    params = jax.jit(Transformer().init)(key, windows[0, :, :-1])
     layers = ok.find_layers(loss_fn, params, windows[0])
-    curves = {}
+    curves, evaluate = {}, jax.jit(loss_fn)
     print("optimizer    training loss  held-out  ms a step  first step, s  state, KiB")
     for name in OPTIMIZERS:
         if arguments.optimizer in (name, "all"):
             trained, losses, seconds, size = train(name, layers, params, windows, key)
-            final, unseen = loss_fn(trained, seen), loss_fn(trained, held_out)
+            final, unseen = evaluate(trained, seen), evaluate(trained, held_out)
             milliseconds = 1e3 * np.median(seconds)
             print(
                 f"{name:11}  {final:13.3f}  {unseen:8.3f}  {milliseconds:9.0f}  "

@@ -13,7 +13,7 @@ import argparse
 import flax.linen as nn
 import jax
 import optax
-from common import add_batch_size, make_parser, save_curves
+from common import add_batch_size, add_optimizer, make_parser, save_curves
 from data import batch_order, load_data
 
 import optax_kron as ok
@@ -58,18 +58,19 @@ def train(name: str, optimizer: optax.GradientTransformation, arguments: argpars
     order = batch_order(
         len(data.train_labels), arguments.batch_size, arguments.steps, arguments.seed
     )
-    params = ConvNet().init(jax.random.key(arguments.seed), data.train_images[:1])
-    state = optimizer.init(params)
+    params = jax.jit(ConvNet().init)(jax.random.key(arguments.seed), data.train_images[:1])
+    state = jax.jit(optimizer.init)(params)
 
     @jax.jit
-    def step(params, state, batch):
-        grads = jax.grad(loss_fn)(params, data.train_images[batch], data.train_labels[batch])
+    def step(params, state, images, labels):
+        grads = jax.grad(loss_fn)(params, images, labels)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     evaluate, curve = jax.jit(loss_fn), []
     for i, batch in enumerate(order, start=1):
-        params, state = step(params, state, batch)
+        images, labels = data.train_images[batch], data.train_labels[batch]
+        params, state = step(params, state, images, labels)
         if i % 10 == 0 or i == arguments.steps:
             loss = float(evaluate(params, data.train_images, data.train_labels))
             right = accuracy(params, data.test_images, data.test_labels)
@@ -81,10 +82,15 @@ def train(name: str, optimizer: optax.GradientTransformation, arguments: argpars
 def main() -> None:
     """Trains with both and draws the curves."""
     parser = make_parser(__doc__, steps=200, out="digits.png")
+    add_optimizer(parser, ("adamw", "kron_psgd"))
     add_batch_size(parser)
     arguments = parser.parse_args()
     optimizers = make_optimizers(arguments.steps, arguments.seed)
-    curves = {name: train(name, optimizer, arguments) for name, optimizer in optimizers.items()}
+    curves = {
+        name: train(name, optimizer, arguments)
+        for name, optimizer in optimizers.items()
+        if arguments.optimizer in (name, "all")
+    }
     save_curves(arguments.out, "Digits: a small convolutional net", curves)
 
 

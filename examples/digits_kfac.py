@@ -19,11 +19,10 @@ import optax_kron as ok
 def train(optimizer, layers: ok.Layers, params, data: Digits, order, key):
     """Trains, printing its progress, and returns the curve of the training loss."""
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
 
     @jax.jit
-    def step(params, state, batch, key):
-        images, labels = data.train_images[batch], data.train_labels[batch]
+    def step(params, state, images, labels, key):
         _, grads, taps = with_taps(params, images, labels, key=key)
         # AdamW ignores the taps, and XLA leaves out what is not used.
         updates, state = optimizer.update(grads, state, params, taps=taps)
@@ -31,7 +30,8 @@ def train(optimizer, layers: ok.Layers, params, data: Digits, order, key):
 
     evaluate, curve = jax.jit(loss_fn), []
     for i, batch in enumerate(order):
-        params, state = step(params, state, batch, jax.random.fold_in(key, i))
+        images, labels = data.train_images[batch], data.train_labels[batch]
+        params, state = step(params, state, images, labels, jax.random.fold_in(key, i))
         if (i + 1) % 10 == 0 or i + 1 == len(order):
             loss = float(evaluate(params, data.train_images, data.train_labels))
             right = accuracy(params, data.test_images, data.test_labels)
@@ -49,7 +49,7 @@ def main() -> None:
     steps, key = arguments.steps, jax.random.key(arguments.seed)
     data = jax.device_put(load_data())
     order = batch_order(len(data.train_labels), arguments.batch_size, steps, arguments.seed)
-    params = ConvNet().init(key, data.train_images[:1])
+    params = jax.jit(ConvNet().init)(key, data.train_images[:1])
 
     # One batch shows the shapes; its values serve to check numerically what was found.
     first = order[0]

@@ -2,10 +2,9 @@
 
 To first order, leaving out training image i of N changes the loss of a test image by 1/N times
 `∇test · (H + λI)⁻¹ ∇i`. Here H is the curvature of the training loss as `ok.operators.ekfac` sees
-it, and its damping λ is the weight decay: there is nothing to tune. To see that it is so, the net
-is trained anew without the ten images that help a prediction most, and without those that hurt it
-most; all training goes on to where the gradient is zero. `benchmarks/influence_retraining.py`
-leaves out random groups too, and compares with other scores.
+it, and its damping λ is the weight decay. To see that it is so, the net is trained anew without the
+ten images that help a prediction most, and without those that hurt it most;
+`benchmarks/influence_retraining.py` leaves out random groups too.
 
     python examples/influence.py --help
 """
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import make_parser, save
-from data import load_data
+from data import TRAIN_IMAGES, load_data
 from flax import linen as nn
 from matplotlib.figure import Figure
 
@@ -57,7 +56,7 @@ def choose(params, images, labels) -> list[int]:
 
 def draw(axes, image, text: str, colour: str) -> None:
     """Draws a digit in a frame."""
-    axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(image[..., 0], cmap="gray_r")
     axes.set(xticks=[], yticks=[])
     axes.set_title(text, fontsize=10, color=colour)
     axes.spines[:].set(color=colour, linewidth=2)
@@ -66,47 +65,48 @@ def draw(axes, image, text: str, colour: str) -> None:
 def main() -> None:
     """Trains, scores, trains again without some images, and draws them."""
     arguments = make_parser(__doc__, steps=300, out="influence.png").parse_args()
-    data = load_data()
+    data, everything = load_data(), jnp.ones(TRAIN_IMAGES)
     images, labels = jax.device_put((data.train_images, data.train_labels))
-    everything = jnp.ones(len(labels))
-    initial = Net().init(jax.random.key(arguments.seed), images[:1])
+    initial = jax.jit(Net().init)(jax.random.key(arguments.seed), images[:1])
     layers = ok.find_layers(loss_fn, initial, everything, images, labels)
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
     kfac = ok.kfac(0.1, layers=layers, damping=DECAY)
     optimizer = optax.chain(optax.add_decayed_weights(DECAY), kfac)
 
     @jax.jit
-    def step(params, state, weights):
+    def step(params, state, weights, images, labels):
         _, grads, taps = with_taps(params, weights, images, labels)
         updates, state = optimizer.update(grads, state, params, taps=taps)
-        return optax.apply_updates(params, updates), state
+        slope = optax.tree.norm(optax.tree.add_scale(grads, DECAY, params))
+        return optax.apply_updates(params, updates), state, slope
 
     def train(weights):
-        params, state = initial, optimizer.init(initial)
+        params, state = initial, jax.jit(optimizer.init)(initial)
         for _ in range(arguments.steps):
-            params, state = step(params, state, weights)
+            params, state, slope = step(params, state, weights, images, labels)
+        print(f"trained with {weights.sum():.0f} images; norm of the gradient {slope:.0e}")
         return params
 
-    params = train(everything)
-    _, grads, taps = with_taps(params, everything, images, labels)
-    slope = optax.tree.norm(optax.tree.add_scale(grads, DECAY, params))
-    print(f"norm of the gradient at the end of training: {slope:.0e}")
-    print("loss of a test image   with all   without those that help   without those that hurt")
-    inverse = ok.operators.ekfac(taps, layers).inverse(DECAY)
-
-    figure = Figure(figsize=(15, 7.4), dpi=110, layout="constrained")
-    rows = figure.subplots(4, 11)
-    for row, chosen in zip(rows, choose(params, data.test_images, data.test_labels), strict=True):
-        test = data.test_images[chosen, None], data.test_labels[chosen, None]
+    @jax.jit
+    def effects_on(test, params, images, labels):
+        _, _, taps = with_taps(params, everything, images, labels)
+        inverse = ok.operators.ekfac(taps, layers).inverse(DECAY)
         direction = inverse @ jax.grad(loss_fn)(params, 1.0, *test)
         # The derivative of every training loss along the direction: a product with each gradient.
         _, slopes = jax.jvp(lambda p: losses_of(p, images, labels), (params,), (direction,))
-        effects = -slopes / len(labels)  # of the presence of an image
+        return -slopes / len(labels)
+
+    params, evaluate = train(everything), jax.jit(loss_fn)
+    figure = Figure(figsize=(15, 7.4), dpi=110, layout="constrained")
+    tests = choose(params, data.test_images, data.test_labels)
+    for row, chosen in zip(figure.subplots(4, 11), tests, strict=True):
+        test = data.test_images[chosen, None], data.test_labels[chosen, None]
+        effects = effects_on(test, params, images, labels)
         order = np.argsort(effects)
         others = [train(everything.at[some].set(0)) for some in (order[:10], order[-10:])]
-        loss, worse, better = (float(loss_fn(p, 1.0, *test)) for p in (params, *others))
+        loss, worse, better = (evaluate(p, 1.0, *test) for p in (params, *others))
         name = f"a {test[1][0]}, predicted {Net().apply(params, test[0]).argmax()}"
-        print(f"{name:20}   {loss:8.2f}   {worse:23.2f}   {better:23.2f}")
+        print(f"{name}: loss {loss:.2f}, without those that help {worse:.2f}, hurt {better:.2f}")
 
         draw(row[0], test[0][0], f"{name}\nloss {loss:.2f}", "#222222")
         for axes, i in zip(row[1:], [*order[:5], *order[:-6:-1]], strict=True):

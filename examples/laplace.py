@@ -8,18 +8,20 @@ right as they are sure. `benchmarks/laplace_calibration.py` measures more.
     python examples/laplace.py --help
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import draw_reliability, image_count, make_parser, positive_integer, save
+from common import calibration, draw_reliability, image_count, make_parser, positive_integer, save
 from data import disturbed, load_data
 from matplotlib.figure import Figure
 
 import optax_kron as ok
 
-DEGREES, BINS = 30.0, 10  # of disturbance; of confidence
+DEGREES = 30.0  # of disturbance
 PRECISIONS = np.logspace(-2, 3, 41)  # of the prior, of which evidence chooses; in training it is 1
 
 
@@ -41,20 +43,20 @@ def loss_fn(params, images, labels):
 
 def train(images, labels, steps: int, key):
     """Returns the MAP estimate: K-FAC on all images at once, the prior as weight decay."""
-    params, decay = Net().init(key, images[:1]), 1 / len(labels)
+    params, decay = jax.jit(Net().init)(key, images[:1]), 1 / len(labels)
     layers = ok.find_layers(loss_fn, params, images, labels)
     kfac = ok.kfac(optax.cosine_decay_schedule(0.1, steps), layers=layers, damping=decay)
     optimizer = optax.chain(optax.add_decayed_weights(decay), kfac)
-    with_taps, state = ok.value_and_grad_with_taps(loss_fn, layers), optimizer.init(params)
+    with_taps, state = ok.value_and_grad_with_taps(loss_fn, layers), jax.jit(optimizer.init)(params)
 
     @jax.jit
-    def step(params, state, key):
+    def step(params, state, images, labels, key):
         _, grads, taps = with_taps(params, images, labels, key=key)
         updates, state = optimizer.update(grads, state, params, taps=taps)
         return optax.apply_updates(params, updates), state
 
     for i in range(steps):
-        params, state = step(params, state, jax.random.fold_in(key, i))
+        params, state = step(params, state, images, labels, jax.random.fold_in(key, i))
     return params
 
 
@@ -62,32 +64,28 @@ def fit(loss_fn, params, images, labels):
     """Returns the curvature of the summed loss, the precision of the prior, and its evidence."""
     layers = ok.find_layers(loss_fn, params, images, labels)
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
-    loss, _, taps = with_taps(params, images, labels)
-    curvature = len(labels) * ok.operators.ekfac(taps, layers)
 
-    def evidence(precision):
-        prior = curvature.size * jnp.log(precision) - precision * optax.tree.norm(params) ** 2
-        return -len(labels) * loss + (prior + curvature.inverse(precision).logdet()) / 2
+    @jax.jit
+    def approximate(params, images, labels):
+        loss, _, taps = with_taps(params, images, labels)
+        curvature = len(labels) * ok.operators.ekfac(taps, layers)
 
-    evidences = np.asarray(jax.jit(jax.vmap(evidence))(PRECISIONS))
-    return curvature, PRECISIONS[evidences.argmax()], evidences.max()
+        def evidence(precision):
+            prior = curvature.size * jnp.log(precision) - precision * optax.tree.norm(params) ** 2
+            return -len(labels) * loss + (prior + curvature.inverse(precision).logdet()) / 2
+
+        return curvature, jax.vmap(evidence)(PRECISIONS)
+
+    curvature, evidence = approximate(params, images, labels)
+    return curvature, PRECISIONS[evidence.argmax()], evidence.max()
 
 
+@partial(jax.jit, static_argnums=0)
 def predict(logits_fn, params, curvature, precision, images, keys):
     """Returns the mean of probabilities over samples of the weights, a key for each."""
     logits, change = jax.linearize(lambda p: logits_fn(p, images), params)
     changes = jax.lax.map(lambda key: change(curvature.sample(key, precision)), keys)
     return jax.nn.softmax(logits + changes).mean(axis=0)
-
-
-def calibration(probabilities, labels):
-    """Returns accuracy, mean confidence, negative log-likelihood, error, and accuracy by bins."""
-    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.minimum((np.asarray(sure) * BINS).astype(int), BINS - 1)
-    count, confidence, hits = (np.bincount(bins, w, BINS) for w in (None, sure, right))
-    error = np.abs(confidence - hits).sum() / len(labels)  # the expected calibration error
-    nll = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
-    return right.mean(), sure.mean(), nll, error, hits / np.maximum(count, 1)
 
 
 def main() -> None:
@@ -104,15 +102,16 @@ def main() -> None:
     keys = jax.random.split(key, arguments.samples)
     tests = disturbed(np.tile(data.test_images, (4, 1, 1, 1)), DEGREES, arguments.seed + 1)
     predictions = {
-        "MAP": jax.nn.softmax(Net().apply(params, tests)),
+        "MAP": jax.nn.softmax(jax.jit(Net().apply)(params, tests)),
         "Laplace": predict(Net().apply, params, curvature, precision, tests, keys),
     }
     figure = Figure(figsize=(10, 4.8), dpi=130, layout="constrained")
     print("          accuracy  confidence       nll  calibration error")
     for axes, (name, found) in zip(figure.subplots(1, 2), predictions.items(), strict=True):
-        accuracy, sure, nll, error, bins = calibration(found, np.tile(data.test_labels, 4))
-        print(f"{name:8}  {accuracy:8.1%}  {sure:10.1%}  {nll:8.3f}  {error:.3f}")
-        draw_reliability(axes, bins, f"{name}: calibration error {error:.3f}")
+        measured = calibration(np.asarray(found), np.tile(data.test_labels, 4))
+        accuracy, confidence, nll, error, _ = measured
+        print(f"{name:8}  {accuracy:8.1%}  {confidence:10.1%}  {nll:8.3f}  {error:17.3f}")
+        draw_reliability(axes, name, measured)
     save(figure, arguments.out)
 
 

@@ -61,11 +61,10 @@ def train(name: str, params, data: Digits, order, key):
     layers = ok.find_layers(loss_fn, params, data.train_images[first], data.train_labels[first])
     (recurrent,) = [layer for layer in layers if "recurrent" in layer.name]
     with_taps = ok.value_and_grad_with_taps(loss_fn, [recurrent])
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
 
     @jax.jit
-    def step(params, state, batch, key):
-        images, labels = data.train_images[batch], data.train_labels[batch]
+    def step(params, state, images, labels, key):
         _, grads, taps = with_taps(params, images, labels, key=key)
         (tap,) = taps[recurrent.name]
         states = tap.inputs[0, ..., :STATE].reshape(-1, STATE)  # of every image at every row
@@ -74,7 +73,8 @@ def train(name: str, params, data: Digits, order, key):
 
     curve = []
     for i, batch in enumerate(order):
-        params, state = step(params, state, batch, jax.random.fold_in(key, i))
+        images, labels = data.train_images[batch], data.train_labels[batch]
+        params, state = step(params, state, images, labels, jax.random.fold_in(key, i))
         if (i + 1) % 50 == 0 or i + 1 == len(order):
             loss, right = map(float, evaluate(params, data))
             print(f"{name:11} step {i + 1:4}  training loss {loss:.1e}  test accuracy {right:.1%}")
@@ -91,7 +91,7 @@ def main() -> None:
     steps, key = arguments.steps, jax.random.key(arguments.seed)
     data = jax.device_put(load_data())
     order = batch_order(len(data.train_labels), arguments.batch_size, steps, arguments.seed)
-    params = StateSpace().init(key, data.train_images[:1])
+    params = jax.jit(StateSpace().init)(key, data.train_images[:1])
     curves = {
         name: train(name, params, data, order, key)
         for name in OPTIMIZERS
