@@ -2,7 +2,8 @@
 
 Both sides run `measure.py`, each measurement in a fresh process, ours and the peer's in turn: what
 the machine does meanwhile hits both. Ratios (ours / peer's) are taken between neighbours, and the
-median of the rounds is reported.
+median of the rounds is reported: below 1 ours is faster or smaller. The last lines hold ratios and
+losses against bounds.
 
 Settings on both sides: geometry EQ (psgd_jax has no other), float32, momentum 0.9 (bias-corrected,
 and what the factors are fitted on), dense factors for every axis of a matrix and diagonal ones for
