@@ -84,7 +84,7 @@ def load_windows(steps: int, seed: int) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def main() -> None:
-    """Prints the layers, trains and draws the loss."""
+    """Prints the layers, trains and draws the losses."""
     parser = make_parser(__doc__, steps=300, out="characters.png")
     arguments = parser.parse_args()
     steps, key = arguments.steps, jax.random.key(arguments.seed)
@@ -105,14 +105,15 @@ def main() -> None:
         updates, state = optimizer.update(grads, state, params, taps=taps)
         return optax.apply_updates(params, updates), state
 
-    evaluate, curve = jax.jit(loss_fn), []
+    evaluate, curves = jax.jit(loss_fn), {"training": [], "held-out": []}
     for i in range(steps):
         params, state = step(params, state, windows[i], jax.random.fold_in(key, i))
         if (i + 1) % 20 == 0 or i + 1 == steps:
-            loss, unseen = float(evaluate(params, seen)), evaluate(params, held_out)
-            print(f"step {i + 1:4}  training loss {loss:.3f}  held-out loss {unseen:.3f}")
-            curve.append((i + 1, loss))
-    save_curves(arguments.out, "Characters of Python's library", {"kfac": curve}, scale="linear")
+            losses = float(evaluate(params, seen)), float(evaluate(params, held_out))
+            print(f"step {i + 1:4}  training loss {losses[0]:.3f}  held-out loss {losses[1]:.3f}")
+            for curve, loss in zip(curves.values(), losses, strict=True):
+                curve.append((i + 1, loss))
+    save_curves(arguments.out, "Characters of Python's library: K-FAC", curves, scale="linear")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def draw_curves(axes: Axes, curves: Curves) -> None:
     """Draws training losses over steps."""
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), color=COLOURS.get(name), lw=2, label=name)
-    axes.set(xlabel="training step", ylabel="training loss")
+    axes.set(xlabel="training step", ylabel="loss")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
