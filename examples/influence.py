@@ -112,7 +112,7 @@ def main() -> None:
         for axes, i in zip(row[1:], [*order[:5], *order[:-6:-1]], strict=True):
             colour = "#2e8b57" if effects[i] < 0 else "#b5332e"
             draw(axes, images[i], f"a {labels[i]}:  {effects[i]:+.3f}", colour)
-    figure.suptitle("What training images do to the loss of the test image on the left, at most")
+    figure.suptitle("Images that help (green) or hurt (red) a prediction most: effects on its loss")
     save(figure, arguments.out)
 
 
