@@ -35,16 +35,22 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-lapack soak clean
+.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack soak clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psgd; writes out/digits.png
 	@mkdir -p out
-	$(call within,600) $(RUN) examples/digits.py --out out/digits.png $(ARGS)
+	$(call within,600) $(RUN) benchmarks/tournament.py digits --out out/digits.png $(ARGS)
 
-demo-%: $(VENV)/.installed-examples ; @mkdir -p out && OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
+demo-%: $(VENV)/.installed-examples ## Run examples/NAME.py; writes out/NAME.png
+	@mkdir -p out
+	OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
+
+tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an example, each at several rates
+	@mkdir -p out
+	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/tournament.py $* --out out/tournament-$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
 	$(call within,2700) $(RUN) -m pytest -n 2 $(PARTS) $(ARGS)
@@ -82,6 +88,20 @@ bench-cg: $(VENV)/.installed-examples ## Conjugate gradients, preconditioned by 
 
 bench-family: $(VENV)/.installed-examples ## SOAP and Shampoo beside figures of their peers
 	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/family.py $(ARGS)
+
+bench-rates: $(VENV)/.installed-examples ## One optimizer on the digits autoencoder at several rates
+	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/learning_rates.py $(ARGS)
+
+bench-outliers: $(VENV)/.installed-examples ## What one outlier among the gradients costs every optimizer
+	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)
+
+bench-influence: $(VENV)/.installed-examples ## Influence scores beside training without some images
+	@mkdir -p out
+	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/influence_retraining.py --out out/influence_retraining.png $(ARGS)
+
+bench-laplace: $(VENV)/.installed-examples ## Calibration of Laplace approximations, of one layer and of all
+	@mkdir -p out
+	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/laplace_calibration.py --out out/laplace_calibration.png $(ARGS)
 
 bench-lapack: $(VENV)/.installed-examples ## Count the batched LAPACK calls that hang on this JAX
 	$(call within,7200) $(RUN) benchmarks/lapack_hang.py $(ARGS)

@@ -19,12 +19,12 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits
 
 import optax_kron as ok
 
@@ -134,8 +134,7 @@ def main():
     """Measure and print; exit code 1 if the sums within layers are not in the order expected."""
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 110)
-    images, labels = load_digits(return_X_y=True)
-    data = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+    data = models.digits()
     params = trained(data, args.steps, args.seed)
     table = Table(title="Iterations of conjugate gradients (relative residual)")
     for column in ("system", "damping", *METHODS):

@@ -4,7 +4,7 @@ Both sides run `measure_kfac.py`, which holds the settings, each measurement in 
 ours and the peer's in turn: what the machine does meanwhile hits both. Ratios (ours / peer's) are
 taken between neighbours, and the median of the rounds is reported. Where inverses are made every
 five steps, the time of a step is the mean over five, so that one refresh is in it, and of those the
-median.
+median. A ratio below 1 is ours being faster; the last lines hold ratios and losses against bounds.
 
 Without `--peer-python` ours runs alone; without `throughput` among the tasks it trains only.
 """

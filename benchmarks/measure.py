@@ -39,6 +39,16 @@ def make_optimizer(library, learning_rate, probability=None, geometry="EQ", prec
     raise ValueError(f"unknown library {library!r}: expected adamw, psgd_jax or optax_kron")
 
 
+def from_library(method, learning_rate, settings):
+    """An optimizer of optax_kron by name; `block_size` among its settings becomes a blocking."""
+    import optax_kron
+
+    settings = dict(settings)
+    if "block_size" in settings:
+        settings["blocking"] = optax_kron.Blocking(block_size=settings.pop("block_size"))
+    return getattr(optax_kron, method)(learning_rate, **settings)
+
+
 def measure_step(library, *, probability, geometry="EQ", steps=20, warmup=3):
     """Compile time, step time and state of one optimizer's update on model T."""
     shapes = models.model_t_shapes()

@@ -68,6 +68,14 @@ def digits_images():
     return (load_digits().data / 16).astype(np.float32)
 
 
+def digits():
+    """The same images as an array, and their labels, int32 [1797]."""
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target.astype(np.int32)
+    return jnp.asarray(digits_images()), jnp.asarray(labels)
+
+
 def random_images(seed=0, batch=THROUGHPUT_BATCH, pixels=THROUGHPUT_SIZES[0]):
     """Uniform random numbers in [0, 1), float32 [batch, pixels]."""
     return np.random.default_rng(seed).random((batch, pixels), dtype=np.float32)

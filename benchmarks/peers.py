@@ -2,7 +2,8 @@
 
 Both sides run `measure.py`, each measurement in a fresh process, ours and the peer's in turn: what
 the machine does meanwhile hits both. Ratios (ours / peer's) are taken between neighbours, and the
-median of the rounds is reported.
+median of the rounds is reported: below 1 ours is faster or smaller. The last lines hold ratios and
+losses against bounds.
 
 Settings on both sides: geometry EQ (psgd_jax has no other), float32, momentum 0.9 (bias-corrected,
 and what the factors are fitted on), dense factors for every axis of a matrix and diagonal ones for
@@ -25,7 +26,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import autoencoder
+import learning_rates
 import measure
 from rich.console import Console
 from rich.progress import Progress
@@ -98,7 +99,7 @@ def autoencoder_tasks(args):
 def best_runs(results):
     """For each side, the (label, figures) of its lowest final loss."""
     return {
-        side: autoencoder.best_run([(name, pairs[0][side]) for name, pairs in results.items()])
+        side: learning_rates.best_run([(name, pairs[0][side]) for name, pairs in results.items()])
         for side in next(iter(results.values()))[0]
     }
 
@@ -107,7 +108,7 @@ def curves_tables(results):
     """One table of loss curves for each side."""
     for side in next(iter(results.values()))[0]:
         runs = [(name, pairs[0][side]) for name, pairs in results.items()]
-        yield autoencoder.curves_table(f"Digits autoencoder: loss of {side}", runs)
+        yield learning_rates.curves_table(f"Digits autoencoder: loss of {side}", runs)
 
 
 def step_criteria(results):

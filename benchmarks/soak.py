@@ -42,17 +42,13 @@ def make_optimizer(name):
     import jax
     import measure
 
-    import optax_kron
-
     if name in GEOMETRIES:
         return measure.make_optimizer("optax_kron", 1e-3, 1.0, name), {}
     method, settings = OTHERS[name]
-    settings, extras = dict(settings), {}
-    if "block_size" in settings:
-        settings["blocking"] = optax_kron.Blocking(block_size=settings.pop("block_size"))
+    extras = {}
     if method == "branch_kfac":
         extras["branches"] = jax.random.normal(jax.random.key(0), BRANCHES)
-    return getattr(optax_kron, method)(1e-3, **settings), extras
+    return measure.from_library(method, 1e-3, settings), extras
 
 
 def run_updates(name, steps):

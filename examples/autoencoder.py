@@ -1,38 +1,23 @@
-"""AdamW, kron_psgd and K-FAC side by side: a deep autoencoder on real images of digits.
+"""AdamW, kron_psgd and K-FAC on a deep autoencoder of digits, a narrow and ill-conditioned problem.
 
-A tanh network 64-256-128-32-8-32-128-256-64 squeezes each of the 1797 images of digits through
-eight numbers: a narrow, badly conditioned problem, on which second-order methods shine. Every step
-sees all images; the loss is the cross-entropy of the pixels, summed over an image and averaged over
-images. Since pixels are grey, it cannot fall below the entropy of the images themselves. Rules of
-the comparison are those of digits.py.
+A tanh network squeezes 1797 images of digits through eight numbers. Every step sees all of them.
+Each optimizer has the best of three peak rates (`benchmarks/tournament.py autoencoder` runs all).
 
     python examples/autoencoder.py --help
 """
-
-import argparse
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import (
-    Contestant,
-    Metric,
-    Task,
-    add_comparison,
-    best_of,
-    compare,
-    draw,
-    load_data,
-    make_parser,
-)
-from rich.console import Console
+from common import add_optimizer, draw_curves, make_parser, save
+from data import load_data
+from matplotlib.figure import Figure
 
 import optax_kron as ok
 
 WIDTHS = (256, 128, 32, 8, 32, 128, 256, 64)
-SHOWN = 8  # images in the picture
 
 
 class Autoencoder(nn.Module):
@@ -54,86 +39,81 @@ def loss_fn(params, images):
     return ok.losses.sigmoid_binary_cross_entropy(logits, images).sum(axis=-1).mean()
 
 
-def load_images() -> np.ndarray:
+def load_images() -> jax.Array:
     """Returns all images of digits as rows, [1797, 64]."""
     data = load_data()
-    return np.concatenate([data.train_images, data.test_images]).reshape(-1, 64)
+    images = np.concatenate([data.train_images, data.test_images])
+    return jax.device_put(images.reshape(-1, 64))
 
 
-def make_task(arguments: argparse.Namespace, images: jax.Array) -> Task:
-    """Returns the task: all images at every step."""
+def entropy(images) -> float:
+    """Returns the mean entropy of the images."""
     pixels = jnp.clip(images, 1e-6, 1 - 1e-6)
-    floor = -jnp.sum(pixels * jnp.log(pixels) + (1 - pixels) * jnp.log(1 - pixels), axis=-1).mean()
-    print(f"entropy of the images, below which no loss falls: {floor:.2f}")
-    return Task(
-        title="Digits autoencoder with eight numbers in the middle",
-        init=lambda: Autoencoder().init(jax.random.key(arguments.seed), images[:1]),
-        loss_fn=loss_fn,
-        batch=lambda i: (images,),
-        evaluate=lambda params: (loss_fn(params, images),),
-        metrics=(Metric("training loss", "final\nloss", "{:.2f}", limits=(14, 30)),),
-        target=("17.5", lambda values: values[0] <= 17.5),
-        steps=arguments.steps,
-        seed=arguments.seed,
-    )
+    surprise = pixels * jnp.log(pixels) + (1 - pixels) * jnp.log(1 - pixels)
+    return float(-surprise.sum(axis=-1).mean())
 
 
-def kfac(task: Task, console: Console) -> Contestant:
-    """Returns K-FAC for the layers of the loss, which are printed."""
-    layers = ok.find_layers(task.loss_fn, task.init(), *task.batch(0))
-    console.print(str(layers), highlight=False, soft_wrap=True)
-
-    def make(schedule):
-        return ok.kfac(schedule, layers=layers, momentum=0.9, damping=1e-2, refresh_every=5)
-
-    return Contestant("kfac", make, (3e-2, 1e-1, 3e-1), "#2e8b57", layers)
-
-
-def kron_psgd(seed: int) -> Contestant:
-    """Returns kron_psgd with the geometry that fits this network best."""
-
-    def make(schedule):
-        return ok.kron_psgd(schedule, geometry="QEQ", seed=seed)
-
-    return Contestant("kron_psgd", make, (1e-3, 3e-3, 1e-2), "#1f5fa8")
+def make_optimizers(layers: ok.Layers, steps: int, seed: int):
+    """Returns all of them by name, each with its cosine schedule."""
+    adamw, psgd, kfac = (optax.cosine_decay_schedule(rate, steps) for rate in (3e-3, 1e-2, 1e-1))
+    return {
+        "adamw": optax.with_extra_args_support(optax.adamw(adamw)),
+        "kron_psgd": ok.kron_psgd(psgd, geometry="QEQ", seed=seed),
+        "kfac": ok.kfac(kfac, layers=layers, momentum=0.9, damping=1e-2, refresh_every=5),
+    }
 
 
-def draw_images(axes, runs, images) -> None:
-    """Draws some images above what the best run of each optimizer makes of them."""
-    shown = np.asarray(images[:: len(images) // SHOWN][:SHOWN])
-    rows = {"images": shown}
-    for name, group in runs.items():
-        logits = Autoencoder().apply(best_of(group).params, shown)
-        rows[name] = np.asarray(jax.nn.sigmoid(logits))
-    tiles = [np.pad(row.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1))) for row in rows.values()]
+def train(optimizer, layers: ok.Layers, params, images, steps: int, key):
+    """Returns the parameters after training, and the loss after 0, 1, ... steps."""
+    with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def step(params, state, images, key):
+        # AdamW and kron_psgd ignore the taps, and XLA leaves out what is not used.
+        loss, grads, taps = with_taps(params, images, key=key)
+        updates, state = optimizer.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state, loss
+
+    losses = []
+    for i in range(steps):
+        params, state, loss = step(params, state, images, jax.random.fold_in(key, i))
+        losses.append(float(loss))
+    return params, [*losses, float(jax.jit(loss_fn)(params, images))]
+
+
+def draw_images(axes, images, trained) -> None:
+    """Draws eight images above what is left of them with the parameters of each optimizer."""
+    shown = images[:: len(images) // 8][:8]
+    rows = [shown, *(jax.nn.sigmoid(Autoencoder().apply(p, shown)) for p in trained.values())]
+    tiles = [np.pad(row.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1))) for row in rows]
     axes.imshow(np.concatenate([np.concatenate([*row], axis=1) for row in tiles]), cmap="gray_r")
-    axes.set(xticks=[], yticks=[10 * i + 4.5 for i in range(len(rows))], yticklabels=list(rows))
-    axes.set_xlabel("what is left of eight images")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__, steps=200, seed_of="weights, sampled labels and optimizer")
-    add_comparison(parser, ("adamw", "kron_psgd", "kfac"), out="autoencoder.png")
-    return parser.parse_args()
+    axes.set(xticks=[], title="what is left of eight images")
+    axes.set_yticks([10 * i + 4.5 for i in range(len(rows))], ["images", *trained])
 
 
 def main() -> None:
-    """Trains, prints the table and writes the picture."""
-    arguments = parse_arguments()
-    console = Console()
-    images = jax.device_put(load_images())
-    task = make_task(arguments, images)
-    contestants = {
-        "adamw": lambda: Contestant("adamw", optax.adamw, (1e-3, 3e-3, 1e-2), "#d1701c"),
-        "kron_psgd": lambda: kron_psgd(arguments.seed),
-        "kfac": lambda: kfac(task, console),
-    }
-    runs = compare(task, contestants, arguments.optimizer, console)
-    draw(runs, arguments.out, "linear", lambda axes, runs: draw_images(axes, runs, images))
-    console.print(f"Curves: {arguments.out}")
+    """Trains with each optimizer, draws the losses and what is left of some images."""
+    parser = make_parser(__doc__, steps=200, out="autoencoder.png")
+    add_optimizer(parser, ("adamw", "kron_psgd", "kfac"))
+    arguments = parser.parse_args()
+    steps, key, images = arguments.steps, jax.random.key(arguments.seed), load_images()
+    print(f"entropy of the grey pixels, below which no loss falls: {entropy(images):.2f}")
+    initial = jax.jit(Autoencoder().init)(key, images[:1])
+    layers = ok.find_layers(loss_fn, initial, images)
+    print(layers)
+    curves, trained = {}, {}
+    for name, optimizer in make_optimizers(layers, steps, arguments.seed).items():
+        if arguments.optimizer in (name, "all"):
+            trained[name], losses = train(optimizer, layers, initial, images, steps, key)
+            print(f"{name:10} loss after {steps} steps: {losses[-1]:.2f}")
+            curves[name] = list(enumerate(losses))
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, curves)
+    left.set(title="Digits through eight numbers in the middle", ylim=(14, 30))
+    draw_images(right, images, trained)
+    save(figure, arguments.out)
 
 
 if __name__ == "__main__":

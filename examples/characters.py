@@ -1,16 +1,14 @@
-"""AdamW and K-FAC side by side: a small character transformer that learns to write Python.
+"""K-FAC on a small character transformer that learns to write Python.
 
 The text is the standard library of the Python that runs this, as its sources lie on disk; every
 tenth file is held out. The transformer is plain Flax: its layers are scanned and rematerialised,
 attention is `nn.MultiHeadDotProductAttention`, and nothing in it knows of K-FAC. The table of its
 layers, printed first, shows that all matrices, embeddings and norms have Kronecker blocks, one for
-each scanned layer. Rules of the comparison are those of digits.py; losses are means
-over characters, in nats.
+each scanned layer. Losses are means over characters, in nats; compare.py has others beside it.
 
     python examples/characters.py --help
 """
 
-import argparse
 import sysconfig
 from pathlib import Path
 
@@ -19,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Contestant, Metric, Task, add_comparison, compare, draw, make_parser
-from rich.console import Console
+from common import make_parser, save_curves
 
 import optax_kron as ok
 
@@ -65,76 +62,58 @@ def loss_fn(params, windows):
     return ok.losses.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
-def load_text() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the text to train on and the text held out, as indices of characters."""
+def load_windows(steps: int, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns random windows of the text: to train on, others of the same text, and held-out ones.
+
+    They are indices of characters, [steps, BATCH, CONTEXT + 1] and twice [EVALUATED, CONTEXT + 1].
+    """
     codes = np.full(256, CHARACTERS.index("?"), np.int32)
     codes[[ord(character) for character in CHARACTERS]] = range(len(CHARACTERS))
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [codes[np.frombuffer(file.read_bytes(), np.uint8)] for file in files]
-    train = [text for i, text in enumerate(texts) if i % 10]
-    return np.concatenate(train), np.concatenate(texts[::10])
+    train = np.concatenate([text for i, text in enumerate(texts) if i % 10])
+    held_out = np.concatenate(texts[::10])
+    print(f"{len(train):,} characters to train on, {len(held_out):,} held out")
 
+    def draw(text, number, seed):
+        starts = np.random.default_rng(seed).integers(0, len(text) - CONTEXT, number)
+        return jnp.asarray(text[starts[:, None] + np.arange(CONTEXT + 1)])
 
-def draw_windows(text: np.ndarray, count: int, seed: int) -> jax.Array:
-    """Returns random windows of a text, [count, CONTEXT + 1]."""
-    starts = np.random.default_rng(seed).integers(0, len(text) - CONTEXT, count)
-    return jnp.asarray(text[starts[:, None] + np.arange(CONTEXT + 1)])
-
-
-def make_task(arguments: argparse.Namespace) -> Task:
-    """Returns the task: random windows of the standard library."""
-    steps, seed = arguments.steps, arguments.seed
-    text, held_out = load_text()
-    windows = draw_windows(text, steps * BATCH, seed).reshape(steps, BATCH, -1)
-    seen, unseen = draw_windows(text, EVALUATED, seed + 1), draw_windows(held_out, EVALUATED, seed)
-    print(f"{len(text):,} characters to train on, {len(held_out):,} held out")
-    return Task(
-        title="Characters of the Python standard library: a small transformer",
-        init=lambda: Transformer().init(jax.random.key(seed), windows[0, :, :-1]),
-        loss_fn=loss_fn,
-        batch=lambda i: (windows[i],),
-        evaluate=lambda params: (loss_fn(params, seen), loss_fn(params, unseen)),
-        metrics=(
-            Metric("training loss", "final\nloss", "{:.3f}", limits=(1.9, 3.3)),
-            Metric("held-out loss", "held-out\nloss", "{:.3f}", limits=(1.9, 3.3)),
-        ),
-        target=("2.5", lambda values: values[0] <= 2.5),
-        steps=steps,
-        seed=seed,
-    )
-
-
-def kfac(task: Task, console: Console) -> Contestant:
-    """Returns K-FAC for the layers of the loss, which are printed."""
-    layers = ok.find_layers(task.loss_fn, task.init(), *task.batch(0))
-    console.print(str(layers), highlight=False, soft_wrap=True)
-
-    def make(schedule):
-        # Without the constraint, steps would have to be shorter all along to survive the first.
-        return ok.kfac(schedule, layers=layers, damping=1e-2, norm_constraint=1e-3)
-
-    return Contestant("kfac", make, (3e-2, 1e-1, 3e-1), "#2e8b57", layers)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__, steps=300, seed_of="weights, windows and sampled labels")
-    add_comparison(parser, ("adamw", "kfac"), out="characters.png")
-    return parser.parse_args()
+    windows = draw(train, steps * BATCH, seed).reshape(steps, BATCH, -1)
+    return windows, draw(train, EVALUATED, seed + 1), draw(held_out, EVALUATED, seed)
 
 
 def main() -> None:
-    """Trains, prints the table and writes the picture."""
-    arguments = parse_arguments()
-    console = Console()
-    task = make_task(arguments)
-    contestants = {
-        "adamw": lambda: Contestant("adamw", optax.adamw, (1e-3, 3e-3, 1e-2), "#d1701c"),
-        "kfac": lambda: kfac(task, console),
-    }
-    runs = compare(task, contestants, arguments.optimizer, console)
-    draw(runs, arguments.out, scale="linear")
-    console.print(f"Curves: {arguments.out}")
+    """Prints the layers, trains and draws the losses."""
+    parser = make_parser(__doc__, steps=300, out="characters.png")
+    arguments = parser.parse_args()
+    steps, key = arguments.steps, jax.random.key(arguments.seed)
+    windows, seen, held_out = load_windows(steps, arguments.seed)
+    params = jax.jit(Transformer().init)(key, windows[0, :, :-1])
+
+    layers = ok.find_layers(loss_fn, params, windows[0])
+    print(layers)
+    # Without the constraint, steps would have to be shorter all along to survive the first.
+    schedule = optax.cosine_decay_schedule(3e-1, steps)
+    optimizer = ok.kfac(schedule, layers=layers, damping=1e-2, norm_constraint=1e-3)
+    state = jax.jit(optimizer.init)(params)
+    with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
+
+    @jax.jit
+    def step(params, state, windows, key):
+        _, grads, taps = with_taps(params, windows, key=key)
+        updates, state = optimizer.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state
+
+    evaluate, curves = jax.jit(loss_fn), {"training": [], "held-out": []}
+    for i in range(steps):
+        params, state = step(params, state, windows[i], jax.random.fold_in(key, i))
+        if (i + 1) % 20 == 0 or i + 1 == steps:
+            losses = float(evaluate(params, seen)), float(evaluate(params, held_out))
+            print(f"step {i + 1:4}  training loss {losses[0]:.3f}  held-out loss {losses[1]:.3f}")
+            for curve, loss in zip(curves.values(), losses, strict=True):
+                curve.append((i + 1, loss))
+    save_curves(arguments.out, "Characters of Python's library: K-FAC", curves, scale="linear")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""All optimizers of the library, and AdamW, on one small character transformer over real text.
+"""All optimizers of the library, and AdamW, on the character transformer of characters.py.
 
-The model, the text and the rules are those of characters.py. Heads of attention are merged, and
-scanned layers stacked, by `ok.Blocking`; K-FAC and EKFAC find the layers in the loss; branch_kfac
-is given what the last layer reads, at the last positions, for samples of a state.
+Each is built as a user would, with the better of two peak learning rates (`benchmarks/tournament.py
+compare` runs both), and trained in the same loop: `update` gets what a step knows, and an optimizer
+takes from that what it needs. K-FAC and EKFAC take the taps; branch_kfac the inputs of the last
+layer, as samples of a state.
 
     python examples/compare.py --help
 """
 
-import argparse
-from collections.abc import Callable
+import time
 
 import jax
+import numpy as np
 import optax
-from characters import WIDTH, make_task
-from common import Contestant, Task, add_comparison, compare, draw, make_parser
-from rich.console import Console
+from characters import WIDTH, Transformer, load_windows, loss_fn
+from common import add_optimizer, make_parser, save_curves
 
 import optax_kron as ok
 
@@ -22,82 +22,82 @@ import optax_kron as ok
 BLOCKING = ok.Blocking(
     merge_below=WIDTH, stacked_axes=lambda path, shape: 1 if "layers" in path else 0
 )
-BRANCHES = 64  # of the positions that branch_kfac gets
+READOUT = "params/readout"
+OPTIMIZERS = {
+    "adamw": lambda rate, layers: optax.with_extra_args_support(optax.adamw(rate(3e-3))),
+    "kron_psgd": lambda rate, _: ok.kron_psgd(rate(3e-3), geometry="QEQ", blocking=BLOCKING),
+    "shampoo": lambda rate, _: ok.shampoo(rate(1e-2), blocking=BLOCKING),
+    "soap": lambda rate, _: ok.soap(rate(1e-2), blocking=BLOCKING),
+    "kl_soap": lambda rate, _: ok.soap(rate(1e-2), variant="kl_soap", blocking=BLOCKING),
+    "kl_shampoo": lambda rate, _: ok.soap(rate(1e-2), variant="kl_shampoo", blocking=BLOCKING),
+    "kfac": lambda rate, layers: ok.kfac(
+        rate(3e-1), layers=layers, damping=1e-2, norm_constraint=1e-3
+    ),
+    "ekfac": lambda rate, layers: ok.ekfac(
+        rate(3e-1), layers=layers, damping=1e-2, norm_constraint=1e-3
+    ),
+    "branch_kfac": lambda rate, _: ok.branch_kfac(rate(1e-2), damping=0.1),
+}
 
 
-def by_gradients(name: str, rates: tuple[float, ...], colour: str, **settings) -> Contestant:
-    """An optimizer that needs gradients alone."""
-    method = settings.pop("method", name)
+def train(name: str, layers: ok.Layers, params, windows, key):
+    """Trains with one optimizer.
 
-    def make(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-        return getattr(ok, method)(schedule, blocking=BLOCKING, **settings)
-
-    return Contestant(name, make, rates, colour)
-
-
-def by_layers(name: str, task: Task, rates: tuple[float, ...], colour: str) -> Contestant:
-    """K-FAC or EKFAC for the layers of the loss."""
-    layers = ok.find_layers(task.loss_fn, task.init(), *task.batch(0))
-
-    def make(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-        return getattr(ok, name)(schedule, layers=layers, damping=1e-2, norm_constraint=1e-3)
-
-    return Contestant(name, make, rates, colour, layers)
-
-
-def by_branches(task: Task, rates: tuple[float, ...], colour: str) -> Contestant:
-    """branch_kfac, whose state is what the last layer reads."""
-    layers = ok.find_layers(task.loss_fn, task.init(), *task.batch(0))
-    (readout,) = [layer for layer in layers if "readout" in layer.name]
-
-    def branches(taps: ok.Taps) -> dict[str, jax.Array]:
-        (tap,) = taps[readout.name]
-        return {"branches": tap.inputs[0, :, -1, :WIDTH][:BRANCHES]}
-
-    return Contestant(
-        "branch_kfac",
-        lambda schedule: ok.branch_kfac(schedule, damping=0.1),
-        rates,
-        colour,
-        [readout],
-        branches,
+    Returns:
+      The parameters, the loss of every batch, seconds of every step (the first with compiling) and
+      bytes of the state.
+    """
+    optimizer = OPTIMIZERS[name](
+        lambda peak: optax.cosine_decay_schedule(peak, len(windows)), layers
     )
+    with_taps = ok.value_and_grad_with_taps(loss_fn, layers)
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def step(params, state, windows, key):
+        loss, grads, taps = with_taps(params, windows, key=key)
+        (readout,) = taps[READOUT]
+        branches = readout.inputs[0, :, -1, :WIDTH]  # at the last positions
+        # XLA leaves out what an optimizer does not use of these.
+        updates, state = optimizer.update(grads, state, params, taps=taps, branches=branches)
+        return optax.apply_updates(params, updates), state, loss
+
+    losses, seconds = [], []
+    for i in range(len(windows)):
+        start = time.perf_counter()
+        params, state, loss = step(params, state, windows[i], jax.random.fold_in(key, i))
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - start)
+    return params, losses, seconds, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-def contestants(task: Task) -> dict[str, Callable[[], Contestant]]:
-    """All of them by name, made when wanted."""
-    return {
-        "adamw": lambda: Contestant("adamw", optax.adamw, (3e-3, 1e-2), "#d1701c"),
-        "kron_psgd": lambda: by_gradients("kron_psgd", (3e-3, 1e-2), "#1f6fb4", geometry="QEQ"),
-        "shampoo": lambda: by_gradients("shampoo", (3e-3, 1e-2), "#7b3fa0"),
-        "soap": lambda: by_gradients("soap", (3e-3, 1e-2), "#c2273d"),
-        "kl_soap": lambda: by_gradients(
-            "kl_soap", (3e-3, 1e-2), "#e58fa0", method="soap", variant="kl_soap"
-        ),
-        "kl_shampoo": lambda: by_gradients(
-            "kl_shampoo", (3e-3, 1e-2), "#b79ad1", method="soap", variant="kl_shampoo"
-        ),
-        "kfac": lambda: by_layers("kfac", task, (1e-1, 3e-1), "#2e8b57"),
-        "ekfac": lambda: by_layers("ekfac", task, (1e-1, 3e-1), "#83c59f"),
-        "branch_kfac": lambda: by_branches(task, (3e-3, 1e-2), "#888888"),
-    }
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__, steps=300, seed_of="weights, windows and sampled labels")
-    add_comparison(parser, contestants(None), out="compare.png")
-    return parser.parse_args()
+def smooth(losses, width: int = 10):
+    """Returns (step, mean loss of some batches)."""
+    return [(i, np.mean(losses[max(i - width, 0) : i])) for i in range(1, len(losses) + 1)]
 
 
 def main() -> None:
-    """Trains, prints the table and writes the picture."""
-    arguments = parse_arguments()
-    console = Console()
-    task = make_task(arguments)
-    runs = compare(task, contestants(task), arguments.optimizer, console)
-    draw(runs, arguments.out, scale="linear")
-    console.print(f"Curves: {arguments.out}")
+    """Trains, prints a row for each optimizer and draws the losses."""
+    parser = make_parser(__doc__, steps=300, out="compare.png")
+    add_optimizer(parser, OPTIMIZERS)
+    arguments = parser.parse_args()
+    key = jax.random.key(arguments.seed)
+    windows, seen, held_out = load_windows(arguments.steps, arguments.seed)
+    params = jax.jit(Transformer().init)(key, windows[0, :, :-1])
+    layers = ok.find_layers(loss_fn, params, windows[0])
+    curves, evaluate = {}, jax.jit(loss_fn)
+    print("optimizer    training loss  held-out  ms a step  first step, s  state, KiB")
+    for name in OPTIMIZERS:
+        if arguments.optimizer in (name, "all"):
+            trained, losses, seconds, size = train(name, layers, params, windows, key)
+            final, unseen = evaluate(trained, seen), evaluate(trained, held_out)
+            milliseconds = 1e3 * np.median(seconds)
+            print(
+                f"{name:11}  {final:13.3f}  {unseen:8.3f}  {milliseconds:9.0f}  "
+                f"{seconds[0]:13.1f}  {size / 2**10:10.0f}"
+            )
+            curves[name] = smooth(losses)
+    save_curves(arguments.out, "All optimizers on one transformer", curves, scale="linear")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python examples/digits_nnx.py --help
 """
 
-import argparse
-
 import optax
-from common import add_batch_size, batch_order, load_data, make_parser, progress_bar
+from common import add_batch_size, make_parser, save_curves
+from data import batch_order, load_data
 from flax import nnx
 
 import optax_kron as ok
@@ -48,17 +47,12 @@ def accuracy_of(model, images, labels):
     return (model(images).argmax(axis=-1) == labels).mean()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = make_parser(__doc__, steps=200, seed_of="weights, batches and optimizer")
+def main() -> None:
+    """Trains, prints the accuracy on images never trained on and draws the loss."""
+    parser = make_parser(__doc__, steps=200, out="digits_nnx.png")
     add_batch_size(parser)
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="at the first step")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Trains with a progress bar and prints the accuracy on images never trained on."""
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     steps, seed = arguments.steps, arguments.seed
     data = load_data()
 
@@ -67,16 +61,16 @@ def main() -> None:
     transform = optax.chain(ok.kron_psgd(seed=seed), optax.scale_by_learning_rate(schedule))
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
-    with progress_bar() as bars:
-        bar = bars.add_task("kron_psgd in Flax NNX", total=steps, metrics="")
-        batches = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
-        for step, batch in enumerate(batches, start=1):
-            loss = train_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
-            if step % 10 == 0 or step == steps:
-                accuracy = float(accuracy_of(model, data.test_images, data.test_labels))
-                metrics = f"loss {loss:.1e}  test accuracy {accuracy:.1%}"
-                bars.update(bar, completed=step, metrics=metrics)
-    print(f"Test accuracy after {steps} steps: {accuracy:.1%}")
+    curve = []
+    batches = batch_order(len(data.train_labels), arguments.batch_size, steps, seed)
+    for i, batch in enumerate(batches, start=1):
+        loss = train_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
+        if i % 10 == 0 or i == steps:
+            accuracy = accuracy_of(model, data.test_images, data.test_labels)
+            print(f"step {i:4}  loss of the batch {loss:.1e}  test accuracy {accuracy:.1%}")
+            curve.append((i, float(loss)))
+
+    save_curves(arguments.out, "Digits in Flax NNX", {"kron_psgd": curve})
 
 
 if __name__ == "__main__":

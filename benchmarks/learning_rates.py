@@ -1,8 +1,9 @@
 """Train the digits autoencoder with one optimizer at several learning rates; print the curves.
 
 Every learning rate starts from the same weights. A step is the loss, its gradient, the optimizer's
-update and its application in one jitted call on all 1797 images; the loss is the training loss. The
-time of a step is the median.
+update and its application in one jitted call on all 1797 images; the loss is the training loss. A
+column of the table is the curve at one rate, above the median time of its step and the seconds of
+compiling; the last line names the rate of the lowest final loss.
 """
 
 import argparse
