@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from optax_kron.capture.check import Verdict, judge
-from optax_kron.capture.trace import Traced, trace_loss
+from optax_kron.capture.analysis.trace import Traced, trace_loss
+from optax_kron.capture.execution.check import Verdict, judge
 from optax_kron.layers.layer import MAX_SIZE, Layer, check_max_size
 
 PyTree = Any

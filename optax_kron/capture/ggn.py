@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_kron.capture.pullback import linearize
-from optax_kron.capture.trace import trace_loss
+from optax_kron.capture.analysis.trace import trace_loss
+from optax_kron.capture.execution.pullback import linearize
 from optax_kron.layers.paths import by_path, map_by_path
 
 PyTree = Any

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_kron.autodiff import map_stacked
-from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.assemble import member_moments, member_taps
-from optax_kron.capture.check import Verdict, judge
-from optax_kron.capture.columns import ESTIMATES, columns, one_by_one
+from optax_kron.capture.analysis.layers import Analysis
+from optax_kron.capture.analysis.trace import Traced, trace_loss
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.execution.assemble import member_moments, member_taps
+from optax_kron.capture.execution.check import Verdict, judge
+from optax_kron.capture.execution.columns import ESTIMATES, columns, one_by_one
+from optax_kron.capture.execution.inside_moments import InsideMoments, can_be_inside
+from optax_kron.capture.execution.pullback import Linearized, linearize
+from optax_kron.capture.execution.weights import Weighing, ranks
 from optax_kron.capture.find import NO_MARK, Layers
-from optax_kron.capture.inside_moments import InsideMoments, can_be_inside
-from optax_kron.capture.pullback import Linearized, linearize
-from optax_kron.capture.trace import Traced, trace_loss
-from optax_kron.capture.uses import Use
-from optax_kron.capture.weighing import Weighing, ranks
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import map_by_path
 from optax_kron.layers.taps import Taps, magnitude

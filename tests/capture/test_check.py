@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from optax_kron import losses
-from optax_kron.capture import agreement, check
+from optax_kron.capture.analysis.trace import trace_loss
+from optax_kron.capture.execution import agreement, check
 from optax_kron.capture.find import find_layers
 from optax_kron.capture.taps import value_and_grad_with_taps
-from optax_kron.capture.trace import trace_loss
 
 
 def images(dtype):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_kron.capture import equations
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Broadcast, Graph, Node
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.equations import is_literal
+from optax_kron.capture.program.graph import Broadcast, Graph, Node
 
 # Whose result is another if its operand has more bits.
 _OF_BITS = frozenset(["bitcast_convert_type"])

@@ -23,7 +23,7 @@ import jax.extend.core.primitives as primitives
 
 from optax_kron.distributions import MARK_PREFIX
 
-_PACKAGE = str(pathlib.Path(__file__).parent.parent)
+_PACKAGE = str(pathlib.Path(__file__).parents[2])
 
 # Since JAX 0.11 it is the only class of programs, and its other name goes.
 _CLOSED: Any = getattr(jex.core, "ClosedJaxpr", jex.core.Jaxpr)

@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optax_kron.capture import readers, views
-from optax_kron.capture.equations import is_reference
-from optax_kron.capture.graph import Branch, Graph, Node, Value
-from optax_kron.capture.labelling import Labels
-from optax_kron.capture.labels import Coupled, Data
-from optax_kron.capture.readers import Reading, Slot, Slots
-from optax_kron.capture.views import NEW, AxisFactor, AxisFactors, View
+from optax_kron.capture.analysis.labelling import Labels
+from optax_kron.capture.program.equations import is_reference
+from optax_kron.capture.program.graph import Branch, Graph, Node, Value
+from optax_kron.capture.rules import layer_rules as readers
+from optax_kron.capture.rules import views
+from optax_kron.capture.rules.batch_axes import Coupled, Data
+from optax_kron.capture.rules.layer_rules import Reading, Slot, Slots
+from optax_kron.capture.rules.views import NEW, AxisFactor, AxisFactors, View
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.graph import Node
-from optax_kron.capture.labels import Data
-from optax_kron.capture.uses import Use
+from optax_kron.capture.analysis.canonical import Canonical
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.program.graph import Node
+from optax_kron.capture.rules.batch_axes import Data
 from optax_kron.kernels import contract, flow, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import with_bias

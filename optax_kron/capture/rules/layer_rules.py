@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from optax_kron.capture import views
-from optax_kron.capture.axes import dot_free_axes
-from optax_kron.capture.graph import Node, Value
-from optax_kron.capture.views import NEW, AxisFactor, AxisFactors, View
+from optax_kron.capture.program.graph import Node, Value
+from optax_kron.capture.rules import views
+from optax_kron.capture.rules.axes import dot_free_axes
+from optax_kron.capture.rules.views import NEW, AxisFactor, AxisFactors, View
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import ELEMENTWISE, Node, Value
-from optax_kron.capture.knowledge import Knowledge
-from optax_kron.capture.labels import Coupled, Data, Label, Link, linked, meet
-from optax_kron.capture.pairs import Pairs
-from optax_kron.capture.selections import SELECTIONS, follow
+from optax_kron.capture.program.equations import is_literal
+from optax_kron.capture.program.graph import ELEMENTWISE, Node, Value
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules.batch_axes import Coupled, Data, Label, Link, linked, meet
+from optax_kron.capture.rules.pairs import Pairs
+from optax_kron.capture.rules.selections import SELECTIONS, follow
 
 _ALONG_ONE_AXIS = {
     "cumsum": "axis",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from optax_kron.capture.graph import Node
+from optax_kron.capture.program.graph import Node
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 NEW = -1  # axis of digits that a broadcast made

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_kron.capture.pairs import Pairs, classes, digits
+from optax_kron.capture.rules.pairs import Pairs, classes, digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 import jax.core
 import numpy as np
 
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.program.equations import is_literal
+from optax_kron.capture.program.graph import Graph, Node, Value
 
 _MOST = 1 << 22  # larger arrays of integers are not computed
 

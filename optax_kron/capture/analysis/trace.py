@@ -9,8 +9,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from optax_kron.capture import graph as graphs
-from optax_kron.capture.analysis import Analysis, analyse
+from optax_kron.capture.analysis.layers import Analysis, analyse
+from optax_kron.capture.program import graph as graphs
 from optax_kron.layers.paths import abstract, are_parameters, as_array, by_path
 
 PyTree = Any

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture import equations
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.equations import is_literal
+from optax_kron.capture.program.graph import Graph, Node, Value
 from optax_kron.kernels import flow
 
 Key = tuple[str, int]

@@ -16,8 +16,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from optax_kron.capture import equations
-from optax_kron.capture.equations import is_literal
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.equations import is_literal
 
 ELEMENTWISE = frozenset(
     """

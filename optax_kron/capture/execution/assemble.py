@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.analysis import Analysis, Member
-from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.inside_moments import InsideMoments
-from optax_kron.capture.pullback import Linearized
-from optax_kron.capture.uses import Use
-from optax_kron.capture.weighing import Weighing
+from optax_kron.capture.analysis.canonical import Canonical
+from optax_kron.capture.analysis.layers import Analysis, Member
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.execution.inside_moments import InsideMoments
+from optax_kron.capture.execution.pullback import Linearized
+from optax_kron.capture.execution.weights import Weighing
 from optax_kron.kernels import kfac
 from optax_kron.layers.moments import moments_of, with_bias
 from optax_kron.layers.taps import Moments, Tap

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture import agreement
-from optax_kron.capture.assemble import member_taps
-from optax_kron.capture.pullback import linearize
-from optax_kron.capture.trace import Traced
-from optax_kron.capture.weighing import Weighing
-from optax_kron.capture.widening import has_narrow, wide
+from optax_kron.capture.analysis.trace import Traced
+from optax_kron.capture.execution import agreement
+from optax_kron.capture.execution.assemble import member_taps
+from optax_kron.capture.execution.pullback import linearize
+from optax_kron.capture.execution.weights import Weighing
+from optax_kron.capture.program.widening import has_narrow, wide
 from optax_kron.kernels import contract
 
 

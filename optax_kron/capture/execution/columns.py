@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.capture.marks import Mark
+from optax_kron.capture.analysis.marks import Mark
 from optax_kron.distributions import DISTRIBUTIONS
 from optax_kron.kernels import contract
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.trace import Traced
+from optax_kron.capture.analysis.trace import Traced
 
 # A gradient that is zero but for rounding is compared with the largest of all of them.
 _SMALL = 1e-2

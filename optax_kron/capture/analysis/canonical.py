@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.capture.labels import Data, Link
-from optax_kron.capture.readers import Slots, clips
-from optax_kron.capture.selections import reaching
-from optax_kron.capture.uses import Use
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.rules.batch_axes import Data, Link
+from optax_kron.capture.rules.layer_rules import Slots, clips
+from optax_kron.capture.rules.selections import reaching
 
 # Axes of the canonical form, and the roles of slots that they enumerate.
 _INPUT_ROLES = ("block", "data", "position", "input")

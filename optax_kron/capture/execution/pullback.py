@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.evaluate import Probes, evaluate
-from optax_kron.capture.graph import Value
-from optax_kron.capture.inside_moments import InsideMoments
-from optax_kron.capture.labels import Read
-from optax_kron.capture.marks import Mark
-from optax_kron.capture.uses import Use
-from optax_kron.capture.widening import bind_widely, wide, widened
+from optax_kron.capture.analysis.layers import Analysis
+from optax_kron.capture.analysis.marks import Mark
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.execution.inside_moments import InsideMoments
+from optax_kron.capture.program.evaluate import Probes, evaluate
+from optax_kron.capture.program.graph import Value
+from optax_kron.capture.program.widening import bind_widely, wide, widened
+from optax_kron.capture.rules.batch_axes import Read
 from optax_kron.kernels import flow
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optax_kron.capture import marks, views
-from optax_kron.capture.canonical import fits
-from optax_kron.capture.graph import Graph, Value
-from optax_kron.capture.knowledge import Knowledge
-from optax_kron.capture.labelling import Labels
-from optax_kron.capture.labels import Coupled, Data, Read, same_examples, shares_data
-from optax_kron.capture.marks import Mark
-from optax_kron.capture.uses import Use, Uses
+from optax_kron.capture.analysis import marks
+from optax_kron.capture.analysis.canonical import fits
+from optax_kron.capture.analysis.labelling import Labels
+from optax_kron.capture.analysis.marks import Mark
+from optax_kron.capture.analysis.uses import Use, Uses
+from optax_kron.capture.program.graph import Graph, Value
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules import views
+from optax_kron.capture.rules.batch_axes import Coupled, Data, Read, same_examples, shares_data
 from optax_kron.layers.layer import Arrangement, Layer
 
 _FEW_MARKS = 8  # more are not tried out one by one

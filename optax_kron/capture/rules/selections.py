@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.capture.graph import Node, Value
-from optax_kron.capture.knowledge import Knowledge
-from optax_kron.capture.labels import Coupled, Data, Label, Link, Read
-from optax_kron.capture.pairs import Pairs
+from optax_kron.capture.program.graph import Node, Value
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules.batch_axes import Coupled, Data, Label, Link, Read
+from optax_kron.capture.rules.pairs import Pairs
 
 SELECTIONS = frozenset(
     ["slice", "rev", "pad", "concatenate", "split", "tile", "gather", "dynamic_slice"]

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from optax_kron.capture import equations
-from optax_kron.capture.graph import Branch, Graph, Node, Value
-from optax_kron.capture.labels import Place
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.graph import Branch, Graph, Node, Value
+from optax_kron.capture.rules.batch_axes import Place
 
 
 @dataclasses.dataclass(eq=False)

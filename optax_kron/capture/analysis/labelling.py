@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optax_kron.capture import equations
-from optax_kron.capture.axes import back
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Graph, Node, Value, solved_map
-from optax_kron.capture.knowledge import Knowledge
-from optax_kron.capture.labels import Coupled, Data, Label, Place, meet
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.equations import is_literal
+from optax_kron.capture.program.graph import Graph, Node, Value, solved_map
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules.axes import back
+from optax_kron.capture.rules.batch_axes import Coupled, Data, Label, Place, meet
 
 
 class Labels:

@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optax_kron.capture import marks
-from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.canonical import Canonical, Position
-from optax_kron.capture.labelling import Labels
-from optax_kron.capture.labels import Data, Place, Read
-from optax_kron.capture.marks import Mark
-from optax_kron.capture.pairs import Pairs, classes
-from optax_kron.capture.selections import reaching
-from optax_kron.capture.uses import Use
+from optax_kron.capture.analysis import marks
+from optax_kron.capture.analysis.canonical import Canonical, Position
+from optax_kron.capture.analysis.labelling import Labels
+from optax_kron.capture.analysis.layers import Analysis
+from optax_kron.capture.analysis.marks import Mark
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.rules.batch_axes import Data, Place, Read
+from optax_kron.capture.rules.pairs import Pairs, classes
+from optax_kron.capture.rules.selections import reaching
 from optax_kron.kernels import contract
 
 
