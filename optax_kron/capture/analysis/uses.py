@@ -1,46 +1,57 @@
 """Where parameters are used: a pass forwards that follows each one to what consumes it.
 
 Every use is linear in its parameter. What is not understood is a `Gap`, with the equation that
-stopped it. An output that no datum has met yet (a constant direction times a kernel, as in
-forward-mode derivatives) is followed on until one does.
+stopped it. For `tanh(x @ w.T + b) * scale`, with w [4, 3]:
+
+    w     through transpose, a view, to dot_general: a use, whose output x @ w.T is perturbed
+    b     to add, where x @ w.T is: a bias of that use, if both are read here alone
+    scale to mul: a use with a block of one input and one output for each feature
+
+An output that no example has met yet (a constant direction times a kernel, as in forward-mode
+derivatives: `e @ w` with e [2, 3]) is pending: it is followed on, as a parameter is, until it is
+combined with batch data, and is perturbed there.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from optax_kron.capture.analysis.labelling import Labels
+from optax_kron.capture.analysis.batching import Batchings
 from optax_kron.capture.program.equations import is_reference
-from optax_kron.capture.program.graph import Branch, Graph, Node, Value
-from optax_kron.capture.rules import layer_rules as readers
+from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Value
 from optax_kron.capture.rules import views
-from optax_kron.capture.rules.batch_axes import Coupled, Data
-from optax_kron.capture.rules.layer_rules import Reading, Slot, Slots
-from optax_kron.capture.rules.views import NEW, AxisFactor, AxisFactors, View
+from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate
+from optax_kron.capture.rules.contraction import (
+    Contraction,
+    IndexInputs,
+    RoleFactor,
+    RoleFactors,
+)
+from optax_kron.capture.rules.table import record
+from optax_kron.capture.rules.views import NEW, View
+from optax_kron.layers.layer import AxisFactor, AxisFactors
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Use:
     """One use of a parameter.
 
     Attributes:
       view: of the parameter.
-      reading: how it is read.
-      node: the equation that reads it.
+      contraction: how it is used.
+      node: the equation that uses it.
       output: the value to perturb.
       scans: the scans around it, from the outside.
       branch: the branches around it, as (equation, number).
-      bias: the bias that is added to the output, and to nothing else.
     """
 
     view: View
-    reading: Reading
+    contraction: Contraction
     node: Node
     output: Value
     scans: tuple[Node, ...]
     branch: Branch
-    bias: "MergedBias | None" = None
 
     @property
     def leaf(self) -> Value:
@@ -48,15 +59,15 @@ class Use:
         return self.view.origin
 
     @property
-    def slots(self) -> list[Slot]:
-        """All slots, those of the scans among them."""
-        axes = (*self.reading.operand_slots, *self.reading.output_slots)
-        steps = [Slot("block", d, d.size) for _, digits in self.view.steps for d in digits]
-        return [*steps, *(slot for axis in axes for slot in axis)]
+    def role_factors(self) -> list[RoleFactor]:
+        """Those of all axes, and of the scans over blocks."""
+        axes = (*self.contraction.operand_axes, *self.contraction.output_axes)
+        steps = [RoleFactor("block", f, f.size) for _, factors in self.view.steps for f in factors]
+        return [*steps, *(factor for axis in axes for factor in axis)]
 
-    def digits(self, role: str) -> AxisFactors:
-        """The kernel's digits of a role, in the order of the parameter."""
-        return views.merge({slot.key for slot in self.slots if slot.role == role})
+    def of_kernel(self, role: str) -> AxisFactors:
+        """The kernel's factors in a role, in the order of the parameter."""
+        return views.merge({f.of_kernel for f in self.role_factors if f.role == role})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +76,11 @@ class MergedBias:
 
     Attributes:
       use: the bias as a use by itself.
-      digits: for each digit of the kernel's blocks and outputs, the bias's digits beside it.
+      beside: for each factor of the kernel's blocks and outputs, the bias's factors beside it.
     """
 
     use: Use
-    digits: tuple[tuple[AxisFactor, AxisFactors], ...]
+    beside: tuple[tuple[AxisFactor, AxisFactors], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +89,46 @@ class Gap:
 
     leaf: Value
     reason: str
-    node: Node | None = None
+    node: Node
 
 
-class Uses:
-    """All uses of parameters that reach a marked loss."""
+class Consumption(NamedTuple):
+    """What consumes the parameters that reach a marked loss.
 
-    def __init__(self, graph: Graph, leaves: Sequence[Value], labels: Labels):
-        self.found: list[Use] = []
-        self.gaps: list[Gap] = []
+    Attributes:
+      uses: those that are understood.
+      gaps: those that are not.
+      biases: what is added to the output of a use, and to nothing else, by use.
+    """
+
+    uses: list[Use]
+    gaps: list[Gap]
+    biases: Mapping[Use, MergedBias]
+
+
+def find_uses(graph: Graph, leaves: Iterable[Value], batchings: Batchings) -> Consumption:
+    """Follow parameters to what consumes them.
+
+    Args:
+      graph: of the whole loss.
+      leaves: the parameters.
+      batchings: of the graph's values.
+    """
+    return _Pass(graph, list(leaves), batchings).found
+
+
+Env = dict[Value, View]  # what values show of a parameter, or of a pending output
+
+
+class _Pass:
+    def __init__(self, graph: Graph, leaves: Sequence[Value], batchings: Batchings):
+        self._biases: dict[Use, MergedBias] = {}
+        self.found = Consumption([], [], self._biases)
         self._leaves = set(leaves)
-        self._labels = labels
+        self._batchings = batchings
         self._made: dict[Value, Use] = {}  # by output
-        self._pending: dict[Value, Use] = {}  # those whose output has not met the data
-        self._before: dict[Value, Value] = {}  # what a layout-only image was made from
+        self._pending: dict[Value, Use] = {}  # those whose output has not met the examples
+        self._before: dict[Value, Operand] = {}  # what a layout-only image was made from
         self._readers: dict[Value, int] = {}
         self._count_readers(graph, top=True)
         self._visit(graph, {v: views.whole(v) for v in leaves}, (), ())
@@ -107,11 +144,11 @@ class Uses:
 
     # ------------------------------------------------------------------------------- traversal
 
-    def _visit(self, graph: Graph, env: dict[Value, View], scans, branch) -> None:
+    def _visit(self, graph: Graph, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
         for node in graph.nodes:
             written = [v for v in node.values if is_reference(v.aval)]
-            reached = any(self._labels[v] is not None for v in (*node.outputs, *written))
-            reached |= node.kind in ("scan", "remat", "cond") and node.has_marks
+            reached = any(self._batchings[v] is not None for v in (*node.outputs, *written))
+            reached |= node.holds_steps and node.has_marks
             if not reached or not any(v in env for v in node.values):
                 continue
             if node.kind == "remat":
@@ -125,7 +162,7 @@ class Uses:
             else:
                 self._stop(node, node.values, env)
 
-    def _into(self, body: Graph, operands, env):
+    def _into(self, body: Graph, operands: Sequence[Operand], env: Env) -> Env:
         """The views of a body's inputs."""
         inner = {}
         for value, outer in zip(body.inputs, operands, strict=True):
@@ -134,7 +171,7 @@ class Uses:
                 self._before[value] = outer
         return inner
 
-    def _remat(self, node, env, scans, branch):
+    def _remat(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
         (body,) = node.bodies
         inner = self._into(body, node.operands, env)
         self._visit(body, inner, scans, branch)
@@ -143,7 +180,7 @@ class Uses:
                 env[outer] = inner[value]
                 self._before[outer] = value
 
-    def _cond(self, node, env, scans, branch):
+    def _cond(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
         index, *operands = node.operands
         self._stop(node, [index], env)
         for i, body in enumerate(node.bodies):
@@ -151,7 +188,7 @@ class Uses:
             self._visit(body, inner, scans, (*branch, (node, i)))
             self._stop(node, body.outputs, inner)
 
-    def _scan(self, node, env, scans, branch):
+    def _scan(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
         (body,) = node.bodies
         first = node.loop.constants
         last = first + node.loop.carries
@@ -165,158 +202,184 @@ class Uses:
         self._visit(body, inner, (*scans, node), branch)
         self._stop(node, body.outputs, inner)
 
-    def _without_pending(self, node, inner):
-        """What enters a loop or a branch, but for outputs that should have met the data before."""
+    def _without_pending(self, node: Node, inner: Env) -> Env:
+        """What enters a loop or a branch, but for outputs that the examples should have met."""
         for view in inner.values():
             if view.origin in self._pending:
                 self._gap(view, node)
         return {v: view for v, view in inner.items() if view.origin not in self._pending}
 
-    def _stop(self, node, operands, env):
+    def _stop(self, node: Node, operands: Iterable[Operand], env: Env) -> None:
         for value in operands:
-            if isinstance(value, Value) and value in env and self._labels[value] is not None:
+            if isinstance(value, Value) and value in env and self._batchings[value] is not None:
                 self._gap(env[value], node)
 
     def _gap(self, view: View, node: Node, reason: str | None = None) -> None:
         """Note a consumption that is not understood, if it is one of a parameter."""
         origin = view.origin
         if origin in self._pending:
-            label = self._labels[origin]
-            if isinstance(label, Coupled) and label.node is not None and reason is None:
-                reason, node = label.why, label.node
+            batching = self._batchings[origin]
+            if isinstance(batching, Mixed) and batching.node is not None and reason is None:
+                reason, node = batching.why, batching.node
             origin = self._pending[origin].leaf
         if origin in self._leaves:
-            self.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
+            self.found.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
 
     # --------------------------------------------------------------------------------- equations
 
-    def _plain(self, node, env, scans, branch):
-        if node.name == "stop_gradient":
+    def _plain(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        rules = record(node)
+        if rules.stops:
             return
-        seen = [env.get(x) if isinstance(x, Value) else None for x in node.operands]
+        shown = [env.get(x) if isinstance(x, Value) else None for x in node.operands]
         if node.images is not None:
             for i, value in zip(node.images, node.outputs, strict=True):
-                if seen[i] is not None:
-                    self._show(value, seen[i], node.operands[i], env)
+                view = shown[i]
+                if view is not None:
+                    self._show(value, view, node.operands[i], env)
             return
-        output = node.outputs[0]
-        label = self._labels[output]
-        if len(seen) == 1 and seen[0] is not None:
-            self._follow(node, seen[0], env)
+        if len(shown) == 1 and shown[0] is not None:
+            self._follow(node, shown[0], env)
             return
-        weights = [i for i, v in enumerate(seen) if v is not None and v.origin in self._leaves]
-        if len(weights) == 1:
-            (i,) = weights
-            view: Any = seen[i]
-            adds = node.name in ("add", "add_any")
-            other = seen[1 - i] if adds else None
-            if other is not None and other.origin in self._pending:
-                self._gap(other, node)
-                self.gaps.append(dataclasses.replace(self.gaps[-1], leaf=view.origin))
-                seen = []
-            elif adds and isinstance(label, Coupled):
-                env[output] = view  # a parameter plus something else is still an image of it
-                self._before[output] = node.operands[i]
-                seen[i] = None
-            else:
-                reading = readers.bias(view) if adds else readers.read(node, i, view)
-                if reading is not None:
-                    use = Use(view, reading, node, output, scans, branch)
-                    if adds:
-                        self._merge(use, node.operands[1 - i], seen[1 - i])
-                    self._note(use, label, env)
-                    seen[i] = None
-        for view in seen:
+        parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
+        if len(parameters) == 1 and rules.adds:
+            shown = self._add(node, *parameters[0], shown, env, scans, branch)
+        elif len(parameters) == 1 and rules.layer is not None:
+            ((i, view),) = parameters
+            contraction = rules.layer(node, i, view)
+            if contraction is not None:
+                self._note(Use(view, contraction, node, node.outputs[0], scans, branch), env)
+                shown[i] = None
+        for view in shown:
             if view is not None:
                 self._gap(view, node)
 
-    def _follow(self, node, view, env):
-        images = views.follow(node, view)
+    def _add(
+        self,
+        node: Node,
+        i: int,
+        view: View,
+        shown: list[View | None],
+        env: Env,
+        scans: tuple[Node, ...],
+        branch: Branch,
+    ) -> list[View | None]:
+        """A parameter, operand `i`, plus something else; returns the views not dealt with."""
+        output, other = node.outputs[0], shown[1 - i]
+        if other is not None and other.origin in self._pending:
+            # Neither is combined with batch data: as what stopped one, tell of both.
+            self._gap(other, node)
+            self.found.gaps.append(dataclasses.replace(self.found.gaps[-1], leaf=view.origin))
+            return []
+        if isinstance(self._batchings[output], Mixed):
+            env[output] = view  # a parameter plus something else is still an image of it
+            self._before[output] = node.operands[i]
+            return [other]
+        rule = record(node).layer
+        contraction = None if rule is None else rule(node, i, view)
+        if contraction is None:
+            return shown
+        use = Use(view, contraction, node, output, scans, branch)
+        self._merge(use, node.operands[1 - i], other)
+        self._note(use, env)
+        return [other]
+
+    def _follow(self, node: Node, view: View, env: Env) -> None:
+        rule = record(node).view
+        images = None if rule is None else rule(node, view)
         if images is None:
             self._gap(view, node)
             return
         for output, image in zip(node.outputs, images, strict=True):
             self._show(output, image, node.operands[0], env)
 
-    def _show(self, output, image, operand, env):
+    def _show(self, output: Value, image: View, operand: Operand, env: Env) -> None:
         """Note that an output is an image of what its operand shows."""
         env[output] = image
         self._before[output] = operand
-        if image.origin in self._pending and isinstance(self._labels[output], Data):
+        if image.origin in self._pending and isinstance(self._batchings[output], Separate):
             self._resolve(image, output)
             del env[output]
 
-    def _note(self, use, label, env):
-        digits = {slot.key for slot in use.slots if slot.role != "free"}
+    def _note(self, use: Use, env: Env) -> None:
+        of_kernel = {f.of_kernel for f in use.role_factors if f.role != "free"}
         if any(scan not in use.scans for scan, _ in use.view.steps) or any(
-            d.axis == NEW for d in digits
+            f.axis == NEW for f in of_kernel
         ):
             self._gap(use.view, use.node, f"broadcast before {use.node.name}")
             return
-        if isinstance(label, Data):
-            self.found.append(use)
+        if isinstance(self._batchings[use.output], Separate):
+            self.found.uses.append(use)
         else:
             self._pending[use.output] = use
-        if use.reading.kind != "bias":
+        if use.contraction.inputs is not None:
             self._made[use.output] = use
             env[use.output] = views.whole(use.output)
 
-    def _resolve(self, view, point):
-        """A pending output meets the data at `point`, an image of it: perturb it there."""
+    def _resolve(self, view: View, point: Value) -> None:
+        """A pending output meets the examples at `point`, an image of it: perturb it there."""
         use = self._pending[view.origin]
         axes = []
-        for a, digits in enumerate(view.axes):
-            slots = _slots_of(digits, use.reading.output_slots, ("new", a))
-            if slots is None:
-                label = self._labels[view.origin]
-                told = isinstance(label, Coupled) and label.reason is not None
-                self._gap(view, use.node, None if told else "reshaped before it meets the data")
+        for a, factors in enumerate(view.axes):
+            roles = _roles_of(factors, use.contraction.output_axes, ("new", a))
+            if roles is None:
+                reason = "reshaped before it is combined with batch data"
+                mixed = why_mixed(self._batchings[view.origin])
+                self._gap(view, use.node, None if mixed else reason)
                 return
-            axes.append(slots)
-        reading = dataclasses.replace(use.reading, output_slots=tuple(axes))
-        self.found.append(dataclasses.replace(use, reading=reading, output=point))
+            axes.append(roles)
+        contraction = dataclasses.replace(use.contraction, output_axes=tuple(axes))
+        self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
 
-    def _merge(self, bias: Use, other: Value, view: View | None) -> None:
+    def _merge(self, bias: Use, other: Operand, view: View | None) -> None:
         """Give a bias to the kernel whose output it is added to, if each is read once, here."""
         if view is None or view.origin not in self._made:
             return
         kernel = self._made[view.origin]
-        if kernel.output in self._pending or kernel.bias is not None:
+        if kernel.output in self._pending or kernel in self._biases:
             return
         apart = kernel.scans != bias.scans or kernel.branch != bias.branch or view.steps
-        if kernel.reading.kind == "embedding" or apart:
+        if isinstance(kernel.contraction.inputs, IndexInputs) or apart:
             return
-        while other is not view.origin:
-            if self._readers.get(other, 0) != 1:
+        # From here back to the kernel's output nobody else may read what is between.
+        while isinstance(other, Value) and self._readers.get(other, 0) == 1:
+            if other is view.origin:
+                pairs = _beside(kernel, view, bias)
+                if pairs is not None:
+                    self._biases[kernel] = MergedBias(bias, pairs)
                 return
             other = self._before[other]
-        if self._readers.get(other, 0) != 1:
-            return
-        pairs = _pair(kernel, view, bias)
-        if pairs is not None:
-            kernel.bias = MergedBias(bias, pairs)
 
 
-def _slots_of(digits: AxisFactors, axes: tuple[Slots, ...], name) -> Slots | None:
-    """The slots of an output that some digits of its axes enumerate."""
-    found: list[Slot] = []
-    for n, digit in enumerate(digits):
-        if digit.axis == NEW:
-            found.append(Slot("free", (name, n), digit.size))
+def why_mixed(batching: Batching) -> str | None:
+    """Why examples are mixed, if they are and more is known of it than the equation."""
+    return batching.reason if isinstance(batching, Mixed) else None
+
+
+def _roles_of(
+    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
+) -> RoleFactors | None:
+    """The role factors of an output that some factors of its axes enumerate."""
+    roles: list[RoleFactor] = []
+    for n, factor in enumerate(factors):
+        if factor.axis == NEW:
+            roles.append(RoleFactor("free", (name, n), factor.size))
             continue
         inner, part = 1, []
-        for slot in reversed(axes[digit.axis]):
-            if inner >= digit.stride and inner * slot.size <= digit.stride * digit.size:
-                part.insert(0, slot)
-            inner *= slot.size
-        if math.prod(slot.size for slot in part) != digit.size:
+        for role in reversed(axes[factor.axis]):
+            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
+                part.insert(0, role)
+            inner *= role.size
+        if math.prod(role.size for role in part) != factor.size:
             return None
-        found.extend(part)
-    return tuple(found)
+        roles.extend(part)
+    return tuple(roles)
 
 
-def _pair(kernel: Use, view: View, bias: Use) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
-    """Which digits of a bias stand beside which of the kernel's blocks and outputs.
+def _beside(
+    kernel: Use, view: View, bias: Use
+) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
+    """Which factors of a bias stand beside which of the kernel's blocks and outputs.
 
     `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
     """
@@ -324,20 +387,20 @@ def _pair(kernel: Use, view: View, bias: Use) -> tuple[tuple[AxisFactor, AxisFac
     steps = dict(bias.view.steps)
     if set(steps) != {scan for scan, _ in kernel.view.steps}:
         return None
-    for scan, digits in kernel.view.steps:
-        groups = views.regroup(steps[scan], [d.size for d in digits])
+    for scan, factors in kernel.view.steps:
+        groups = views.regroup(steps[scan], [f.size for f in factors])
         if groups is None:
             return None
-        pairs.update(zip(digits, groups, strict=True))
-    for digits, beside in zip(view.axes, bias.view.axes, strict=True):
-        slots = _slots_of(digits, kernel.reading.output_slots, None)
-        groups = None if slots is None else views.regroup(beside, [s.size for s in slots])
-        if slots is None or groups is None:
+        pairs.update(zip(factors, groups, strict=True))
+    for factors, beside in zip(view.axes, bias.view.axes, strict=True):
+        roles = _roles_of(factors, kernel.contraction.output_axes, None)
+        groups = None if roles is None else views.regroup(beside, [role.size for role in roles])
+        if roles is None or groups is None:
             return None
-        for slot, group in zip(slots, groups, strict=True):
-            if any((d.axis == NEW) != (slot.role == "free") for d in group):
+        for role, group in zip(roles, groups, strict=True):
+            if any((f.axis == NEW) != (role.role == "free") for f in group):
                 return None
-            if slot.role != "free":
-                pairs[slot.key] = group
-    expected = {s.key for s in kernel.slots if s.role in ("block", "output")}
+            if role.role != "free":
+                pairs[role.of_kernel] = group
+    expected = {f.of_kernel for f in kernel.role_factors if f.role in ("block", "output")}
     return tuple(pairs.items()) if set(pairs) == expected else None
