@@ -21,6 +21,8 @@ ROOMS = [
     "transforms",
     "__init__",
 ]
+# Of capture, lowest first: its phases, and the functions on top of them.
+PHASES = ["program", "rules", "analysis", "execution"]
 OPTIONAL = {"bridge.py": {"lineax"}}  # imported when called
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -46,6 +48,20 @@ def test_imports_go_down(path):
         parts = module.split(".")
         if parts[0] == "optax_kron" and len(parts) > 1 and parts[1] in ROOMS:
             assert ROOMS.index(parts[1]) <= here, f"{path} imports {module}, from above"
+
+
+CAPTURE = [p for p in FILES if p.relative_to(PACKAGE).parts[0] == "capture"]
+
+
+@pytest.mark.parametrize("path", CAPTURE, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_phases_of_capture_import_earlier_ones(path):
+    where = path.relative_to(PACKAGE).parts[1]
+    here = PHASES.index(where) if where in PHASES else len(PHASES)
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[:2] == ["optax_kron", "capture"] and len(parts) > 2:
+            phase = PHASES.index(parts[2]) if parts[2] in PHASES else len(PHASES)
+            assert phase <= here, f"{path} imports {module}, of a later phase"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,18 +1,18 @@
 """`find_layers`: the layers of any loss function, and what is in none."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import overload
 
-from optax_kron.capture.check import Verdict, judge
-from optax_kron.capture.trace import Traced, trace_loss
+from jaxtyping import PyTree
+
+from optax_kron.capture.analysis.layers import Analysis
+from optax_kron.capture.analysis.trace import trace_loss
+from optax_kron.capture.execution.check import Verdict, judge
 from optax_kron.layers.layer import MAX_SIZE, Layer, check_max_size
 
-PyTree = Any
-
-
 NO_MARK = (
-    "the loss marks no likelihood, so that it is unknown where the data are, and of which "
+    "the loss marks no likelihood, so that it is unknown where the examples are, and of which "
     "distribution. Take the loss from ok.losses, which has Optax's names and values; or give taps "
     "by hand, as ok.Taps."
 )
@@ -35,10 +35,12 @@ class Layers:
     Attributes:
       layers: the layers.
       uncovered: the parameters that are in none, each with the reason.
-      checked: whether the layers have been checked on numbers.
+      checked: whether the layers were verified on numbers when they were found.
       marked: whether there is a marked loss at all.
       structure: the parameters as `jax.ShapeDtypeStruct`s, `None` for leaves that are not
         floating-point arrays; `None` if not known.
+      analysis: of the program that they were found in, so that taps of the same program need no
+        other; `None` if not known.
     """
 
     def __init__(
@@ -48,12 +50,18 @@ class Layers:
         checked: bool,
         marked: bool = True,
         structure: PyTree | None = None,
+        analysis: Analysis | None = None,
     ):
         self.layers = layers
         self.uncovered = uncovered
         self.checked = checked
         self.marked = marked
         self.structure = structure
+        self.analysis = analysis
+
+    def __reduce__(self):
+        # A program can't be stored. Without one, that of the loss is analysed again.
+        return Layers, (self.layers, self.uncovered, self.checked, self.marked, self.structure)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -61,7 +69,13 @@ class Layers:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: Any) -> Any:
+    @overload
+    def __getitem__(self, name: int | str) -> Layer: ...
+
+    @overload
+    def __getitem__(self, name: slice) -> tuple[Layer, ...]: ...
+
+    def __getitem__(self, name: int | str | slice) -> Layer | tuple[Layer, ...]:
         if isinstance(name, int | slice):
             return self.layers[name]
         for layer in self.layers:
@@ -87,22 +101,25 @@ class Layers:
         if not self.marked:
             lines += ["", NO_MARK]
         elif not self.checked:
-            lines += ["", "not checked on numbers yet: these were abstract, or not finite"]
+            lines += [
+                "",
+                "not verified numerically yet: traced with abstract shapes, or not finite",
+            ]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def _align(rows):
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
     return [line.rstrip() for line in lines]
 
 
 def find_layers(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     params: PyTree,
-    *args: Any,
+    *args: PyTree,
     has_aux: bool = False,
     check: bool = True,
     max_size: int = MAX_SIZE,
@@ -115,7 +132,7 @@ def find_layers(
 
     Args:
       loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
-        Its likelihood has to come from `ok.losses`, which marks where the data are.
+        Its likelihood has to come from `ok.losses`, which marks where the examples are.
       params: any pytree; leaves that are not floating-point arrays are left alone.
       *args: by position; pytrees of arrays or `jax.ShapeDtypeStruct`s, and whatever else the
         function takes.
@@ -147,23 +164,28 @@ def find_layers(
     """
     check_max_size("find_layers", max_size)
     traced = trace_loss(loss_fn, params, args, has_aux)
-    for member in traced.analysis.members:
-        member.layer = dataclasses.replace(member.layer, max_size=int(max_size))
-    verdict = judge(traced) if check and traced.is_concrete else Verdict({}, False)
-    return describe(traced, verdict.refused, verdict.complete)
-
-
-def describe(traced: Traced, refused: dict[str, str], checked: bool) -> Layers:
-    """The public view of an analysis; `refused` are names of layers left out, with the reason."""
     analysis = traced.analysis
-    kept = tuple(m.layer for m in analysis.members if m.layer.name not in refused)
+    verdict = judge(traced) if check and traced.is_concrete else Verdict(analysis, {}, False)
+    sized = [found.with_max_size(int(max_size)) for found in verdict.analysis.layers]
+    judged = verdict.analysis.of_layers(sized)
+    return Layers(
+        tuple(found.layer for found in sized if found.layer.name not in verdict.refused),
+        _uncovered(judged, verdict.refused),
+        verdict.complete,
+        bool(analysis.marks),
+        traced.structure,
+        None if analysis.closes_over_tracers else analysis,
+    )
+
+
+def _uncovered(analysis: Analysis, refused: Mapping[str, str]) -> tuple[Uncovered, ...]:
+    """The parameters in no layer; `refused` are names of layers left out, with the reason."""
     reasons = dict(analysis.uncovered)
-    for member in analysis.members:
-        if member.layer.name in refused:
-            reasons.update(dict.fromkeys(member.layer.paths, refused[member.layer.name]))
-    uncovered = tuple(
-        Uncovered(path, analysis.leaves[path].shape, reasons[path])
-        for path in analysis.leaves
+    for found in analysis.layers:
+        if found.layer.name in refused:
+            reasons.update(dict.fromkeys(found.layer.paths, refused[found.layer.name]))
+    return tuple(
+        Uncovered(path, value.shape, reasons[path])
+        for path, value in analysis.leaves.items()
         if path in reasons
     )
-    return Layers(kept, uncovered, checked, bool(analysis.marks), traced.structure)

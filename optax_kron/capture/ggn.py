@@ -1,20 +1,20 @@
 """Exact products with the generalized Gauss-Newton matrix, matrix-free."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import PyTree
 
-from optax_kron.capture.pullback import linearize
-from optax_kron.capture.trace import trace_loss
+from optax_kron.capture.analysis.marks import Mark
+from optax_kron.capture.analysis.trace import trace_loss
+from optax_kron.capture.execution.pullback import linearize
 from optax_kron.layers.paths import by_path, map_by_path
-
-PyTree = Any
 
 
 def ggn_vector_product(
-    loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, has_aux: bool = False
 ) -> Callable[[PyTree], PyTree]:
     """The map from v to the product with the generalized Gauss-Newton matrix of a marked loss.
 
@@ -55,24 +55,24 @@ def ggn_vector_product(
         raise ValueError(
             "ggn_vector_product: the loss marks no likelihood; take it from ok.losses."
         )
-    count = len(analysis.leaves)
-    primals, others = traced.arrays[:count], traced.arrays[count:]
+    paths = list(analysis.leaves)
+    primals, others = traced.arrays[: len(paths)], traced.arrays[len(paths) :]
 
     def logits(leaves):
         return [operands[0] for operands in linearize(analysis, (), [*leaves, *others]).operands]
 
     linearized = linearize(analysis, (), traced.arrays)
-    _, _, weights = linearized.pull_loss()
+    weights = linearized.pull_loss().losses
 
-    def objective(m, mark):
+    def objective(m: int, mark: Mark) -> Callable[[Array], Array]:
         """The weighted sum of a mark's losses, of its logits alone."""
         _, *rest = linearized.operands[m]
         return lambda f: jnp.sum(weights[m] * mark.evaluate(f, *rest))
 
     def product(v: PyTree) -> PyTree:
-        known = by_path(v)
+        directions = by_path(v)
         tangents = [
-            known[path].astype(x.dtype) for path, x in zip(traced.paths, primals, strict=True)
+            directions[path].astype(x.dtype) for path, x in zip(paths, primals, strict=True)
         ]
         f, pushed = jax.jvp(logits, (primals,), (tangents,))
         curved = [
@@ -82,7 +82,7 @@ def ggn_vector_product(
         _, pull = jax.vjp(logits, primals)
         (result,) = pull(curved)
         # For complex numbers the cotangent is the conjugate of the adjoint's result.
-        found = dict(zip(traced.paths, map(jnp.conj, result), strict=True))
-        return map_by_path(lambda path, _: found[path], v)
+        results = dict(zip(paths, map(jnp.conj, result), strict=True))
+        return map_by_path(lambda path, _: results[path], v)
 
     return product

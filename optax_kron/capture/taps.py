@@ -1,52 +1,50 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
-import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 from optax_kron.autodiff import map_stacked
-from optax_kron.capture.analysis import Analysis
-from optax_kron.capture.assemble import member_moments, member_taps
-from optax_kron.capture.check import Verdict, judge
-from optax_kron.capture.columns import ESTIMATES, columns, one_by_one
+from optax_kron.capture.analysis.layers import Analysis, CapturedLayer
+from optax_kron.capture.analysis.trace import Traced, trace_loss
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.execution.assemble import Recorded, layer_moments, layer_taps
+from optax_kron.capture.execution.check import Verdict, judge
+from optax_kron.capture.execution.columns import ESTIMATES, columns, one_by_one
+from optax_kron.capture.execution.inside_moments import InsideMoments, can_be_inside
+from optax_kron.capture.execution.pullback import Linearized, linearize
+from optax_kron.capture.execution.weights import LossWeights, ranks
 from optax_kron.capture.find import NO_MARK, Layers
-from optax_kron.capture.inside_moments import InsideMoments, can_be_inside
-from optax_kron.capture.pullback import Linearized, linearize
-from optax_kron.capture.trace import Traced, trace_loss
-from optax_kron.capture.uses import Use
-from optax_kron.capture.weighing import Weighing, ranks
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import map_by_path
 from optax_kron.layers.taps import Taps, magnitude
 
-PyTree = Any
-
 
 def value_and_grad_with_taps(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     layers: Iterable[Layer] | None = None,
     *,
     has_aux: bool = False,
     reduce: bool = False,
     samples: int = 1,
     fisher: str = "mc",
-) -> Callable[..., tuple[Any, PyTree, Taps]]:
+) -> Callable[..., tuple[PyTree, PyTree, Taps]]:
     """Like `jax.value_and_grad`, and the taps of every layer from the same forward pass.
 
     Args:
       loss_fn: as in `find_layers`.
       layers: what `find_layers` returned, or some of it; only their taps are made. `None`: those of
-        all layers.
+        all layers. If they have not been verified, the first call with numbers does that.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
-      reduce: return second moments, ready for `ok.kfac`, instead of what each datum gave. They are
-        formed inside the traced function, also inside scans and checkpoints, so that a layer takes
-        `d_in² + d_out²` numbers however large the batch, of a diagonal factor `d`. "expand" only.
+      reduce: return second moments, ready for `ok.kfac`, instead of what each example gave. They
+        are formed inside the traced function, also inside scans and checkpoints, so that a layer
+        takes `d_in² + d_out²` numbers however large the batch, of a diagonal factor `d`. "expand"
+        only.
       samples: columns of a random estimate.
       fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
         own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
@@ -85,11 +83,14 @@ def value_and_grad_with_taps(
     samples = int(samples)
     if layers is not None and not isinstance(layers, Layers):
         layers = Layers(tuple(layers), (), checked=False)
+    # What this function has verified is kept here: the user's object stays as it is.
+    verified = layers is not None and layers.checked
 
-    def value_and_grad(params: PyTree, *args: Any, key: Any = None):
-        traced = trace_loss(loss_fn, params, args, has_aux)
-        analysis = traced.analysis
-        if not analysis.marks:
+    def value_and_grad(params: PyTree, *args: PyTree, key: Array | None = None):
+        nonlocal verified
+        earlier = None if layers is None else layers.analysis
+        traced = trace_loss(loss_fn, params, args, has_aux, earlier)
+        if not traced.analysis.marks:
             raise ValueError(f"{owner}: {NO_MARK}")
         if key is None and fisher in ("mc", "sketch"):
             raise ValueError(f"{owner}: fisher={fisher!r} draws random numbers; pass key=.")
@@ -97,86 +98,59 @@ def value_and_grad_with_taps(
             raise ValueError(
                 f"{owner}: key must be a key of jax.random, such as jax.random.key(0); got {key!r}."
             )
-        _select(traced, layers)
+        analysis, verified = _selected(traced, layers, verified)
         uses = analysis.uses
-        inside = _inside(traced) if reduce else {}
+        inside = _inside(analysis, traced.arrays) if reduce else {}
         linearized = linearize(analysis, uses, traced.arrays, inside)
         grads, _, weights = linearized.pull_loss()
         gradients = _pull_columns(analysis, linearized, weights, fisher, key, samples)
-        gradients = _per_layer(analysis, gradients, inside)
-        order = {use: i for i, use in enumerate(uses)}
-        weighing = Weighing(analysis, weights, linearized.indices)
-        seen = (analysis, order, linearized, gradients, weighing)
-        taps = {m.layer.name: _taps_of(m, *seen, inside, reduce) for m in analysis.members}
+        output_grads = _scaled_to_examples(analysis, gradients, inside)
+        loss_weights = LossWeights(analysis, weights, linearized.indices)
+        recorded = Recorded(analysis, linearized, output_grads, loss_weights)
+        taps = {
+            found.layer.name: layer_moments(found, recorded, inside)
+            if reduce
+            else layer_taps(found, recorded)
+            for found in analysis.layers
+        }
+        by_path = dict(zip(analysis.leaves, grads, strict=True))
+        norms = {f.layer.name: magnitude(f.layer.take(by_path)) for f in analysis.layers}
         value = traced.result.joined(linearized.outputs)
-        leaves = dict(zip(traced.paths, grads, strict=True))
-        norms = {m.layer.name: magnitude(m.layer.take(leaves)) for m in analysis.members}
-        made = Taps(taps, gradient_norms=norms, fisher=fisher)
-        return value, _unflatten_grads(traced, params, grads), made
+        tree = map_by_path(lambda path, _: by_path.get(path), params)
+        return value, tree, Taps(taps, gradient_norms=norms, fisher=fisher)
 
     return value_and_grad
 
 
-def _taps_of(member, analysis, order, linearized, gradients, weighing, inside, reduce):
-    arguments = analysis, member, order, linearized, gradients, weighing
-    return member_moments(*arguments, inside) if reduce else member_taps(*arguments)
+def _selected(traced: Traced, layers: Layers | None, verified: bool) -> tuple[Analysis, bool]:
+    """The layers asked for, and whether they are verified now, as they are wherever they can be.
 
-
-def _inside(traced: Traced) -> dict[Use, InsideMoments]:
-    """The uses whose second moments can be formed where they are."""
-    analysis = traced.analysis
-    # What each datum weighs has to be known in the forward pass; most losses are linear in their
-    # per-example losses, and then none of this is evaluated.
-    linearized = linearize(analysis, (), traced.arrays)
-    _, _, weights = linearized.pull_loss()
-    weighing = Weighing(analysis, weights, linearized.indices)
-    found = {}
-    for member in analysis.members:
-        uses = [use for group in member.groups for use in group]
-        labels = {use: analysis.labels.data(use.output) for use in uses}
-        if not all(can_be_inside(member.layer, use, labels[use]) for use in uses):
-            continue
-        own: dict[Use, InsideMoments] = {}
-        for group in member.groups:
-            marks = analysis.marks_of(group)
-            for use in group:
-                weight = weighing.inside(use, labels[use], marks)
-                if weight is not None:
-                    biased = use in member.biased
-                    own[use] = InsideMoments(member.layer, use, labels[use], weight, biased)
-        if len(own) == len(uses):
-            found |= own
-    return found
-
-
-def _select(traced: Traced, layers: Layers | None) -> None:
-    """Keep the layers asked for, checked on numbers where that has not been done."""
-    analysis = traced.analysis
-    verdict = Verdict({}, False)
-    if (layers is None or not layers.checked) and traced.is_concrete:
+    Raises:
+      ValueError: if one of them is not there, or is not what it should be.
+    """
+    verdict = Verdict(traced.analysis, {}, verified)
+    if not verified and traced.is_concrete:
         verdict = judge(traced)
-    refused = verdict.refused
-    found = {member.layer.name: member for member in analysis.members}
+    analysis, refused, complete = verdict
+    found = {f.layer.name: f for f in analysis.layers}
     if layers is None:
-        wanted = [name for name in found if name not in refused]
-    else:
-        wanted = [layer.name for layer in layers]
-        for name in wanted:
-            if name not in found or name in refused:
-                raise _not_found(name, refused.get(name, "it is not found in this loss function"))
-        for layer in layers:
-            member = found[layer.name]
-            if layer.bias is not None and member.layer.bias is None:
-                why = analysis.uncovered.get(layer.bias, "it is not added to this product alone")
-                raise _not_found(layer.name, f"its bias has no place in it: {why}")
-            if layer.bias is None and member.layer.kernel is not None:
-                found[layer.name] = member.without_bias()
-        if verdict.complete and not refused:
-            layers.checked = True
-        sizes = {layer.name: layer.max_size for layer in layers}
-        for name in wanted:
-            found[name].layer = dataclasses.replace(found[name].layer, max_size=sizes[name])
-    analysis.members = [found[name] for name in wanted]
+        return analysis.of_layers(f for f in found.values() if f.layer.name not in refused), False
+    for layer in layers:
+        if layer.name not in found or layer.name in refused:
+            reason = refused.get(layer.name, "it is not found in this loss function")
+            raise _not_found(layer.name, reason)
+    selected = [_as_asked(found[layer.name], layer, analysis.uncovered) for layer in layers]
+    return analysis.of_layers(selected), complete and not refused
+
+
+def _as_asked(found: CapturedLayer, layer: Layer, uncovered: Mapping[str, str]) -> CapturedLayer:
+    """A layer with the bias, and the longest dense axis, that were asked for."""
+    if layer.bias is not None and found.layer.bias is None:
+        why = uncovered.get(layer.bias, "it is not added to this product alone")
+        raise _not_found(layer.name, f"its bias has no place in it: {why}")
+    if layer.bias is None and found.layer.kernel is not None:
+        found = found.without_bias()
+    return found.with_max_size(layer.max_size)
 
 
 def _not_found(name: str, reason: str) -> ValueError:
@@ -186,50 +160,73 @@ def _not_found(name: str, reason: str) -> ValueError:
     )
 
 
-def _pull_columns(analysis: Analysis, linearized: Linearized, weights, fisher, key, samples):
+def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMoments]:
+    """The uses whose second moments can be formed where they are."""
+    # What each example weighs has to be known in the forward pass; most losses are linear in their
+    # per-example losses, and then none of this is evaluated.
+    linearized = linearize(analysis, (), arrays)
+    weights = LossWeights(analysis, linearized.pull_loss().losses, linearized.indices)
+    inside: dict[Use, InsideMoments] = {}
+    for found in analysis.layers:
+        batchings = {use: analysis.batching(use) for use in found.uses}
+        if not all(can_be_inside(found.layer, batching) for batching in batchings.values()):
+            continue
+        moments: dict[Use, InsideMoments] = {}
+        for group in found.groups:
+            marks = analysis.marks_of(group)
+            for use in group:
+                weight = weights.inside(use, batchings[use], marks)
+                if weight is not None:
+                    biased = use in found.biased
+                    moments[use] = InsideMoments(found.layer, use, batchings[use], weight, biased)
+        # All uses of a layer or none: their moments add up.
+        if len(moments) == len(batchings):
+            inside |= moments
+    return inside
+
+
+def _pull_columns(
+    analysis: Analysis,
+    linearized: Linearized,
+    weights: Sequence[Array],
+    fisher: str,
+    key: Array | None,
+    samples: int,
+) -> list[Array]:
     """Cotangents [V, ...] of the outputs of all uses."""
     loss = jnp.zeros_like(linearized.outputs[0])
-    zero = linearized.no_logits()
     if fisher == "forward":
-        _, shapes, _ = jax.eval_shape(linearized.pull, loss, zero)
+        shapes = jax.eval_shape(linearized.pull, loss, linearized.no_logits()).outputs
         return [jnp.zeros((0, *s.shape), s.dtype) for s in shapes]
-    made = []
+    of_marks = []
     for m, (mark, operands) in enumerate(zip(analysis.marks, linearized.operands, strict=True)):
-        own = None if key is None else jax.random.fold_in(key, m)
-        count = analysis.data_of([m])
-        column = columns(fisher, mark, operands, weights[m], own, samples, count=count)
+        mark_key = None if key is None else jax.random.fold_in(key, m)
+        count = analysis.examples_of([m])
+        column = columns(fisher, mark, operands, weights[m], mark_key, samples, count=count)
         if fisher == "exact":
             column = one_by_one(column, mark, ranks(analysis, m))
-        made.append(column.astype(operands[0].dtype))
-    if fisher in ("mc", "sketch"):
-        stacked = made  # independent and of mean zero: heads may share a column
-    else:
-        counts = [c.shape[0] for c in made]
-        stacked = []
-        for m, c in enumerate(made):
-            before, after = sum(counts[:m]), sum(counts[m + 1 :])
-            stacked.append(jnp.pad(c, [(before, after)] + [(0, 0)] * (c.ndim - 1)))
-
-    def pull(logits):
-        return linearized.pull(loss, logits)[1]
-
-    return map_stacked(pull, stacked)
+        of_marks.append(column.astype(operands[0].dtype))
+    # Random columns are independent and of mean zero: several marks may share them. Of others each
+    # mark has its own, zero for all other marks: [2, ...] and [3, ...] become two of [5, ...].
+    if fisher not in ("mc", "sketch"):
+        counts = [c.shape[0] for c in of_marks]
+        for m, c in enumerate(of_marks):
+            beside = sum(counts[:m]), sum(counts[m + 1 :])
+            of_marks[m] = jnp.pad(c, [beside] + [(0, 0)] * (c.ndim - 1))
+    return map_stacked(lambda logits: linearized.pull(loss, logits).outputs, of_marks)
 
 
-def _per_layer(analysis: Analysis, gradients: list[Any], inside: Collection[Use]) -> list[Any]:
+def _scaled_to_examples(
+    analysis: Analysis, gradients: Sequence[Array], inside: Mapping[Use, InsideMoments]
+) -> dict[Use, Array]:
     """Columns for the number N of examples of each layer.
 
     Where examples are selected, layers before and after that differ in N.
     """
-    found = []
+    scaled = {}
     for use, gradient in zip(analysis.uses, gradients, strict=True):
-        label = analysis.label(use)
-        ratio = label.examples / analysis.data_of(label.marks)
+        batching = analysis.batching(use)
+        ratio = batching.examples / analysis.examples_of(batching.marks)
         factor = ratio if use in inside else math.sqrt(ratio)
-        found.append(gradient if factor == 1 else gradient * jnp.asarray(factor, gradient.dtype))
-    return found
-
-
-def _unflatten_grads(traced: Traced, params: PyTree, grads: list[Array]) -> PyTree:
-    by_path = dict(zip(traced.paths, grads, strict=True))
-    return map_by_path(lambda path, _: by_path.get(path), params)
+        scaled[use] = gradient if factor == 1 else gradient * jnp.asarray(factor, gradient.dtype)
+    return scaled

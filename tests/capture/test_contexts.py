@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_kron as ok
-from optax_kron.capture.columns import ESTIMATES
+from optax_kron.capture.execution.columns import ESTIMATES
 
 RNG = np.random.default_rng(1)
 X, LABELS = jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32), jnp.array([0, 1, 1, 0, 1])

@@ -11,7 +11,8 @@ import pytest
 from jax.interpreters import ad, batching, mlir
 
 import optax_kron as ok
-from optax_kron.capture import agreement, equations
+from optax_kron.capture.execution import agreement
+from optax_kron.capture.program import equations
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -137,7 +137,7 @@ def test_several_selections_in_one_loss_are_exact(loss_fn):
 
 
 def test_the_check_on_numbers_agrees():
-    """The check compares with the gradient, and takes the cotangent of one datum alone."""
+    """The check compares with the gradient, and takes the cotangent of one example alone."""
     for name in ("rows", "rolled_by_a_number", "halves_of_unequal_length", "an_action_of_each"):
 
         def loss_fn(p, x, rows, y, name=name):
@@ -189,10 +189,10 @@ def test_moments_formed_inside_are_those_of_the_taps(fisher):
 
 # What mixes examples is declared, with the equation that does it.
 MIXED = {
-    "neighbours": (lambda h, i: h[1:] - h[:-1], "data are combined by slice"),
-    "others": (lambda h, i: h[i] - h[: len(i)], "data are combined by"),
-    "sums_of_rows": (lambda h, i: h[jnp.stack([i, i[::-1]], 1)].sum(1), "selected by gather"),
-    "scattered": (lambda h, i: jnp.zeros_like(h).at[i].set(h[:5]), "data are coupled by scatter"),
+    "neighbours": (lambda h, i: h[1:] - h[:-1], "slice combines examples"),
+    "others": (lambda h, i: h[i] - h[: len(i)], "combines examples"),
+    "sums_of_rows": (lambda h, i: h[jnp.stack([i, i[::-1]], 1)].sum(1), "gather selects examples"),
+    "scattered": (lambda h, i: jnp.zeros_like(h).at[i].set(h[:5]), "scatter mixes examples"),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import optax_kron as ok
-from optax_kron.capture.columns import ESTIMATES
+from optax_kron.capture.execution.columns import ESTIMATES
 
 DEVICES = 2
 RNG = np.random.default_rng(5)

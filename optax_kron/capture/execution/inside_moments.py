@@ -3,31 +3,35 @@
 Neither is kept: a step of a scan adds its moments to those of the steps before, and a checkpoint
 recomputes what it did not save. The moment of inputs is one more output of the function. That of
 output-gradients is known only in the backward pass: it is read as the cotangent of a dummy operand,
-of a function whose derivative is declared to be that.
-"""
+of a function whose derivative is declared to be that. For an output h [8, 5, 4] of a layer
 
-from typing import Any
+    watch(h, dummy [1, 4, 4]) = h
+    backward:  cotangent g [8, 5, 4]  ->  g for h,  sum of g gᵀ [1, 4, 4] for the dummy
+
+so that a scan of 100 steps adds up 100 matrices [4, 4], and keeps none.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Shaped
 
-from optax_kron.capture.canonical import Canonical
-from optax_kron.capture.graph import Node
-from optax_kron.capture.labels import Data
-from optax_kron.capture.uses import Use
+from optax_kron.capture.analysis.canonical import Canonical
+from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.program.graph import Node
+from optax_kron.capture.rules.batch_axes import Separate
 from optax_kron.kernels import contract, flow, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import with_bias
 
 
-def can_be_inside(layer: Layer, use: Use, label: Data) -> bool:
+def can_be_inside(layer: Layer, batching: Separate) -> bool:
     """Whether the moments of a use can be formed where it is.
 
     Not those of a bias alone, whose gradients are summed over all positions before they are
-    squared; nor where the steps of a scan count the data. Both are small, or formed afterwards.
+    squared; nor where the steps of a scan count the examples. Both are small, or formed afterwards.
     """
-    return layer.kernel is not None and not isinstance(label.axis, Node)
+    return layer.kernel is not None and not isinstance(batching.axis, Node)
 
 
 class InsideMoments:
@@ -36,40 +40,44 @@ class InsideMoments:
     Args:
       layer: that the use belongs to.
       use: of its kernel.
-      label: where the use's output holds the data.
-      weights: of the data in the loss [N], or of their positions inside the scans [N, S].
+      batching: where the use's output holds the examples.
+      weights: of the examples in the loss, or of their positions inside the scans.
       biased: whether the layer's bias is added to this use.
     """
 
-    def __init__(self, layer: Layer, use: Use, label: Data, weights: Array, biased: bool):
+    def __init__(
+        self,
+        layer: Layer,
+        use: Use,
+        batching: Separate,
+        weights: Float[Array, " N"] | Float[Array, "N S"],
+        biased: bool,
+    ):
         self.layer, self.use, self.biased = layer, use, biased
         self.weights = weights
-        self.form = Canonical(use, label, inside=True)
+        self.form = Canonical(use, batching, inside=True)
         self.stacked = frozenset(scan for scan, _ in use.view.steps)
 
-    def dummy(self) -> Array:
+    def dummy(self) -> Float[Array, "..."]:
         """Zeros [*steps of scans over blocks, blocks inside, d_out, d_out, or 1 if diagonal]."""
         steps = [scan.loop.length for scan in self.use.scans if scan in self.stacked]
-        d_out = self.layer.d_out
-        shape = jax.eval_shape(self.form.output_grads, self._output())
+        value, d_out = self.use.output, self.layer.d_out
+        output = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        shape = jax.eval_shape(self.form.output_grads, output)
         width = 1 if self.layer.has_diagonal_output else d_out
         zeros = jnp.zeros((*steps, shape.shape[0], d_out, width), contract.wide_dtype(shape.dtype))
-        return flow.varying_like(zeros, self.use.output.aval)
+        return flow.varying_like(zeros, value.aval)
 
-    def _output(self) -> Any:
-        return jax.ShapeDtypeStruct(self.use.output.shape, self.use.output.dtype)
-
-    def of_inputs(self, record: Array) -> Array:
-        """`Σ_n w_n Σ_s a aᵀ` [blocks inside, d_in, d_in], or its diagonal [blocks, d_in, 1]."""
+    def of_inputs(self, record: Shaped[Array, "..."]) -> Float[Array, "blocks d_in width"]:
+        """`Σ_n w_n Σ_s a aᵀ`, or its diagonal, of width one."""
         # Undo the kernel's mean.
         total = kfac.total_weight(self.weights, self.form.positions)[:, None, None]
-        if self.layer.is_embedding:
-            indices = self.form.inputs(record, record.dtype)
-            found = kfac.index_frequencies(
-                indices, self.layer.d_in, self.weights, dtype=self.weights.dtype
-            )
-            return found[..., None] * total
         x = self.form.inputs(record, record.dtype)
+        if self.layer.is_embedding:
+            frequencies = kfac.index_frequencies(
+                x, self.layer.d_in, self.weights, dtype=self.weights.dtype
+            )
+            return frequencies[..., None] * total
         x = contract.widen(x)
         if self.layer.bias is not None:
             x = with_bias(x, self.biased)
@@ -77,7 +85,9 @@ class InsideMoments:
             return kfac.input_moment(x, self.weights, diagonal=True)[..., None] * total
         return kfac.input_moment(x, self.weights) * total
 
-    def watch(self, value: Array, dummy: Array) -> Array:
+    def watch(
+        self, value: Shaped[Array, "..."], dummy: Float[Array, "..."]
+    ) -> Shaped[Array, "..."]:
         """The value; its cotangent's second moment `Σ_n Σ_s g gᵀ` becomes that of the dummy."""
 
         @jax.custom_vjp

@@ -16,19 +16,21 @@ class Pairs:
 
     Args:
       elements: Numbers of elements, one for each pair.
-      data: Numbers of the examples, one for each pair.
+      examples: Numbers of the examples, one for each pair.
 
     Attributes:
       elements: Sorted.
-      data: Beside them.
+      examples: Beside them.
     """
 
-    def __init__(self, elements: np.ndarray, data: np.ndarray):
-        order = np.lexsort((data, elements))
-        elements, data = np.asarray(elements)[order], np.asarray(data)[order]
+    def __init__(self, elements: np.ndarray, examples: np.ndarray):
+        order = np.lexsort((examples, elements))
+        elements, examples = np.asarray(elements)[order], np.asarray(examples)[order]
+        # Once each: neighbours that are equal count as one.
         new = np.ones(len(order), bool)
-        new[1:] = (np.diff(elements) != 0) | (np.diff(data) != 0)
-        self.elements, self.data = elements[new].astype(np.int64), data[new].astype(np.int64)
+        new[1:] = (np.diff(elements) != 0) | (np.diff(examples) != 0)
+        self.elements = elements[new].astype(np.int64)
+        self.examples = examples[new].astype(np.int64)
 
     @classmethod
     def identity(cls, size: int) -> "Pairs":
@@ -39,29 +41,30 @@ class Pairs:
         return (
             isinstance(other, Pairs)
             and np.array_equal(self.elements, other.elements)
-            and np.array_equal(self.data, other.data)
+            and np.array_equal(self.examples, other.examples)
         )
 
     def __hash__(self) -> int:
-        return hash((self.elements.tobytes(), self.data.tobytes()))
+        return hash((self.elements.tobytes(), self.examples.tobytes()))
 
     def __len__(self) -> int:
         return len(self.elements)
 
     def __or__(self, other: "Pairs") -> "Pairs":
         return Pairs(
-            np.concatenate([self.elements, other.elements]), np.concatenate([self.data, other.data])
+            np.concatenate([self.elements, other.elements]),
+            np.concatenate([self.examples, other.examples]),
         )
 
     def is_identity(self, size: int) -> bool:
         """Whether each of `size` elements belongs to the example of its own number."""
         count = np.arange(size)
-        return np.array_equal(self.elements, count) and np.array_equal(self.data, count)
+        return np.array_equal(self.elements, count) and np.array_equal(self.examples, count)
 
     @property
     def is_injective(self) -> bool:
         """Whether no two pairs share an element or an example."""
-        return len(np.unique(self.elements)) == len(self) == len(np.unique(self.data))
+        return len(np.unique(self.elements)) == len(self) == len(np.unique(self.examples))
 
     def after(self, made: "Pairs") -> "Pairs":
         """The relation of what the elements were made from.
@@ -69,18 +72,20 @@ class Pairs:
         Args:
           made: Pairs of an element of the operand, and one of the output that is made from it.
         """
-        start = np.searchsorted(self.elements, made.data, "left")
-        count = np.searchsorted(self.elements, made.data, "right") - start
+        # The pairs of one element stand in a row: from `start`, `count` of them. All these rows one
+        # after the other make the result.
+        start = np.searchsorted(self.elements, made.examples, "left")
+        count = np.searchsorted(self.elements, made.examples, "right") - start
         first = np.cumsum(count) - count
         index = np.arange(count.sum()) + np.repeat(start - first, count)
-        return Pairs(np.repeat(made.elements, count), self.data[index])
+        return Pairs(np.repeat(made.elements, count), self.examples[index])
 
     def mapping(self, size: int) -> np.ndarray | None:
         """For each of `size` elements its only example, -1 for none; `None` if one has several."""
         if len(np.unique(self.elements)) < len(self):
             return None
         found = np.full(size, -1)
-        found[self.elements] = self.data
+        found[self.elements] = self.examples
         return found
 
 
@@ -97,13 +102,14 @@ def classes(size: int, relations: Sequence[Pairs]) -> np.ndarray | None:
     """
     if all(pairs.is_injective for pairs in relations):
         return None
+    # Each element points to the least one that it is known to hang together with.
     parent = np.arange(size)
     while True:  # halves the depth of each tree in every pass
         before = parent.copy()
         for pairs in relations:
-            least = np.full(pairs.data.max(initial=-1) + 1, size)
-            np.minimum.at(least, pairs.data, parent[pairs.elements])
-            reached = least[pairs.data]
+            least = np.full(pairs.examples.max(initial=-1) + 1, size)
+            np.minimum.at(least, pairs.examples, parent[pairs.elements])
+            reached = least[pairs.examples]
             np.minimum.at(parent, parent[pairs.elements], reached)
             np.minimum.at(parent, pairs.elements, reached)
         parent = parent[parent]
@@ -113,11 +119,12 @@ def classes(size: int, relations: Sequence[Pairs]) -> np.ndarray | None:
     return None if len(first) == size else numbers
 
 
-def digits(found: np.ndarray) -> tuple[int, int, int] | None:
-    """Classes as one digit of their axis: how many repeat them, how many there are, their length.
+def as_factor(found: np.ndarray) -> tuple[int, int, int] | None:
+    """Classes as one factor of their axis: how many repeat them, how many there are, their length.
 
     `None` if they are spread over the axis in another way.
     """
+    # [0 0 1 1 0 0 1 1]: the first run is 2 long, so that slow = [0 1 0 1] has 2 values, twice.
     length = len(found)
     after = int(np.argmax(found != found[0])) or length
     if length % after:

@@ -1,20 +1,20 @@
 """Which cotangents of the marked logits make up the curvature: the estimates of the Fisher."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
-from optax_kron.capture.marks import Mark
+from optax_kron.capture.analysis.marks import Mark
 from optax_kron.distributions import DISTRIBUTIONS
 from optax_kron.kernels import contract
 
 ESTIMATES = ("mc", "exact", "sketch", "empirical", "forward")
 
-# `exact` needs a column for every output of a datum: more than this is refused.
+# `exact` needs a column for every output of an example: more than this is refused.
 MOST_COLUMNS = 4096
 
 
@@ -27,12 +27,12 @@ def columns(
     fisher: str,
     mark: Mark,
     operands: Sequence[Array],
-    weights: Array,
-    key: Any,
+    weights: Float[Array, "..."],
+    key: Array | None,
     samples: int,
     *,
     count: int,
-) -> Array:
+) -> Float[Array, "V ..."]:
     """Cotangents of a mark's logits whose outer products sum to N times its weighted curvature.
 
     Args:
@@ -49,37 +49,42 @@ def columns(
       time: `one_by_one` puts them apart.
     """
     distribution = DISTRIBUTIONS[mark.name]
-    where = operands[0].ndim - 1 if has_classes(mark) else None
-    if fisher == "mc":
-        made = distribution.sampled(key, operands, where, samples)
-    elif fisher == "sketch":
-        made = distribution.sketched(key, operands, where, samples)
-    elif fisher == "exact":
-        made = distribution.exact(operands, where)
-    else:
+    axis = operands[0].ndim - 1 if has_classes(mark) else None
+    if fisher == "exact":
+        made = distribution.exact(operands, axis)
+    elif fisher == "empirical":
         made = _gradients(mark, operands)[None]
+    else:
+        assert key is not None
+        draw = distribution.sampled if fisher == "mc" else distribution.sketched
+        made = draw(key, operands, axis, samples)
     scale = jnp.sqrt(count * weights.astype(made.dtype))
-    return made * (scale if where is None else jnp.expand_dims(scale, where))[None]
+    return made * (scale if axis is None else jnp.expand_dims(scale, axis))[None]
 
 
-def _gradients(mark, operands):
+def _gradients(mark: Mark, operands: Sequence[Array]) -> Float[Array, "..."]:
     """Derivative of each per-example loss with respect to its logits."""
     gradient = jax.grad(lambda *operands: jnp.sum(mark.evaluate(*operands)))
     return contract.widen(gradient(*operands))
 
 
-def one_by_one(made: Array, mark: Mark, ranks: np.ndarray) -> Array:
+def one_by_one(
+    made: Float[Array, "V ..."], mark: Mark, ranks: Int[np.ndarray, " N"]
+) -> Float[Array, "V_apart ..."]:
     """A column of its own for every element of an example: their curvatures add, not their columns.
+
+    Of 8 examples with 5 losses each, and 3 classes, the 3 columns of [8, 5, 3] logits become 15: of
+    the first three only the losses [:, 0] are not zero.
 
     Args:
       made: columns [V, *logits.shape].
       mark: the marked loss.
-      ranks: for each of its data, its number among those that belong to one example of a layer.
+      ranks: for each of its examples, its number among those that are one example of a layer.
 
     Returns:
-      [V·E·R, *logits.shape], for E losses of a datum and ranks below R.
+      [V·E·R, *logits.shape], for E losses of an example and ranks below R.
     """
-    elements, classes = mark.data.shape[1], made.shape[0]
+    elements, classes = mark.elements.shape[1], made.shape[0]
     count = elements * (int(ranks.max()) + 1)
     if count == 1:
         return made
@@ -91,8 +96,8 @@ def one_by_one(made: Array, mark: Mark, ranks: np.ndarray) -> Array:
         )
     where = made.ndim - 2 if has_classes(mark) else None
     shape = [n for a, n in enumerate(made.shape[1:]) if a != where]
-    numbers = np.empty(mark.data.size, int)
-    numbers[mark.data] = ranks[:, None] * elements + np.arange(elements)
+    numbers = np.empty(mark.elements.size, int)
+    numbers[mark.elements] = ranks[:, None] * elements + np.arange(elements)
     apart = numbers.reshape(1, *shape) == jnp.arange(count).reshape(-1, *(1 for _ in shape))
     if where is not None:
         apart = jnp.expand_dims(apart, where + 1)

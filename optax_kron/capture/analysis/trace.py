@@ -1,55 +1,44 @@
-"""A loss function at given arguments, as a graph of flat arrays with its analysis."""
+"""A loss function at given arguments, traced and analysed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import PyTree
 
-from optax_kron.capture import graph as graphs
-from optax_kron.capture.analysis import Analysis, analyse
+from optax_kron.capture.analysis.layers import Analysis, analyse
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.graph import trace
 from optax_kron.layers.paths import abstract, are_parameters, as_array, by_path
 
-PyTree = Any
 
-
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """A loss function at given arguments, as a graph of flat arrays.
+    """A loss function at given arguments.
 
     Attributes:
       function: from the graph's inputs to its outputs, the loss first.
       analysis: its layers.
-      leaves: all leaves of the arguments, those that are not arrays among them.
-      inputs: positions in `leaves` of the graph's inputs, the parameters first.
-      paths: of the parameters, in the order of the graph's inputs.
+      arrays: the graph's inputs, the parameters first.
       result: what the function returns beside arrays.
       structure: the parameters as abstract arrays, `None` for leaves that are not floating-point.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., list[Array]]
     analysis: Analysis
-    leaves: list[Any]
-    inputs: list[int]
-    paths: list[str]
+    arrays: Sequence[Array]
     result: "Result"
     structure: PyTree
 
     @property
-    def arrays(self) -> list[Any]:
-        """The graph's inputs."""
-        return [self.leaves[i] for i in self.inputs]
-
-    @property
     def is_concrete(self) -> bool:
         """Whether all inputs are numbers, neither abstract nor traced."""
-        constants = [value.constant for value in self.analysis.graph.constants]
-        return all(
-            hasattr(x, "__array__") and not isinstance(x, jax.core.Tracer)
-            for x in (*self.arrays, *constants)
+        return not self.analysis.closes_over_tracers and all(
+            hasattr(x, "__array__") and not isinstance(x, jax.core.Tracer) for x in self.arrays
         )
 
 
@@ -57,32 +46,45 @@ class Result:
     """What a loss function returns: its arrays, and beside them what is none, such as names."""
 
     def __init__(self):
-        self._treedef: Any = None
-        self._others: dict[int, Any] = {}
+        self._treedef = jax.tree.structure(None)
+        self._others: dict[int, object] = {}
 
-    def arrays(self, result: PyTree) -> list[Any]:
+    def arrays(self, result: PyTree) -> list[Array]:
         """The arrays of a result; the rest is kept."""
         leaves, self._treedef = jax.tree.flatten(result)
         self._others = {i: x for i, x in enumerate(leaves) if not _is_array(x)}
         return [x for i, x in enumerate(leaves) if i not in self._others]
 
-    def joined(self, arrays: Iterable[Any]) -> PyTree:
+    def joined(self, arrays: Iterable[Array]) -> PyTree:
         """The result, with other arrays in place of its own."""
-        given = iter(arrays)
+        rest = iter(arrays)
         count = self._treedef.num_leaves
-        leaves = [self._others[i] if i in self._others else next(given) for i in range(count)]
+        leaves = [self._others[i] if i in self._others else next(rest) for i in range(count)]
         return self._treedef.unflatten(leaves)
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     """Whether JAX can take a value for an array."""
     return hasattr(x, "__jax_array__") or isinstance(
         x, jax.Array | np.ndarray | np.generic | bool | int | float | complex
     )
 
 
-def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) -> Traced:
-    """Trace and analyse a loss function.
+def trace_loss(
+    loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    has_aux: bool,
+    earlier: Analysis | None = None,
+) -> Traced:
+    """Trace a loss function, and analyse it.
+
+    Args:
+      loss_fn: as in `find_layers`.
+      params: its first argument.
+      args: its other arguments.
+      has_aux: whether it returns auxiliary data.
+      earlier: an analysis of perhaps the same program, which then holds for this one.
 
     Raises:
       ValueError: if the loss is not a real scalar, or two parameters have one path.
@@ -104,29 +106,28 @@ def trace_loss(loss_fn: Callable, params: PyTree, args: tuple, has_aux: bool) ->
 
     result = Result()
     with jax.disable_jit(False):  # marks, and loops, are only there where functions are traced
-        graph, outputs = graphs.trace(flat, *(leaves[i] for i in inputs))
-    shapes = result.joined(outputs)
-    if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
+        program, outputs = trace(flat, *(leaves[i] for i in inputs))
+    _check_loss(result.joined(outputs), has_aux)
+    paths = [paths[i] for i in wanted]
+    # The function is traced whenever it is called, as what it closes over may have changed: an
+    # analysis travels to where its program is the same.
+    if (
+        earlier is None
+        or list(earlier.leaves) != paths
+        or not equations.is_same(earlier.program, program)
+    ):
+        earlier = analyse(program, paths)
+    arrays = [leaves[i] for i in inputs]
+    return Traced(flat, earlier, arrays, result, abstract(params))
+
+
+def _check_loss(outputs: PyTree, has_aux: bool) -> None:
+    """Raise unless the function returns a real scalar, or a pair with one if `has_aux`."""
+    if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
         raise ValueError("has_aux=True, but loss_fn does not return a pair (loss, aux).")
-    loss: Any = shapes[0] if has_aux else shapes
+    loss: PyTree = outputs[0] if has_aux else outputs
     if not hasattr(loss, "shape") or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
             f"loss_fn must return a real scalar{', with has_aux' if has_aux else ''}; got {loss}."
             + ("" if has_aux else " If it returns (loss, aux), pass has_aux=True.")
         )
-    for node in graph.walk():
-        if node.kind == "mark" and 0 in node.outputs[0].shape:
-            raise ValueError(
-                f"the loss at {node.place} has no data: its per-example losses have shape "
-                f"{node.outputs[0].shape}."
-            )
-    values = dict(zip([paths[i] for i in wanted], graph.inputs, strict=False))
-    return Traced(
-        function=flat,
-        analysis=analyse(graph, values),
-        leaves=leaves,
-        inputs=inputs,
-        paths=list(values),
-        result=result,
-        structure=abstract(params),
-    )

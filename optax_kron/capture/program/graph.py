@@ -4,20 +4,27 @@ Jaxprs are shared between call sites (a function that is jitted once and called 
 so that their variables don't say which call is meant. Here calls are inlined, and every other
 equation that holds jaxprs (loops, branches, checkpoints) gets copies of its own, so that a value
 stands for one place of the program.
+
+For example `f(f(x))`, with `f = jax.jit(lambda x: x @ w)`, has two equations "jit" that share one
+jaxpr, with one `dot_general` and one variable for its output. Its graph has two nodes, of different
+outputs: at each of them a layer can be found, perturbed and recorded.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-from optax_kron.capture import equations
-from optax_kron.capture.equations import is_literal
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.equations import Equation, Literal, Params, Program
 
 ELEMENTWISE = frozenset(
     """
@@ -33,11 +40,10 @@ ELEMENTWISE = frozenset(
 
 
 @dataclasses.dataclass(eq=False)
-class Value:
-    """A value of the program, of known shape and dtype."""
+class _Typed:
+    """Something of known shape and dtype."""
 
-    aval: Any
-    constant: Any = None  # its array, if the function closes over it
+    aval: jax.core.ShapedArray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +61,24 @@ class Value:
         return len(self.aval.shape)
 
     def __repr__(self):
-        return f"Value({self.aval.str_short()}@{id(self) % 10000})"
+        return f"{type(self).__name__}({self.aval.str_short()}@{id(self) % 10000})"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Value(_Typed):
+    """A value of the program."""
+
+    constant: Array | np.ndarray | None = None  # its array, if the function closes over it
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Number(_Typed):
+    """A number that stands in the program itself, as a literal."""
+
+    number: ArrayLike
+
+
+Operand = Value | Number
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,19 +90,19 @@ class Node:
         `optax_kron.losses`; or "scan", "while", "cond", "remat".
       eqn: the equation.
       jaxpr: that the equation comes from.
-      operands: values, and the equation's literals in their places.
+      operands: values, and numbers in their places.
       outputs: values.
       bodies: the graphs that it holds, whose inputs and outputs are as the kind says.
       calls: the calls that it was inlined from, from the inside.
     """
 
     kind: str
-    eqn: Any
-    jaxpr: Any
-    operands: list[Any]  # values and literals
+    eqn: Equation
+    jaxpr: jax.extend.core.Jaxpr
+    operands: list[Operand]
     outputs: list[Value]
     bodies: tuple["Graph", ...] = ()
-    calls: tuple[Any, ...] = ()
+    calls: tuple[Equation, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,7 +110,7 @@ class Node:
         return equations.name(self.eqn)
 
     @property
-    def params(self) -> Mapping[str, Any]:
+    def params(self) -> Params:
         """Settings of an equation that holds no program."""
         return equations.settings(self.eqn)
 
@@ -107,6 +130,11 @@ class Node:
         return equations.place(self.eqn, *self.calls)
 
     @property
+    def holds_steps(self) -> bool:
+        """Whether its bodies are evaluated equation by equation, with perturbations inside."""
+        return self.kind in ("scan", "remat", "cond")
+
+    @property
     def has_marks(self) -> bool:
         """Whether one of its bodies holds a marked loss."""
         return any(node.kind == "mark" for body in self.bodies for node in body.walk())
@@ -116,7 +144,7 @@ class Node:
         """The operands that are not literals."""
         return [x for x in self.operands if isinstance(x, Value)]
 
-    def bind(self, *arguments: Any) -> list[Any]:
+    def bind(self, *arguments: Array) -> list[Array]:
         """Evaluate the equation on arrays for its values."""
         return equations.bind(self.eqn, self.jaxpr, *arguments)
 
@@ -128,9 +156,9 @@ Branch = tuple[tuple[Node, int], ...]
 class Broadcast(Node):
     """What an elementwise equation does silently to a scalar, or to axes of length one."""
 
-    def __init__(self, operand: Value, eqn: Any, shape: tuple[int, ...]):
-        output = Value(jax.core.ShapedArray(shape, operand.dtype))
-        super().__init__("plain", eqn, None, [operand], [output])
+    def __init__(self, operand: Operand, like: Node):
+        output = Value(jax.core.ShapedArray(like.outputs[0].shape, operand.dtype))
+        super().__init__("plain", like.eqn, like.jaxpr, [operand], [output])
 
     @property
     def name(self) -> str:
@@ -143,12 +171,12 @@ class Broadcast(Node):
         return None
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         """As of that primitive."""
         dimensions = tuple(range(self.operands[0].ndim))
         return {"shape": self.outputs[0].shape, "broadcast_dimensions": dimensions}
 
-    def bind(self, *arguments: Any) -> list[Any]:
+    def bind(self, *arguments: Array) -> list[Array]:
         """Broadcast an array."""
         return [jnp.broadcast_to(arguments[0], self.outputs[0].shape)]
 
@@ -171,65 +199,90 @@ class Graph:
                     yield from body.walk()
 
 
-def trace(fn: Callable, *arguments: Any) -> tuple[Graph, Any]:
+def trace(fn: Callable, *arguments: ArrayLike | jax.ShapeDtypeStruct) -> tuple[Program, PyTree]:
     """Trace a function of flat arrays or abstract arrays.
 
     Returns:
-      The graph, and the shapes of the outputs as a pytree.
+      The program, and the shapes of the outputs as a pytree.
     """
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
-    return build(closed), shapes
+    return jax.make_jaxpr(fn, return_shape=True)(*arguments)
 
 
-def build(closed: Any) -> Graph:
-    """The graph of a closed jaxpr."""
-    inputs = [Value(v.aval) for v in closed.jaxpr.invars]
+def build(closed: Program) -> Graph:
+    """The graph of a program."""
+    inputs = [_value(v) for v in closed.jaxpr.invars]
     constants: list[Value] = []
-    nodes, outputs = _expand(closed.jaxpr, closed.consts, inputs, constants)
+    nodes, outputs = _expand(closed, inputs, constants)
     return Graph(inputs, outputs, nodes, constants)
 
 
-def _expand(jaxpr, consts, inputs, constants, calls=()):
-    """Nodes and outputs of a jaxpr on given input values; closed-over arrays join `constants`."""
-    known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+def _value(variable: equations.Atom) -> Value:
+    return Value(_shaped(variable))
 
-    def constant(aval, array):
+
+def _operand(atom: equations.Atom, known: Mapping[equations.Atom, Value]) -> Operand:
+    return Number(_shaped(atom), atom.val) if isinstance(atom, Literal) else known[atom]
+
+
+def _shaped(atom: equations.Atom) -> jax.core.ShapedArray:
+    # References have the shape of what they hold, but are of another class.
+    return atom.aval  # type: ignore[return-value]
+
+
+def _expand(
+    closed: Program,
+    inputs: Sequence[Value],
+    constants: list[Value],
+    calls: tuple[Equation, ...] = (),
+) -> tuple[list[Node], list[Value]]:
+    """Nodes and outputs of a program on given input values; what it closes over joins `constants`.
+
+    `calls` are those that it is inlined from, from the inside.
+    """
+    jaxpr = closed.jaxpr
+    known: dict[equations.Atom, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def constant(atom: equations.Atom, array: ArrayLike) -> Value:
+        aval = _shaped(atom)
         # Of NumPy, as JAX would make it a part of a trace around this one.
-        known = array if isinstance(array, jax.Array) else np.asarray(array, aval.dtype)
-        constants.append(Value(aval, known))
+        array = array if isinstance(array, jax.Array) else np.asarray(array, aval.dtype)
+        constants.append(Value(aval, array))
         return constants[-1]
 
-    def read(atom):
-        return constant(atom.aval, atom.val) if is_literal(atom) else known[atom]
+    def read(atom: equations.Atom) -> Value:
+        return constant(atom, atom.val) if isinstance(atom, Literal) else known[atom]
 
-    for variable, array in zip(jaxpr.constvars, consts, strict=True):
-        known[variable] = constant(variable.aval, array)
+    for variable, array in zip(jaxpr.constvars, closed.consts, strict=True):
+        known[variable] = constant(variable, array)
     nodes: list[Node] = []
     for eqn in jaxpr.eqns:
         kind, bodies = equations.recognise(eqn)
         if kind == "call":
             (body,) = bodies
             operands = [read(x) for x in eqn.invars]
-            inner, outputs = _expand(body.jaxpr, body.consts, operands, constants, (eqn, *calls))
+            inner, outputs = _expand(body, operands, constants, (eqn, *calls))
             nodes.extend(inner)
         else:
-            operands = [x if is_literal(x) else known[x] for x in eqn.invars]
-            outputs = [Value(v.aval) for v in eqn.outvars]
-            if equations.name(eqn) in ELEMENTWISE:
-                operands = [_stretch(x, eqn, outputs[0], nodes) for x in operands]
-            graphs = tuple(map(build, bodies))
-            nodes.append(Node(kind, eqn, jaxpr, operands, outputs, graphs, calls))
+            operands = [_operand(x, known) for x in eqn.invars]
+            outputs = [_value(v) for v in eqn.outvars]
+            node = Node(kind, eqn, jaxpr, operands, outputs, tuple(map(build, bodies)), calls)
+            if node.name in ELEMENTWISE:
+                node.operands = [_stretched(x, node, nodes) for x in operands]
+            nodes.append(node)
         known.update(zip(eqn.outvars, outputs, strict=True))
     return nodes, [read(x) for x in jaxpr.outvars]
 
 
-def _stretch(operand, eqn, output, nodes):
-    """Broadcast an operand as its elementwise equation would, by a node of its own."""
-    if is_literal(operand) or operand.ndim not in (0, output.ndim):
+def _stretched(operand: Operand, node: Node, nodes: list[Node]) -> Operand:
+    """An operand in the shape to which its elementwise equation would broadcast it silently.
+
+    `scale * x` of shapes [1, 4] and [8, 4] uses each element of the scale for eight rows: after a
+    node that says so, the product is of single elements, as all rules expect.
+    """
+    fits = operand.shape == node.outputs[0].shape or operand.ndim not in (0, node.outputs[0].ndim)
+    if fits or isinstance(operand, Number):
         return operand
-    if operand.shape == output.shape:
-        return operand
-    nodes.append(Broadcast(operand, eqn, output.shape))
+    nodes.append(Broadcast(operand, node))
     return nodes[-1].outputs[0]
 
 

@@ -2,29 +2,36 @@
 
 import importlib.metadata
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture.trace import Traced
+from optax_kron.capture.analysis.trace import Traced
 
 # A gradient that is zero but for rounding is compared with the largest of all of them.
 _SMALL = 1e-2
 
 
-def reference(traced: Traced, arrays: Sequence[Any]) -> tuple[Array, list[Array]]:
-    """The loss and its gradients with respect to all parameters, by JAX alone."""
+class ValueAndGrads(NamedTuple):
+    """A loss, and its gradients with respect to all parameters."""
+
+    value: Array
+    grads: Sequence[Array]
+
+
+def reference(traced: Traced, arrays: Sequence[Array]) -> ValueAndGrads:
+    """The loss and its gradients by JAX alone."""
     count = len(traced.analysis.leaves)
 
     def loss(params):
         return traced.function(*params, *arrays[count:])[0]
 
-    return jax.value_and_grad(loss)(list(arrays[:count]))
+    return ValueAndGrads(*jax.value_and_grad(loss)(list(arrays[:count])))
 
 
-def disagreement(ours: tuple[Any, Sequence[Any]], theirs: tuple[Any, Sequence[Any]]) -> list[Array]:
+def disagreement(ours: ValueAndGrads, theirs: ValueAndGrads) -> list[Array]:
     """How far losses, and gradients one by one, are apart, relative to their size."""
     (loss, grads), (true_loss, true_grads) = ours, theirs
     largest = [_largest(g) for g in true_grads]
@@ -50,7 +57,10 @@ def _apart(x: Array, true: Array, scale: Array) -> Array:
 
 
 def refuse(
-    traced: Traced, deviations: Sequence[Any], losses: tuple[Any, Any], tolerance: float
+    traced: Traced,
+    deviations: Sequence[Array],
+    losses: tuple[Array, Array],
+    tolerance: float,
 ) -> None:
     """Raise if the program that was read is another function.
 

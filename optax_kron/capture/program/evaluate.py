@@ -8,22 +8,16 @@ outputs, so both carry the steps as a leading axis.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optax_kron.capture import equations
-from optax_kron.capture.equations import is_literal
-from optax_kron.capture.graph import Graph, Node, Value
+from optax_kron.capture.program import equations
+from optax_kron.capture.program.graph import Graph, Node, Value
 from optax_kron.kernels import flow
 
 Key = tuple[str, int]
-
-
-def _bind(node: Node, *operands: Any) -> list[Any]:
-    return node.bind(*operands)
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,7 +41,7 @@ class Probes:
     transform: dict[Key, Callable] = dataclasses.field(default_factory=dict)
     apply: dict[Key, Callable] = dataclasses.field(default_factory=dict)
     stacked: dict[Key, frozenset[Node]] = dataclasses.field(default_factory=dict)
-    bind: Callable[..., list[Any]] = _bind
+    bind: Callable[..., list[Array]] = lambda node, *operands: node.bind(*operands)
 
     def is_summed(self, key: Key, scan: Node) -> bool:
         """Whether the steps of a scan share a perturbation, and add up their records."""
@@ -55,8 +49,8 @@ class Probes:
 
 
 def evaluate(
-    graph: Graph, arguments: Sequence[Any], probes: Probes, perturbations: Mapping[Key, Array]
-) -> tuple[list[Any], dict[Key, Array]]:
+    graph: Graph, arguments: Sequence[Array], probes: Probes, perturbations: Mapping[Key, Array]
+) -> tuple[list[Array], dict[Key, Array]]:
     """Evaluate a graph.
 
     Args:
@@ -79,16 +73,21 @@ def _same(value: Array) -> Array:
     return value
 
 
+_Results = tuple[list[Array], dict[Key, Array]]  # of a graph, and what was recorded in it
+
+
 class _Run:
     def __init__(self, probes: Probes):
         self.probes = probes
-        self.held: dict[Node, set[Key]] = {}  # what the bodies of an equation hold
+        self.held: dict[Node, set[Key]] = {}  # keys of what the bodies of an equation hold
 
-    def graph(self, graph, arguments, perturbations):
-        env: dict[Value, Any] = {}
-        records: dict[Key, Any] = {}
+    def graph(
+        self, graph: Graph, arguments: Sequence[Array], perturbations: Mapping[Key, Array]
+    ) -> _Results:
+        env: dict[Value, Array] = {}
+        records: dict[Key, Array] = {}
 
-        def store(value, array):
+        def store(value: Value, array: Array) -> None:
             for key in self.probes.perturb.get(value, ()):
                 if key in perturbations:
                     array = self.probes.apply.get(key, _add)(array, perturbations[key])
@@ -99,12 +98,14 @@ class _Run:
         for value, array in zip(graph.inputs, arguments, strict=True):
             store(value, array)
         for value in graph.constants:
-            store(value, value.constant)
+            store(value, value.constant)  # type: ignore[arg-type]
         for node in graph.nodes:
             operands = [env[x] for x in node.values]
-            if node.kind in ("scan", "remat", "cond") and self.keys(node):
-                filled = iter(operands)
-                operands = [x.val if is_literal(x) else next(filled) for x in node.operands]
+            if node.holds_steps and self.keys(node):
+                arrays = iter(operands)
+                operands = [
+                    next(arrays) if isinstance(x, Value) else x.number for x in node.operands
+                ]
                 inside = {k: v for k, v in perturbations.items() if k in self.keys(node)}
                 outputs, inner = getattr(self, node.kind)(node, operands, inside)
                 records |= inner
@@ -114,7 +115,7 @@ class _Run:
                 store(value, array)
         return [env[value] for value in graph.outputs], records
 
-    def keys(self, node) -> set[Key]:
+    def keys(self, node: Node) -> set[Key]:
         """All keys that belong to the bodies of an equation."""
         if node not in self.held:
             keys: set[Key] = set()
@@ -130,7 +131,7 @@ class _Run:
             self.held[node] = keys
         return self.held[node]
 
-    def remat(self, node, operands, perturbations):
+    def remat(self, node: Node, operands: Sequence[Array], perturbations) -> _Results:
         (body,) = node.bodies
 
         def run(operands, perturbations):
@@ -139,11 +140,13 @@ class _Run:
         run = jax.checkpoint(run, **equations.checkpointing(node.eqn))
         return run(operands, perturbations)
 
-    def scan(self, node, operands, perturbations):
+    def scan(self, node: Node, operands: Sequence[Array], perturbations) -> _Results:
         (body,) = node.bodies
         loop = node.loop
         first, split = loop.constants, loop.carries
         last = first + split
+        # What the steps stack goes in and comes out with `xs`; what they sum up is one more carry,
+        # and its perturbation, which all steps share, one more constant.
         shared = {k: x for k, x in perturbations.items() if self.probes.is_summed(k, node)}
         sliced = {k: x for k, x in perturbations.items() if k not in shared}
 
@@ -171,9 +174,9 @@ class _Run:
             reverse=loop.reverse,
             unroll=loop.unroll,
         )
-        return [*carry, *ys], records | sums
+        return [*carry, *ys], {**records, **sums}
 
-    def cond(self, node, operands, perturbations):
+    def cond(self, node: Node, operands: Sequence[Array], perturbations) -> _Results:
         index, *operands = operands
 
         def run(i, operands, perturbations):
@@ -181,6 +184,7 @@ class _Run:
             taken = {key: jnp.ones(()) for key in self.probes.taken.get((node, i), ())}
             return outputs, records | taken
 
+        # Branches have to return the same records: zeros of what is recorded in another branch.
         shapes = {}
         for i in range(len(node.bodies)):
             _, records = jax.eval_shape(lambda *a, i=i: run(i, *a), operands, perturbations)

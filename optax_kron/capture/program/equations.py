@@ -14,16 +14,25 @@ taken for a call would run once, and give the loss of another function.
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.core
 import jax.extend as jex
 import jax.extend.core.primitives as primitives
+from jax import Array
+from jax.typing import ArrayLike
 
 from optax_kron.distributions import MARK_PREFIX
 
-_PACKAGE = str(pathlib.Path(__file__).parent.parent)
+_PACKAGE = str(pathlib.Path(__file__).parents[2])
+
+Equation: TypeAlias = jex.core.JaxprEqn
+Literal: TypeAlias = jex.core.Literal
+Program: TypeAlias = "jex.core.ClosedJaxpr"  # with the arrays that it closes over
+Atom: TypeAlias = "jex.core.Var | Literal"
+# Settings of primitives, of types that are JAX's own affair.
+Params: TypeAlias = Mapping[str, Any]
 
 # Since JAX 0.11 it is the only class of programs, and its other name goes.
 _CLOSED: Any = getattr(jex.core, "ClosedJaxpr", jex.core.Jaxpr)
@@ -73,17 +82,17 @@ class Loop(NamedTuple):
     carries: int
     length: int
     reverse: bool
-    unroll: Any
+    unroll: int
 
 
 class _Recognised(NamedTuple):
     """The kind of an equation, and the closed programs that are known to be its."""
 
     kind: str
-    bodies: tuple[Any, ...] = ()
+    bodies: tuple[Program, ...] = ()
 
 
-def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
+def recognise(eqn: Equation) -> tuple[str, tuple[Program, ...]]:
     """What an equation is, and the closed programs that it holds.
 
     Returns:
@@ -105,7 +114,7 @@ def recognise(eqn: Any) -> tuple[str, tuple[Any, ...]]:
     return _Recognised("opaque" if holds_program(eqn) and not is_name else "plain")
 
 
-def name(eqn: Any) -> str:
+def name(eqn: Equation) -> str:
     """Of the primitive; one of another library that bears the name of JAX's gets another."""
     own = eqn.primitive.name
     if own == _HOLDER and "_prim" in eqn.params:
@@ -114,12 +123,12 @@ def name(eqn: Any) -> str:
     return own if _SHOWN.get(own, eqn.primitive) is eqn.primitive else f"{own} (not of JAX)"
 
 
-def settings(eqn: Any) -> Mapping[str, Any]:
+def settings(eqn: Equation) -> Params:
     """The parameters of an equation without a program, as its primitive names them."""
     return eqn.params
 
 
-def images(eqn: Any) -> list[int] | None:
+def images(eqn: Equation) -> list[int] | None:
     """Which operand each output is, unchanged; `None` for equations that compute something."""
     own = name(eqn)
     if own == "tie":
@@ -128,7 +137,7 @@ def images(eqn: Any) -> list[int] | None:
     return list(range(len(eqn.outvars))) if same else None
 
 
-def loop(eqn: Any) -> Loop:
+def loop(eqn: Equation) -> Loop:
     """What a scan does."""
     params = eqn.params
     if "ft_in" in params:
@@ -138,69 +147,123 @@ def loop(eqn: Any) -> Loop:
     return Loop(constants, carries, params["length"], params["reverse"], params["unroll"])
 
 
-def while_constants(eqn: Any) -> tuple[int, int]:
+def while_constants(eqn: Equation) -> tuple[int, int]:
     """How many of the operands of a while loop its test and its body close over."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
-def solved_map(eqn: Any) -> Any:
+def solved_map(eqn: Equation) -> Program:
     """The closed program of the linear map that a `custom_linear_solve` inverts."""
     return _closed(eqn.params["jaxprs"].matvec)
 
 
-def checkpointing(eqn: Any) -> dict[str, Any]:
+def checkpointing(eqn: Equation) -> Params:
     """The arguments of `jax.checkpoint` that make a checkpoint again."""
     held = _upgraded(eqn)
     params = eqn.params if held is None else vars(held)
     return {"policy": params["policy"], "prevent_cse": params["prevent_cse"]}
 
 
-def loss_name(eqn: Any) -> str:
+def loss_name(eqn: Equation) -> str:
     """The name of a mark, which says its distribution."""
     return eqn.params["name"]
 
 
-def is_literal(x: Any) -> bool:
-    """Whether an operand is a literal of its equation."""
-    return isinstance(x, jex.core.Literal)
-
-
-def holds_program(eqn: Any) -> bool:
+def holds_program(eqn: Equation) -> bool:
     """Whether some parameter is a program, or something that may run one."""
     if eqn.primitive.name == _HOLDER:
         return True
     return any(_may_run(x) for x in eqn.params.values())
 
 
-def is_reference(aval: Any) -> bool:
+def is_reference(aval: jax.core.AbstractValue) -> bool:
     """Whether a value is a place that equations write to and read from, and no array."""
     return hasattr(aval, "inner_aval")
 
 
-def bind(eqn: Any, jaxpr: Any, *arguments: Any) -> list[Any]:
+def bind(eqn: Equation, jaxpr: jex.core.Jaxpr, *arguments: Array) -> list[Array]:
     """Evaluate one equation of a program, whatever it is, on arrays for its variables.
 
     The operands of an elementwise equation may have been broadcast before.
     """
-    variables = [x for x in eqn.invars if not is_literal(x)]
+    variables = [x for x in eqn.invars if not isinstance(x, Literal)]
     shapes = [jax.numpy.shape(x) for x in arguments]
     if shapes != [_shape(x) for x in variables] and not eqn.primitive.multiple_results:
         # A program is typed by its variables, which know no other shape.
         filled = iter(arguments)
-        operands = [x.val if is_literal(x) else next(filled) for x in eqn.invars]
+        operands = [x.val if isinstance(x, Literal) else next(filled) for x in eqn.invars]
         return bind_with(eqn, operands, eqn.params)
     given = dict(zip(variables, arguments, strict=True))
     alone = jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
     return jax.core.eval_jaxpr(alone, (), *given.values())
 
 
-def bind_with(eqn: Any, operands: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
+def bind_with(eqn: Equation, operands: Sequence[ArrayLike], settings: Params) -> list[Array]:
     """What an equation without a program computes of all operands, with other settings."""
     result = eqn.primitive.bind(*operands, **settings)
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-def place(*calls: Any) -> str:
+def is_same(first: Program, second: Program) -> bool:
+    """Whether two programs are one, equation by equation, and close over the same arrays.
+
+    Where that can't be told, as of rules for derivatives that were traced twice, they are not.
+    """
+    closed_over = zip(first.consts, second.consts, strict=False)
+    return (
+        len(first.consts) == len(second.consts)
+        and all(one is other for one, other in closed_over)
+        and _is_same_jaxpr(first.jaxpr, second.jaxpr)
+    )
+
+
+def _is_same_jaxpr(first: jex.core.Jaxpr, second: jex.core.Jaxpr) -> bool:
+    if first is second:  # as are those of functions that JAX has traced before
+        return True
+    twins: dict[Atom, Atom] = {}  # variables of the first, and those of the second in their places
+
+    def bind(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
+        twins.update(zip(ours, theirs, strict=False))
+        return [x.aval for x in ours] == [x.aval for x in theirs]
+
+    def agree(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
+        return len(ours) == len(theirs) and all(map(is_twin, ours, theirs))
+
+    def is_twin(ours: Atom, theirs: Atom) -> bool:
+        if isinstance(ours, Literal):
+            return isinstance(theirs, Literal) and _is_same_setting(
+                (ours.aval, ours.val), (theirs.aval, theirs.val)
+            )
+        return twins[ours] is theirs
+
+    if not bind([*first.constvars, *first.invars], [*second.constvars, *second.invars]):
+        return False
+    for ours, theirs in zip(first.eqns, second.eqns, strict=False):
+        same = ours.primitive is theirs.primitive and agree(ours.invars, theirs.invars)
+        same = same and _is_same_setting(ours.params, theirs.params)
+        if not (same and bind(ours.outvars, theirs.outvars)):
+            return False
+    return len(first.eqns) == len(second.eqns) and agree(first.outvars, second.outvars)
+
+
+def _is_same_setting(first: object, second: object) -> bool:
+    if first is second:
+        return True
+    if isinstance(first, jex.core.Jaxpr | _CLOSED) and isinstance(second, type(first)):
+        return is_same(_closed(first), _closed(second))
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            _is_same_setting(first[name], second[name]) for name in first
+        )
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(_is_same_setting, first, second))
+    # Arrays have no one answer: those that are not the same object count as different.
+    return (first == second) is True
+
+
+def place(*calls: Equation) -> str:
     """Where the user's code made an equation: "file.py:12 (function)", or empty.
 
     Args:
@@ -224,13 +287,13 @@ def place(*calls: Any) -> str:
 # -------------------------------------------------------------------------------------- recognition
 
 
-def _is(eqn: Any, *names: str) -> bool:
+def _is(eqn: Equation, *names: str) -> bool:
     """Whether an equation's primitive is JAX's own of one of these names."""
     own = eqn.primitive.name
     return own in names and _SHOWN.get(own, eqn.primitive) is eqn.primitive
 
 
-def _as_scan(eqn: Any) -> _Recognised | None:
+def _as_scan(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "scan") or set(eqn.params) not in _SCAN:
         return None
     body, (constants, carries, length, _, _) = _closed(eqn.params["jaxpr"]), loop(eqn)
@@ -239,14 +302,14 @@ def _as_scan(eqn: Any) -> _Recognised | None:
     if [len(x) for x in inner] != [len(x) for x in outer]:
         return None
     whole = constants + carries
-    slices = [(length, *shape) for shape in inner[0][whole:]]
-    stacks = [(length, *shape) for shape in inner[1][carries:]]
+    slices = [(length, *(shape or ())) for shape in inner[0][whole:]]
+    stacks = [(length, *(shape or ())) for shape in inner[1][carries:]]
     if outer[0] != [*inner[0][:whole], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
         return None
     return _Recognised("scan", (body,))
 
 
-def _as_while(eqn: Any) -> _Recognised | None:
+def _as_while(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "while") or set(eqn.params) != _WHILE:
         return None
     return _Recognised(
@@ -254,7 +317,7 @@ def _as_while(eqn: Any) -> _Recognised | None:
     )
 
 
-def _as_cond(eqn: Any) -> _Recognised | None:
+def _as_cond(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "cond") or "branches" not in eqn.params or not set(eqn.params) <= _COND:
         return None
     bodies = tuple(map(_closed, eqn.params["branches"]))
@@ -264,7 +327,7 @@ def _as_cond(eqn: Any) -> _Recognised | None:
     return _Recognised("cond" if eqn.params.get("branches_platforms") is None else "opaque", bodies)
 
 
-def _as_remat(eqn: Any) -> _Recognised | None:
+def _as_remat(eqn: Equation) -> _Recognised | None:
     held = _upgraded(eqn, "RematTraced")
     if held is not None:
         body = _closed(held.jaxpr)
@@ -275,7 +338,7 @@ def _as_remat(eqn: Any) -> _Recognised | None:
     return _Recognised("remat", (body,)) if _fits(eqn.invars, eqn.outvars, body) else None
 
 
-def _with_rules(eqn: Any) -> _Recognised | None:
+def _with_rules(eqn: Equation) -> _Recognised | None:
     held = _upgraded(eqn, "CustomJVPTraced", "CustomVJPTraced")
     if held is not None:
         body = _closed(held.traced.jaxpr)
@@ -291,7 +354,7 @@ def _with_rules(eqn: Any) -> _Recognised | None:
     return _Recognised("call" if is_mark else "opaque", (body,))
 
 
-def _as_call(eqn: Any) -> _Recognised | None:
+def _as_call(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, *_CALLS):
         return None
     held = [x for x in eqn.params.values() if _is_program(x)]
@@ -300,7 +363,7 @@ def _as_call(eqn: Any) -> _Recognised | None:
     return _Recognised("mark" if _is_mark(eqn) else "call", (_closed(held[0]),))
 
 
-def _is_mark(eqn: Any) -> bool:
+def _is_mark(eqn: Equation) -> bool:
     return _is(eqn, "jit", "pjit") and str(eqn.params.get("name", "")).startswith(MARK_PREFIX)
 
 
@@ -315,32 +378,35 @@ _UPGRADED = {
 }
 
 
-def _upgraded(eqn: Any, *names: str) -> Any:
-    """The primitive that holds its program itself, if it is JAX's own of one of these classes."""
+def _upgraded(eqn: Equation, *names: str) -> Any:
+    """The primitive that holds its program itself, if it is JAX's own of one of these classes.
+
+    Its class is not public: what it has is known by name alone, so that it is `Any`.
+    """
     held = eqn.params.get("_prim") if eqn.primitive.name == _HOLDER else None
     known = type(held).__name__ in (names or _UPGRADED)
     return held if known and type(held).__module__.partition(".")[0] == "jax" else None
 
 
-def _is_program(x: Any) -> bool:
+def _is_program(x: object) -> bool:
     return isinstance(x, jex.core.Jaxpr | _CLOSED)
 
 
-def _may_run(x: Any) -> bool:
+def _may_run(x: object) -> bool:
     if isinstance(x, tuple | list):
         return any(map(_may_run, x))
     return _is_program(x)
 
 
-def _closed(jaxpr: Any) -> Any:
+def _closed(jaxpr: Any) -> Program:
     return jaxpr if isinstance(jaxpr, _CLOSED) else _CLOSED(jaxpr, ())
 
 
-def _shape(x: Any) -> Any:
+def _shape(x: Atom) -> tuple[int, ...] | None:
     return getattr(x.aval, "shape", None)
 
 
-def _fits(inputs: Sequence[Any], outputs: Sequence[Any], body: Any) -> bool:
+def _fits(inputs: Sequence[Atom], outputs: Sequence[Atom], body: Program) -> bool:
     """Whether a program takes and gives values of the shapes of some operands and outputs."""
     outer = [_shape(x) for x in inputs], [_shape(x) for x in outputs]
     inner = [_shape(x) for x in body.jaxpr.invars], [_shape(x) for x in body.jaxpr.outvars]

@@ -1,0 +1,402 @@
+"""From the uses of parameters to layers: what shares a block, and what has none and why."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.core
+import jax.numpy as jnp
+
+from optax_kron.capture.analysis import marks as marked
+from optax_kron.capture.analysis.batching import Batchings
+from optax_kron.capture.analysis.canonical import fits
+from optax_kron.capture.analysis.marks import Mark
+from optax_kron.capture.analysis.positions import Positions
+from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
+from optax_kron.capture.program.equations import Program
+from optax_kron.capture.program.graph import Graph, Value, build
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules.batch_axes import Read, Separate, same_examples, share_examples
+from optax_kron.capture.rules.contraction import IndexInputs
+from optax_kron.capture.rules.table import integer_rule
+from optax_kron.layers.layer import Arrangement, AxisFactor, AxisFactors, Layer, spans
+
+_FEW_MARKS = 8  # more are not tried out one by one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CapturedLayer:
+    """A layer and the uses of its parameters.
+
+    Attributes:
+      layer: as the user sees it.
+      groups: uses that share their examples; each group makes one tap.
+      biased: the uses to which the layer's bias is added.
+    """
+
+    layer: Layer
+    groups: Sequence[Sequence[Use]]
+    biased: frozenset[Use]
+
+    @property
+    def uses(self) -> list[Use]:
+        """Those of all groups, in order."""
+        return [use for group in self.groups for use in group]
+
+    def without_bias(self) -> "CapturedLayer":
+        """The layer of the kernel alone."""
+        layer = dataclasses.replace(self.layer, bias=None, bias_view=None)
+        return CapturedLayer(layer, self.groups, frozenset())
+
+    def with_max_size(self, max_size: int) -> "CapturedLayer":
+        """The layer with another longest axis that has a dense factor."""
+        layer = dataclasses.replace(self.layer, max_size=max_size)
+        return dataclasses.replace(self, layer=layer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """What is known of a loss function.
+
+    Attributes:
+      program: of the function.
+      graph: of the program.
+      leaves: the parameters' values by path.
+      marks: the marked losses.
+      batchings: of all values.
+      layers: those that were found.
+      uncovered: why parameters are in no layer, by path.
+      positions: which of them are elements of the losses.
+    """
+
+    program: Program
+    graph: Graph
+    leaves: Mapping[str, Value]
+    marks: Sequence[Mark]
+    batchings: Batchings
+    layers: Sequence[CapturedLayer]
+    uncovered: Mapping[str, str]
+    positions: Positions
+
+    @property
+    def uses(self) -> list[Use]:
+        """All uses of the layers, in order."""
+        return [use for layer in self.layers for use in layer.uses]
+
+    def batching(self, use: Use) -> Separate:
+        """Where the output of a use holds its examples."""
+        return self.batchings.separate(use.output)
+
+    @property
+    def reads(self) -> list[Read]:
+        """The reads of rows between the layers and their losses."""
+        links = (link for use in self.uses for _, link in self.batching(use).links)
+        return list(dict.fromkeys(read for link in links for _, read in link.reads))
+
+    @property
+    def closes_over_tracers(self) -> bool:
+        """Whether it is of a trace around the loss function, and ends with it."""
+        return any(isinstance(value.constant, jax.core.Tracer) for value in self.graph.constants)
+
+    def examples_of(self, marks: Iterable[int]) -> int:
+        """The number of examples for which columns of some marks are scaled, one for all of them.
+
+        Marks differ in it where one of them has the losses of selected examples alone.
+        """
+        counts = [mark.examples for mark in self.marks]
+        for use in self.uses:
+            if len({counts[m] for m in self.batching(use).marks}) > 1:
+                return max(counts)
+        return max(counts[m] for m in marks)
+
+    def marks_of(self, uses: Iterable[Use]) -> frozenset[int]:
+        """The marks that some uses reach."""
+        return frozenset().union(*(self.batching(use).marks for use in uses))
+
+    def of_layers(self, layers: Iterable[CapturedLayer]) -> "Analysis":
+        """The same with other layers."""
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def without_biases(self, reasons: Mapping[str, str]) -> "Analysis":
+        """The same without the biases of some layers, by name, with the reasons."""
+        dropped = {
+            found.layer.bias: reasons[found.layer.name]
+            for found in self.layers
+            if found.layer.name in reasons and found.layer.bias is not None
+        }
+        layers = [f.without_bias() if f.layer.name in reasons else f for f in self.layers]
+        uncovered = {**self.uncovered, **dropped}
+        return dataclasses.replace(self, layers=tuple(layers), uncovered=uncovered)
+
+
+def analyse(program: Program, paths: Iterable[str]) -> Analysis:
+    """Find the layers of a loss.
+
+    Where a mark holds the examples is tried out: what covers most parameters is taken. Marks of one
+    shape are most likely alike, so they go together first.
+
+    Args:
+      program: of the loss.
+      paths: of the parameters, which are its first inputs.
+
+    Raises:
+      ValueError: if a marked loss has no examples.
+    """
+    graph = build(program)
+    for node in graph.walk():
+        if node.kind == "mark" and 0 in node.outputs[0].shape:
+            raise ValueError(
+                f"the loss at {node.place} has no examples: its per-example losses have shape "
+                f"{node.outputs[0].shape}."
+            )
+    leaves = dict(zip(paths, graph.inputs, strict=False))
+    known = Knowledge(graph, leaves.values(), integer_rule)
+    flattened = marked.flattened(graph)
+    found = marked.find(graph)
+    candidates = [marked.candidates(mark, flattened) for mark in found]
+    alike: dict[Hashable, list[int]] = {}
+    for i, mark in enumerate(found):
+        alike.setdefault((mark.shape, mark.scans), []).append(i)
+    groups = list(alike.values())
+    if len(groups) < len(found) <= _FEW_MARKS:
+        groups += [[i] for i in range(len(found))]
+
+    def at(marks: Sequence[Mark]) -> Analysis:
+        batchings = Batchings(graph, marks, known)
+        # Of what has no elements nothing is followed.
+        used = [leaf for leaf in leaves.values() if 0 not in leaf.shape]
+        assembly = _Assembly(leaves, batchings, find_uses(graph, used, batchings))
+        layers, uncovered = assembly.layers(), assembly.uncovered
+        positions = Positions(graph, marks, known)
+        return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)
+
+    best = at([mark.at(axes[0]) for mark, axes in zip(found, candidates, strict=True)])
+    for group in groups:
+        for axis in candidates[group[0]]:
+            if _is_complete(best):
+                return best
+            if all(best.marks[i].batch_axis == axis for i in group):
+                continue
+            tried = at([m.at(axis) if i in group else m for i, m in enumerate(best.marks)])
+            best = max(best, tried, key=_coverage)
+    return best
+
+
+def _is_complete(analysis: Analysis) -> bool:
+    """Whether every parameter that reaches a mark is in a layer."""
+    return all(analysis.batchings[analysis.leaves[path]] is None for path in analysis.uncovered)
+
+
+def _coverage(analysis: Analysis) -> int:
+    """The number of parameters that are in layers."""
+    paths = {path for found in analysis.layers for path in found.layer.paths}
+    return sum(math.prod(analysis.leaves[path].shape) for path in paths)
+
+
+class _Part(NamedTuple):
+    """A part of a parameter that is used apart from the others.
+
+    Attributes:
+      path: of the parameter.
+      uses: of the part.
+      arrangement: of the part, into blocks, inputs and outputs.
+      groups: the uses that share examples.
+    """
+
+    path: str
+    uses: list[Use]
+    arrangement: Arrangement
+    groups: list[list[Use]]
+
+
+class _Assembly:
+    """Puts uses together to layers.
+
+    Args:
+      leaves: the parameters' values by path.
+      batchings: of all values.
+      consumed: what consumes the parameters.
+    """
+
+    def __init__(self, leaves: Mapping[str, Value], batchings: Batchings, consumed: Consumption):
+        self._leaves, self._batchings, self._biases = leaves, batchings, consumed.biases
+        self._paths = {value: path for path, value in leaves.items()}
+        self._uses: dict[Value, list[Use]] = {value: [] for value in leaves.values()}
+        for use in consumed.uses:
+            self._uses[use.leaf].append(use)
+        self.uncovered: dict[str, str] = {}
+        for gap in consumed.gaps:
+            place = f" ({gap.node.place})" if gap.node.place else ""
+            self.uncovered.setdefault(self._paths[gap.leaf], gap.reason + place)
+        for use in consumed.uses:
+            reason = self._misfit(use)
+            if reason is not None:
+                self.uncovered.setdefault(self._paths[use.leaf], f"{reason} ({use.node.place})")
+        for path, value in leaves.items():
+            if 0 in value.shape:
+                self.uncovered[path] = "has no elements"
+            elif batchings[value] is None:
+                self.uncovered[path] = "reaches no marked loss"
+            elif jnp.issubdtype(value.dtype, jnp.complexfloating):
+                self.uncovered[path] = "is complex"
+            elif not self._uses[value]:
+                self.uncovered.setdefault(path, "never combined with batch data")
+
+    def _misfit(self, use: Use) -> str | None:
+        """Why a use is no use of a layer."""
+        values = (use.output, use.contraction.operand)
+        if any(v is not None and jnp.issubdtype(v.dtype, jnp.complexfloating) for v in values):
+            return "is combined with complex values"
+        if any(scan.loop.length == 0 for scan in use.scans):
+            return "is used in a loop without steps"
+        if fits(use, self._batchings.separate(use.output)):
+            return None
+        return why_mixed(self._batchings[use.node.outputs[0]]) or "is not shared by examples"
+
+    def layers(self) -> list[CapturedLayer]:
+        """The layers; what is in none joins `uncovered`."""
+        parts = []
+        for path, value in self._leaves.items():
+            if path not in self.uncovered:
+                parts.extend(self._parts(path, value))
+        return _named(self._merge_biases(parts))
+
+    def _parts(self, path: str, value: Value) -> list[_Part]:
+        """The parts of a parameter that are used apart, each with its uses and its roles."""
+        by_part: dict[tuple[tuple[int, int], ...], list[Use]] = {}
+        for use in self._uses[value]:
+            by_part.setdefault(use.view.part, []).append(use)
+        for one, other in itertools.combinations(by_part, 2):
+            if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
+                self.uncovered[path] = "overlapping parts of it are used"
+                return []
+        parts = []
+        for part, uses in by_part.items():
+            roles = {tuple(map(use.of_kernel, ("block", "input", "output"))) for use in uses}
+            indexed = {isinstance(use.contraction.inputs, IndexInputs) for use in uses}
+            if len(roles) > 1 or len(indexed) > 1:
+                self.uncovered[path] = "used in two orientations, as tied weights are"
+                return []
+            (factors,) = roles
+            if not _tiles(part, factors):
+                self.uncovered[path] = "only some of its elements are used"
+                return []
+            groups = self._groups(uses)
+            if groups is None:
+                self.uncovered[path] = "is used on different selections of the examples in one loss"
+                return []
+            parts.append(_Part(path, uses, Arrangement(value.shape, part, factors), groups))
+        return parts
+
+    def _groups(self, uses: Iterable[Use]) -> list[list[Use]] | None:
+        """Uses that share examples: those that reach a mark in common, of the same branch."""
+        groups: list[list[Use]] = []
+        for use in uses:
+            joined = [use]
+            for group in [g for g in groups if g[0].branch == use.branch]:
+                if any(self._compare(share_examples, use, other) for other in group):
+                    groups.remove(group)
+                    joined = [*group, *joined]
+            groups.append(joined)
+        same = (
+            self._compare(same_examples, group[0], use) for group in groups for use in group[1:]
+        )
+        return groups if all(same) else None
+
+    def _compare(self, question, one: Use, other: Use) -> bool:
+        return question(*(self._batchings.separate(use.output) for use in (one, other)))
+
+    def _merge_biases(self, parts: Iterable[_Part]) -> list[CapturedLayer]:
+        """Make a bias one more input of its kernel where it is added to nothing else."""
+        merged, gone = [], set()
+        for part in parts:
+            layer, biased = (
+                self._with_bias(part),
+                frozenset(u for u in part.uses if u in self._biases),
+            )
+            if layer is None:
+                layer, biased = _without_bias(part), frozenset()
+            else:
+                gone.add(layer.bias)
+            merged.append((part.path, CapturedLayer(layer, part.groups, biased)))
+        return [layer for path, layer in merged if path not in gone]
+
+    def _with_bias(self, part: _Part) -> Layer | None:
+        """The layer of a kernel and of its bias, if it has one that is of no other."""
+        merged = [self._biases[use] for use in part.uses if use in self._biases]
+        paths = {self._paths[bias.use.leaf] for bias in merged}
+        if len(paths) != 1 or len({bias.beside for bias in merged}) != 1:
+            return None
+        (path,) = paths
+        shape, uses = self._leaves[path].shape, {bias.use for bias in merged}
+        full = all(use.view.part == spans(shape) for use in uses)
+        if not full or set(self._uses[self._leaves[path]]) != uses or path in self.uncovered:
+            return None
+        pairs = dict(merged[0].beside)
+
+        def beside(role: AxisFactors) -> AxisFactors:
+            """The bias's factors in the order of the kernel's."""
+            ordered = sorted(pairs, key=lambda f: (f.axis, -f.stride))
+            mine = [f for f in ordered if any(_within(f, kernel) for kernel in role)]
+            return tuple(factor for f in mine for factor in pairs[f])
+
+        blocks, _, outputs = part.arrangement.roles
+        return Layer(
+            name=part.path,
+            kernel=part.path,
+            bias=path,
+            kind=part.uses[0].contraction.kind,
+            kernel_view=part.arrangement,
+            bias_view=Arrangement(shape, spans(shape), (beside(blocks), beside(outputs))),
+        )
+
+
+def _without_bias(part: _Part) -> Layer:
+    contraction = part.uses[0].contraction
+    if contraction.inputs is None:
+        blocks, _, outputs = part.arrangement.roles
+        view = dataclasses.replace(part.arrangement, roles=(blocks, outputs))
+        return Layer(name=part.path, bias=part.path, kind=contraction.kind, bias_view=view)
+    return Layer(
+        name=part.path,
+        kernel=part.path,
+        is_embedding=isinstance(contraction.inputs, IndexInputs),
+        kind=contraction.kind,
+        kernel_view=part.arrangement,
+    )
+
+
+def _within(factor: AxisFactor, other: AxisFactor) -> bool:
+    """Whether a factor is a part of another."""
+    inside = factor.axis == other.axis and factor.stride >= other.stride
+    return inside and factor.stride * factor.size <= other.stride * other.size
+
+
+def _tiles(part: Sequence[tuple[int, int]], roles: Iterable[AxisFactors]) -> bool:
+    """Whether factors enumerate every element of a part once."""
+    sizes = [stop - start for start, stop in part]
+    factors = sorted((f for role in roles for f in role), key=lambda f: (f.axis, f.stride))
+    strides: dict[int, int] = {}
+    for factor in factors:
+        # Without a gap or an overlap each starts where the faster one ends.
+        if factor.stride != strides.get(factor.axis, 1):
+            return False
+        strides[factor.axis] = factor.stride * factor.size
+    return all(strides.get(axis, 1) == size for axis, size in enumerate(sizes))
+
+
+def _named(layers: Sequence[CapturedLayer]) -> list[CapturedLayer]:
+    """Name layers by what holds their parameters, or by the parameter where that is not unique."""
+    paths = [found.layer.paths[0] for found in layers]
+    parents = [path.rpartition("/")[0] or path for path in paths]
+    named = []
+    for found, path, parent in zip(layers, paths, parents, strict=True):
+        name = parent if parents.count(parent) == 1 else path
+        view = found.layer.kernel_view or found.layer.bias_view
+        if view is not None and not view.is_whole:
+            name = f"{path}[{','.join(f'{a}:{b}' for a, b in view.part)}]"
+        layer = dataclasses.replace(found.layer, name=name)
+        named.append(dataclasses.replace(found, layer=layer))
+    return named

@@ -1,0 +1,406 @@
+"""Where parameters are used: a pass forwards that follows each one to what consumes it.
+
+Every use is linear in its parameter. What is not understood is a `Gap`, with the equation that
+stopped it. For `tanh(x @ w.T + b) * scale`, with w [4, 3]:
+
+    w     through transpose, a view, to dot_general: a use, whose output x @ w.T is perturbed
+    b     to add, where x @ w.T is: a bias of that use, if both are read here alone
+    scale to mul: a use with a block of one input and one output for each feature
+
+An output that no example has met yet (a constant direction times a kernel, as in forward-mode
+derivatives: `e @ w` with e [2, 3]) is pending: it is followed on, as a parameter is, until it is
+combined with batch data, and is perturbed there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from optax_kron.capture.analysis.batching import Batchings
+from optax_kron.capture.program.equations import is_reference
+from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Value
+from optax_kron.capture.rules import views
+from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate
+from optax_kron.capture.rules.contraction import (
+    Contraction,
+    IndexInputs,
+    RoleFactor,
+    RoleFactors,
+)
+from optax_kron.capture.rules.table import record
+from optax_kron.capture.rules.views import NEW, View
+from optax_kron.layers.layer import AxisFactor, AxisFactors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+      view: of the parameter.
+      contraction: how it is used.
+      node: the equation that uses it.
+      output: the value to perturb.
+      scans: the scans around it, from the outside.
+      branch: the branches around it, as (equation, number).
+    """
+
+    view: View
+    contraction: Contraction
+    node: Node
+    output: Value
+    scans: tuple[Node, ...]
+    branch: Branch
+
+    @property
+    def leaf(self) -> Value:
+        """The parameter."""
+        return self.view.origin
+
+    @property
+    def role_factors(self) -> list[RoleFactor]:
+        """Those of all axes, and of the scans over blocks."""
+        axes = (*self.contraction.operand_axes, *self.contraction.output_axes)
+        steps = [RoleFactor("block", f, f.size) for _, factors in self.view.steps for f in factors]
+        return [*steps, *(factor for axis in axes for factor in axis)]
+
+    def of_kernel(self, role: str) -> AxisFactors:
+        """The kernel's factors in a role, in the order of the parameter."""
+        return views.merge({f.of_kernel for f in self.role_factors if f.role == role})
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedBias:
+    """A bias that is added to a kernel's output.
+
+    Attributes:
+      use: the bias as a use by itself.
+      beside: for each factor of the kernel's blocks and outputs, the bias's factors beside it.
+    """
+
+    use: Use
+    beside: tuple[tuple[AxisFactor, AxisFactors], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """A consumption of a parameter that no block describes."""
+
+    leaf: Value
+    reason: str
+    node: Node
+
+
+class Consumption(NamedTuple):
+    """What consumes the parameters that reach a marked loss.
+
+    Attributes:
+      uses: those that are understood.
+      gaps: those that are not.
+      biases: what is added to the output of a use, and to nothing else, by use.
+    """
+
+    uses: list[Use]
+    gaps: list[Gap]
+    biases: Mapping[Use, MergedBias]
+
+
+def find_uses(graph: Graph, leaves: Iterable[Value], batchings: Batchings) -> Consumption:
+    """Follow parameters to what consumes them.
+
+    Args:
+      graph: of the whole loss.
+      leaves: the parameters.
+      batchings: of the graph's values.
+    """
+    return _Pass(graph, list(leaves), batchings).found
+
+
+Env = dict[Value, View]  # what values show of a parameter, or of a pending output
+
+
+class _Pass:
+    def __init__(self, graph: Graph, leaves: Sequence[Value], batchings: Batchings):
+        self._biases: dict[Use, MergedBias] = {}
+        self.found = Consumption([], [], self._biases)
+        self._leaves = set(leaves)
+        self._batchings = batchings
+        self._made: dict[Value, Use] = {}  # by output
+        self._pending: dict[Value, Use] = {}  # those whose output has not met the examples
+        self._before: dict[Value, Operand] = {}  # what a layout-only image was made from
+        self._readers: dict[Value, int] = {}
+        self._count_readers(graph, top=True)
+        self._visit(graph, {v: views.whole(v) for v in leaves}, (), ())
+
+    def _count_readers(self, graph: Graph, top: bool = False) -> None:
+        read = [v for node in graph.nodes for v in node.values]
+        for value in read if top else [*read, *graph.outputs]:
+            self._readers[value] = self._readers.get(value, 0) + 1
+        for node in graph.nodes:
+            if node.kind not in ("opaque", "mark"):
+                for body in node.bodies:
+                    self._count_readers(body)
+
+    # ------------------------------------------------------------------------------- traversal
+
+    def _visit(self, graph: Graph, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        for node in graph.nodes:
+            written = [v for v in node.values if is_reference(v.aval)]
+            reached = any(self._batchings[v] is not None for v in (*node.outputs, *written))
+            reached |= node.holds_steps and node.has_marks
+            if not reached or not any(v in env for v in node.values):
+                continue
+            if node.kind == "remat":
+                self._remat(node, env, scans, branch)
+            elif node.kind == "cond":
+                self._cond(node, env, scans, branch)
+            elif node.kind == "scan":
+                self._scan(node, env, scans, branch)
+            elif node.kind == "plain":
+                self._plain(node, env, scans, branch)
+            else:
+                self._stop(node, node.values, env)
+
+    def _into(self, body: Graph, operands: Sequence[Operand], env: Env) -> Env:
+        """The views of a body's inputs."""
+        inner = {}
+        for value, outer in zip(body.inputs, operands, strict=True):
+            if isinstance(outer, Value) and outer in env:
+                inner[value] = env[outer]
+                self._before[value] = outer
+        return inner
+
+    def _remat(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        (body,) = node.bodies
+        inner = self._into(body, node.operands, env)
+        self._visit(body, inner, scans, branch)
+        for outer, value in zip(node.outputs, body.outputs, strict=True):
+            if value in inner:
+                env[outer] = inner[value]
+                self._before[outer] = value
+
+    def _cond(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        index, *operands = node.operands
+        self._stop(node, [index], env)
+        for i, body in enumerate(node.bodies):
+            inner = self._without_pending(node, self._into(body, operands, env))
+            self._visit(body, inner, scans, (*branch, (node, i)))
+            self._stop(node, body.outputs, inner)
+
+    def _scan(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        (body,) = node.bodies
+        first = node.loop.constants
+        last = first + node.loop.carries
+        self._stop(node, node.operands[first:last], env)
+        inner = self._without_pending(node, self._into(body, node.operands, env))
+        for value in body.inputs[first:last]:
+            inner.pop(value, None)
+        for value in body.inputs[last:]:
+            if value in inner:
+                inner[value] = inner[value].stepped(node)
+        self._visit(body, inner, (*scans, node), branch)
+        self._stop(node, body.outputs, inner)
+
+    def _without_pending(self, node: Node, inner: Env) -> Env:
+        """What enters a loop or a branch, but for outputs that the examples should have met."""
+        for view in inner.values():
+            if view.origin in self._pending:
+                self._gap(view, node)
+        return {v: view for v, view in inner.items() if view.origin not in self._pending}
+
+    def _stop(self, node: Node, operands: Iterable[Operand], env: Env) -> None:
+        for value in operands:
+            if isinstance(value, Value) and value in env and self._batchings[value] is not None:
+                self._gap(env[value], node)
+
+    def _gap(self, view: View, node: Node, reason: str | None = None) -> None:
+        """Note a consumption that is not understood, if it is one of a parameter."""
+        origin = view.origin
+        if origin in self._pending:
+            batching = self._batchings[origin]
+            if isinstance(batching, Mixed) and batching.node is not None and reason is None:
+                reason, node = batching.why, batching.node
+            origin = self._pending[origin].leaf
+        if origin in self._leaves:
+            self.found.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
+
+    # --------------------------------------------------------------------------------- equations
+
+    def _plain(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+        rules = record(node)
+        if rules.stops:
+            return
+        shown = [env.get(x) if isinstance(x, Value) else None for x in node.operands]
+        if node.images is not None:
+            for i, value in zip(node.images, node.outputs, strict=True):
+                view = shown[i]
+                if view is not None:
+                    self._show(value, view, node.operands[i], env)
+            return
+        if len(shown) == 1 and shown[0] is not None:
+            self._follow(node, shown[0], env)
+            return
+        parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
+        if len(parameters) == 1 and rules.adds:
+            shown = self._add(node, *parameters[0], shown, env, scans, branch)
+        elif len(parameters) == 1 and rules.layer is not None:
+            ((i, view),) = parameters
+            contraction = rules.layer(node, i, view)
+            if contraction is not None:
+                self._note(Use(view, contraction, node, node.outputs[0], scans, branch), env)
+                shown[i] = None
+        for view in shown:
+            if view is not None:
+                self._gap(view, node)
+
+    def _add(
+        self,
+        node: Node,
+        i: int,
+        view: View,
+        shown: list[View | None],
+        env: Env,
+        scans: tuple[Node, ...],
+        branch: Branch,
+    ) -> list[View | None]:
+        """A parameter, operand `i`, plus something else; returns the views not dealt with."""
+        output, other = node.outputs[0], shown[1 - i]
+        if other is not None and other.origin in self._pending:
+            # Neither is combined with batch data: as what stopped one, tell of both.
+            self._gap(other, node)
+            self.found.gaps.append(dataclasses.replace(self.found.gaps[-1], leaf=view.origin))
+            return []
+        if isinstance(self._batchings[output], Mixed):
+            env[output] = view  # a parameter plus something else is still an image of it
+            self._before[output] = node.operands[i]
+            return [other]
+        rule = record(node).layer
+        contraction = None if rule is None else rule(node, i, view)
+        if contraction is None:
+            return shown
+        use = Use(view, contraction, node, output, scans, branch)
+        self._merge(use, node.operands[1 - i], other)
+        self._note(use, env)
+        return [other]
+
+    def _follow(self, node: Node, view: View, env: Env) -> None:
+        rule = record(node).view
+        images = None if rule is None else rule(node, view)
+        if images is None:
+            self._gap(view, node)
+            return
+        for output, image in zip(node.outputs, images, strict=True):
+            self._show(output, image, node.operands[0], env)
+
+    def _show(self, output: Value, image: View, operand: Operand, env: Env) -> None:
+        """Note that an output is an image of what its operand shows."""
+        env[output] = image
+        self._before[output] = operand
+        if image.origin in self._pending and isinstance(self._batchings[output], Separate):
+            self._resolve(image, output)
+            del env[output]
+
+    def _note(self, use: Use, env: Env) -> None:
+        of_kernel = {f.of_kernel for f in use.role_factors if f.role != "free"}
+        if any(scan not in use.scans for scan, _ in use.view.steps) or any(
+            f.axis == NEW for f in of_kernel
+        ):
+            self._gap(use.view, use.node, f"broadcast before {use.node.name}")
+            return
+        if isinstance(self._batchings[use.output], Separate):
+            self.found.uses.append(use)
+        else:
+            self._pending[use.output] = use
+        if use.contraction.inputs is not None:
+            self._made[use.output] = use
+            env[use.output] = views.whole(use.output)
+
+    def _resolve(self, view: View, point: Value) -> None:
+        """A pending output meets the examples at `point`, an image of it: perturb it there."""
+        use = self._pending[view.origin]
+        axes = []
+        for a, factors in enumerate(view.axes):
+            roles = _roles_of(factors, use.contraction.output_axes, ("new", a))
+            if roles is None:
+                reason = "reshaped before it is combined with batch data"
+                mixed = why_mixed(self._batchings[view.origin])
+                self._gap(view, use.node, None if mixed else reason)
+                return
+            axes.append(roles)
+        contraction = dataclasses.replace(use.contraction, output_axes=tuple(axes))
+        self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
+
+    def _merge(self, bias: Use, other: Operand, view: View | None) -> None:
+        """Give a bias to the kernel whose output it is added to, if each is read once, here."""
+        if view is None or view.origin not in self._made:
+            return
+        kernel = self._made[view.origin]
+        if kernel.output in self._pending or kernel in self._biases:
+            return
+        apart = kernel.scans != bias.scans or kernel.branch != bias.branch or view.steps
+        if isinstance(kernel.contraction.inputs, IndexInputs) or apart:
+            return
+        # From here back to the kernel's output nobody else may read what is between.
+        while isinstance(other, Value) and self._readers.get(other, 0) == 1:
+            if other is view.origin:
+                pairs = _beside(kernel, view, bias)
+                if pairs is not None:
+                    self._biases[kernel] = MergedBias(bias, pairs)
+                return
+            other = self._before[other]
+
+
+def why_mixed(batching: Batching) -> str | None:
+    """Why examples are mixed, if they are and more is known of it than the equation."""
+    return batching.reason if isinstance(batching, Mixed) else None
+
+
+def _roles_of(
+    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
+) -> RoleFactors | None:
+    """The role factors of an output that some factors of its axes enumerate."""
+    roles: list[RoleFactor] = []
+    for n, factor in enumerate(factors):
+        if factor.axis == NEW:
+            roles.append(RoleFactor("free", (name, n), factor.size))
+            continue
+        inner, part = 1, []
+        for role in reversed(axes[factor.axis]):
+            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
+                part.insert(0, role)
+            inner *= role.size
+        if math.prod(role.size for role in part) != factor.size:
+            return None
+        roles.extend(part)
+    return tuple(roles)
+
+
+def _beside(
+    kernel: Use, view: View, bias: Use
+) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
+    """Which factors of a bias stand beside which of the kernel's blocks and outputs.
+
+    `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
+    """
+    pairs: dict[AxisFactor, AxisFactors] = {}
+    steps = dict(bias.view.steps)
+    if set(steps) != {scan for scan, _ in kernel.view.steps}:
+        return None
+    for scan, factors in kernel.view.steps:
+        groups = views.regroup(steps[scan], [f.size for f in factors])
+        if groups is None:
+            return None
+        pairs.update(zip(factors, groups, strict=True))
+    for factors, beside in zip(view.axes, bias.view.axes, strict=True):
+        roles = _roles_of(factors, kernel.contraction.output_axes, None)
+        groups = None if roles is None else views.regroup(beside, [role.size for role in roles])
+        if roles is None or groups is None:
+            return None
+        for role, group in zip(roles, groups, strict=True):
+            if any((f.axis == NEW) != (role.role == "free") for f in group):
+                return None
+            if role.role != "free":
+                pairs[role.of_kernel] = group
+    expected = {f.of_kernel for f in kernel.role_factors if f.role in ("block", "output")}
+    return tuple(pairs.items()) if set(pairs) == expected else None

@@ -1,0 +1,162 @@
+"""How an equation uses a parameter: which factors of its axes meet which axes of the equation.
+
+A kernel [d_in, d_out] of `x @ kernel`, with x [N, T, d_in], makes
+
+    operand_axes = ((free,), (free,), (input,))      of x
+    output_axes  = ((free,), (free,), (output,))     of x @ kernel
+
+with one `RoleFactor` in each axis here; after a reshape an axis has several. Free factors have a
+name that operand and output share: they are the examples and the positions, which of them is which
+is found elsewhere.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int, Shaped
+
+from optax_kron.capture.program.graph import Node, Value
+from optax_kron.capture.rules.views import NEW
+from optax_kron.layers.layer import AxisFactor, AxisFactors
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleFactor:
+    """A factor of an axis, and what it enumerates.
+
+    Attributes:
+      role: "block", "input" or "output" factors of the kernel; or "free": examples and positions.
+      key: the kernel's factor; of free ones, a name that operand and output share.
+      size: number of elements.
+    """
+
+    role: str
+    key: AxisFactor | tuple[object, int]
+    size: int
+
+    @property
+    def of_kernel(self) -> AxisFactor:
+        """The kernel's factor."""
+        assert isinstance(self.key, AxisFactor), f"{self} is of no parameter"
+        return self.key
+
+
+RoleFactors = tuple[RoleFactor, ...]
+
+
+def role_factors(role: str, factors: AxisFactors, axis: int) -> RoleFactors:
+    """A kernel's factors in a role; free where a broadcast made them, along an axis."""
+    return tuple(
+        RoleFactor("free", (axis, n), f.size) if f.axis == NEW else RoleFactor(role, f, f.size)
+        for n, f in enumerate(factors)
+    )
+
+
+def free(axis: int, size: int) -> RoleFactors:
+    """All of an axis that the kernel does not have."""
+    return (RoleFactor("free", (axis, 0), size),)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseInputs:
+    """Inputs that are recorded as they are.
+
+    Attributes:
+      operand: the value to record.
+    """
+
+    operand: Value
+    fill: ClassVar[int] = 0  # in the place of an element that an example lacks
+
+    def read(self, record: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """The inputs, with the axes of `Contraction.operand_axes`, of what was recorded."""
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchInputs(DenseInputs):
+    """Images that a convolution meets in patches.
+
+    Attributes:
+      operand: the images.
+      node: the convolution.
+    """
+
+    node: Node
+
+    def read(self, record: Shaped[Array, "*steps_images"]) -> Shaped[Array, "*steps_patches"]:
+        """Patches [*steps, batch, features, *positions] of images; steps are those of scans.
+
+        Features are those of the kernel's inputs, then its window: 3 channels under a window of
+        5 x 5 make 75.
+        """
+        numbers = self.node.params["dimension_numbers"]
+        kernel = self.node.operands[1].shape
+        steps = record.shape[: record.ndim - len(numbers.lhs_spec)]
+        x = record.reshape(-1, *record.shape[len(steps) :])
+        x = x.transpose(0, *(a + 1 for a in numbers.lhs_spec))
+        x = x.reshape(-1, *x.shape[2:])
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            [kernel[a] for a in numbers.rhs_spec[2:]],
+            *(self.node.params[k] for k in ("window_strides", "padding")),
+            *(self.node.params[k] for k in ("lhs_dilation", "rhs_dilation")),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return patches.reshape(*steps, -1, *patches.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexInputs:
+    """Rows of a table: the input is an index, in place of a one-hot vector.
+
+    Attributes:
+      operand: the indices.
+      length: number of rows of the table.
+      column: of indices [..., columns], the one that says the row; `None` if all do.
+      clips: whether indices beyond the table are brought back to its ends; else they read no row.
+    """
+
+    operand: Value
+    length: int
+    column: int | None
+    clips: bool
+
+    @property
+    def fill(self) -> int:
+        """In the place of an element that an example lacks: it reads no row."""
+        return self.length
+
+    def read(self, record: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The rows that were read; one beyond the table where none was."""
+        indices = record.astype(jnp.promote_types(record.dtype, jnp.int32))
+        if self.column is not None:
+            indices = indices[..., self.column : self.column + 1]
+        if self.clips:
+            return jnp.clip(indices, 0, self.length - 1)
+        return jnp.where(indices < 0, self.length, indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """One linear use of a parameter.
+
+    Attributes:
+      kind: "dense", "conv", "embedding" or "bias": a word for tables.
+      inputs: what to record; `None` for a bias, whose input is one.
+      operand_axes: factors of each axis of the inputs (for a convolution: of its patches).
+      output_axes: factors of each axis of the output.
+    """
+
+    kind: str
+    inputs: DenseInputs | IndexInputs | None
+    operand_axes: tuple[RoleFactors, ...]
+    output_axes: tuple[RoleFactors, ...]
+
+    @property
+    def operand(self) -> Value | None:
+        """The value to record."""
+        return None if self.inputs is None else self.inputs.operand

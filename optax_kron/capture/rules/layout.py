@@ -1,0 +1,344 @@
+"""Primitives that move elements and compute nothing: reshapes, transposes, slices, joins, casts.
+
+For each of them up to four facts stand side by side: which axis of the operand an axis of the
+output is, what is selected along it, which image of a parameter the output is, and what it makes of
+known integers. Of `x[2:4]`, with x [8, 3]:
+
+    axis      1 -> 1; 0 -> none, as it is cut
+    select    along axis 0, elements 2, 3 of x make 0, 1 of the output
+    view      rows 2:4 of a parameter
+    integers  x[2:4]
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from optax_kron.capture.program.graph import Node, Operand, Value
+from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.rules.batch_axes import Batching, Link, Mixed, Separate, linked
+from optax_kron.capture.rules.pairs import Pairs
+from optax_kron.capture.rules.record import SelectRule
+from optax_kron.capture.rules.views import NEW, View, part_of, regroup
+from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
+
+# -------------------------------------------------------------------------------- elements in place
+
+
+def same_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Where operands have the axes of the output; whether lengths agree, the caller looks."""
+    return axis if node.operands[i].ndim == output.ndim else None
+
+
+def same_view(node: Node, view: View) -> list[View]:
+    """An output that shows the operand."""
+    return [view]
+
+
+def cast_view(node: Node, view: View) -> list[View] | None:
+    """A cast is linear between inexact numbers alone."""
+    kinds = node.operands[0].dtype.kind, node.outputs[0].dtype.kind
+    return [view] if all(kind in "fcV" for kind in kinds) else None
+
+
+def elementwise(fn: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Integers of a function of NumPy; literals are broadcast."""
+    return lambda node, *operands: np.broadcast_to(fn(*operands), node.outputs[0].shape)
+
+
+def select_integers(node: Node, which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
+    """Of `select_n`."""
+    return np.where(which, cases[1], cases[0]) if which.dtype == bool else np.choose(which, cases)
+
+
+def iota_integers(node: Node) -> np.ndarray:
+    """Of `iota`."""
+    dimension, shape = node.params["dimension"], node.params["shape"]
+    count = np.arange(shape[dimension])
+    return np.broadcast_to(
+        count.reshape([-1 if a == dimension else 1 for a in range(len(shape))]), shape
+    )
+
+
+# ----------------------------------------------------------------------------------------- reshapes
+
+
+def _reshaped(node: Node, operand: Operand) -> list[int]:
+    """The axes of the operand as a reshape reads them: it may transpose first."""
+    return list(node.params.get("dimensions") or range(operand.ndim))
+
+
+def reshape_parts(node: Node, operand: Operand, output: Value, batching: Separate) -> Batching:
+    """Where the examples are before a reshape."""
+    order = _reshaped(node, operand)
+    shape = [operand.shape[a] for a in order]
+    moved = reshape_batching(batching, output.shape, shape)
+    moved = moved or _coarser(batching, output.shape, shape, node)
+    return moved.moved(order[moved.number]) if isinstance(moved, Separate) else moved
+
+
+def reshape_batching(batching: Separate, old: Sequence[int], new: Sequence[int]) -> Separate | None:
+    """Where the examples are after a reshape; `None` if no axis holds them any more.
+
+    [8, 15] with examples along axis 0 becomes [8, 5, 3]: axis 0 again; or [120]: axis 0, of which
+    each example has 15 elements in a row, `after = 15`. In [4, 30] no axis holds them.
+    """
+    inner = batching.after * math.prod(old[batching.number + 1 :])
+    stride = 1
+    for axis in reversed(range(len(new))):
+        after, left = divmod(inner, stride)
+        extent = stride * new[axis]
+        if left == 0 and stride <= inner and inner * batching.size <= extent:
+            before, rest = divmod(new[axis], after * batching.size)
+            if rest == 0 and after > 0:
+                return dataclasses.replace(batching, axis=axis, before=before, after=after)
+        stride = extent
+    return None
+
+
+def _coarser(batching: Separate, old: Sequence[int], new: Sequence[int], node: Node) -> Batching:
+    """After a reshape of axes of which selections were made together, the slowest counts examples.
+
+    Of each of its elements all are one example that the faster axes enumerate.
+    """
+    inner = batching.after * math.prod(old[batching.number + 1 :])
+    stride = 1
+    for axis in reversed(range(len(new))):
+        top = stride * new[axis]
+        is_slowest = batching.before == 1 and top == inner * batching.size
+        if batching.links and is_slowest and stride % inner == 0:
+            parts = stride // inner
+            links = {}
+            for mark in sorted(batching.marks):
+                pairs = batching.pairs(mark)
+                coarse = Pairs(pairs.elements // parts, pairs.examples)
+                links[mark] = Link(batching.link(mark).reads, coarse)
+            return linked(axis, new[axis], links, node)
+        stride = top
+    return Mixed(batching.marks, node)
+
+
+def reshape_view(node: Node, view: View) -> list[View] | None:
+    """Factors of all axes in a row, distributed anew."""
+    order = node.params.get("dimensions") or range(len(view.axes))
+    return _with_axes(view, regroup([f for a in order for f in view.axes[a]], _shape(node)))
+
+
+def reshape_integers(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of `reshape` and `squeeze`."""
+    return x.reshape(_shape(node))
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return node.outputs[0].shape
+
+
+def _with_axes(view: View, axes: Iterable[AxisFactors] | None) -> list[View] | None:
+    return None if axes is None else [dataclasses.replace(view, axes=tuple(axes))]
+
+
+def squeeze_axis(node: Node, i: int, output: Value, axis: int) -> int:
+    """Of `squeeze`."""
+    return _kept(node, node.operands[i].ndim)[axis]
+
+
+def squeeze_view(node: Node, view: View) -> list[View] | None:
+    """Of `squeeze`."""
+    return _with_axes(view, (view.axes[a] for a in _kept(node, len(view.axes))))
+
+
+def _kept(node: Node, ndim: int) -> list[int]:
+    dropped = {a % ndim for a in node.params["dimensions"]}
+    return [a for a in range(ndim) if a not in dropped]
+
+
+def transpose_axis(node: Node, i: int, output: Value, axis: int) -> int:
+    """Of `transpose`."""
+    return node.params["permutation"][axis]
+
+
+def transpose_view(node: Node, view: View) -> list[View] | None:
+    """Of `transpose`."""
+    return _with_axes(view, (view.axes[a] for a in node.params["permutation"]))
+
+
+def transpose_integers(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of `transpose`."""
+    return x.transpose(node.params["permutation"])
+
+
+def broadcast_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Of `broadcast_in_dim`."""
+    dimensions = list(node.params["broadcast_dimensions"])
+    return dimensions.index(axis) if i == 0 and axis in dimensions else None
+
+
+def broadcast_view(node: Node, view: View) -> list[View] | None:
+    """Axes that grow have a new factor, of no axis of the origin."""
+    shape, dimensions = node.params["shape"], list(node.params["broadcast_dimensions"])
+    axes = []
+    for a, size in enumerate(shape):
+        old = view.axes[dimensions.index(a)] if a in dimensions else ()
+        grown = size != math.prod(f.size for f in old)
+        axes.append((AxisFactor(NEW, 1, size),) if grown else old)
+    return _with_axes(view, axes)
+
+
+def broadcast_integers(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of `broadcast_in_dim`."""
+    shape, dimensions = node.params["shape"], node.params["broadcast_dimensions"]
+    made = [1] * len(shape)
+    for axis, size in zip(dimensions, x.shape, strict=True):
+        made[axis] = size
+    return np.broadcast_to(x.reshape(made), shape)
+
+
+# ----------------------------------------------------------------------------- selections and joins
+
+
+def selecting(
+    made: Callable[[Node, int, Value, int], tuple[np.ndarray, np.ndarray]],
+) -> SelectRule:
+    """The rule of a primitive that selects elements along an axis, known ones.
+
+    Args:
+      made: of (node, number of the operand, output, axis): which elements of the operand make which
+        of the output, that may lie outside of it.
+    """
+
+    def select(node: Node, i: int, output: Value, batching: Separate, known: Knowledge) -> Batching:
+        operand, axis = node.operands[i], batching.number
+        if not operand.ndim:  # what pads, the same for all examples
+            return Mixed(batching.marks, node)
+        elements, numbers = made(node, i, output, axis)
+        there = (numbers >= 0) & (numbers < output.shape[axis])
+        pairs = Pairs(elements[there], numbers[there])
+        return batching.made_from(pairs, axis, operand.shape[axis], node)
+
+    return select
+
+
+def _count(node: Node, i: int, axis: int) -> np.ndarray:
+    return np.arange(node.operands[i].shape[axis])
+
+
+@selecting
+def slice_select(node: Node, i: int, output: Value, axis: int):
+    """Of `slice`."""
+    elements = _count(node, i, axis)[_slices(node)[axis]]
+    return elements, np.arange(len(elements))
+
+
+def _slices(node: Node) -> tuple[slice, ...]:
+    starts, limits = node.params["start_indices"], node.params["limit_indices"]
+    strides = node.params["strides"] or (1,) * len(starts)
+    return tuple(map(slice, starts, limits, strides))
+
+
+def slice_view(node: Node, view: View) -> list[View] | None:
+    """Runs of rows, of which each is there."""
+    slices = _slices(node)
+    if any(s.step != 1 for s in slices):
+        return None
+    image = part_of(view, [(s.start, s.stop) for s in slices])
+    return None if image is None else [image]
+
+
+def slice_integers(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of `slice`."""
+    return x[_slices(node)]
+
+
+@selecting
+def rev_select(node: Node, i: int, output: Value, axis: int):
+    """Of `rev`."""
+    elements = _count(node, i, axis)
+    return elements, elements[::-1]
+
+
+def rev_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Of `rev`."""
+    return None if axis in node.params["dimensions"] else axis
+
+
+def rev_integers(node: Node, x: np.ndarray) -> np.ndarray:
+    """Of `rev`."""
+    return np.flip(x, node.params["dimensions"])
+
+
+@selecting
+def pad_select(node: Node, i: int, output: Value, axis: int):
+    """Of `pad`, also by negative widths, which cut."""
+    low, _, between = node.params["padding_config"][axis]
+    elements = _count(node, i, axis)
+    return elements, low + elements * (between + 1)
+
+
+def pad_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Of `pad`, where it does nothing."""
+    plain = tuple(node.params["padding_config"][axis]) == (0, 0, 0)
+    return axis if i == 0 and plain else None
+
+
+@selecting
+def concatenate_select(node: Node, i: int, output: Value, axis: int):
+    """Of `concatenate`."""
+    elements = _count(node, i, axis)
+    return elements, elements + sum(x.shape[axis] for x in node.operands[:i])
+
+
+def concatenate_integers(node: Node, *arrays: np.ndarray) -> np.ndarray:
+    """Of `concatenate`."""
+    return np.concatenate(arrays, node.params["dimension"])
+
+
+@selecting
+def split_select(node: Node, i: int, output: Value, axis: int):
+    """Of `split`."""
+    elements = _count(node, i, axis)
+    return elements, elements - sum(node.params["sizes"][: node.outputs.index(output)])
+
+
+def split_view(node: Node, view: View) -> list[View] | None:
+    """Of `split`: each output shows a run of rows."""
+    axis, start, images = node.params["axis"], 0, []
+    for size in node.params.get("sizes", (1,) * view.shape[axis]):
+        wanted = list(spans(view.shape))
+        wanted[axis] = (start, start + size)
+        image = part_of(view, wanted)
+        if image is None:
+            return None
+        images.append(image)
+        start += size
+    return images
+
+
+def unstack_axis(node: Node, i: int, output: Value, axis: int) -> int:
+    """Of `unstack`."""
+    return axis + (axis >= node.params["axis"])
+
+
+def unstack_view(node: Node, view: View) -> list[View] | None:
+    """Of `unstack`: a split into rows, each without its axis."""
+    axis, images = node.params["axis"], split_view(node, view)
+    if images is None:
+        return None
+    return [
+        dataclasses.replace(image, axes=(*image.axes[:axis], *image.axes[axis + 1 :]))
+        for image in images
+    ]
+
+
+def stack_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Of `stack`."""
+    made = node.params["axis"]
+    return None if axis == made else axis - (axis > made)
+
+
+@selecting
+def tile_select(node: Node, i: int, output: Value, axis: int):
+    """Of `tile`."""
+    numbers = np.arange(output.shape[axis])
+    return numbers % node.operands[i].shape[axis], numbers

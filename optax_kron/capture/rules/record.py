@@ -1,0 +1,54 @@
+"""The record of a primitive: all that capture knows of it.
+
+Each fact is a function of an equation. A fact that is missing is unknown, and taken for the worst:
+examples are mixed, a parameter is in no layer, integers are not known. So a record can be added
+fact by fact. `rules/table.py` lists the records; functions of one primitive stand side by side in
+`layout.py`, `linear.py`, `indexing.py` and `reductions.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from optax_kron.capture.program.graph import Node, Operand, Value
+from optax_kron.capture.program.knowledge import IntegerRule, Knowledge
+from optax_kron.capture.rules.batch_axes import Batching, Separate
+from optax_kron.capture.rules.contraction import Contraction
+from optax_kron.capture.rules.views import View
+
+# The axis of operand `i` whose elements make those along an axis of an output, one by one: of
+# (node, i, output, axis). `None` if there is no such axis.
+AxisRule = Callable[[Node, int, Value, int], int | None]
+# The batching of operand `i` from that of an output, where the axis is not followed one by one: of
+# (node, i, output, batching, knowledge).
+SelectRule = Callable[[Node, int, Value, Separate, Knowledge], Batching]
+# The same where parts of an axis can be followed: of (node, operand, output, batching).
+PartRule = Callable[[Node, Operand, Value, Separate], Batching]
+# The views of the outputs from that of the operand; `None` if they are not mere images of it.
+ViewRule = Callable[[Node, View], list[View] | None]
+# How an equation uses the parameter that its operand `i` shows, of the given view.
+LayerRule = Callable[[Node, int, View], Contraction | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Primitive:
+    """What is known of one primitive.
+
+    Attributes:
+      axis: which axis of an operand makes which axis of an output, one element for one.
+      parts: the same of factors of an axis, in place of `axis`.
+      select: where examples are before their axis is selected from, repeated or joined.
+      view: which images of its operand the outputs are.
+      layer: how it uses a parameter linearly.
+      integers: what it computes, of arrays that are known when the program is traced.
+      adds: whether it adds its two operands: one may be a bias.
+      stops: whether no derivative passes through it.
+    """
+
+    axis: AxisRule | None = None
+    parts: PartRule | None = None
+    select: SelectRule | None = None
+    view: ViewRule | None = None
+    layer: LayerRule | None = None
+    integers: IntegerRule | None = None
+    adds: bool = False
+    stops: bool = False
