@@ -1,16 +1,19 @@
 """Imports go one way, and only public modules of JAX and Optax are used."""
 
 import ast
+import inspect
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import optax_kron as ok
+
 PACKAGE = Path(__file__).parent.parent / "optax_kron"
 # Lowest first.
 ROOMS = [
     "kernels",
-    "guards",
     "blocking",
     "layers",
     "autodiff",
@@ -109,3 +112,66 @@ def test_loops_and_branches_are_those_of_flow(path):
     nodes = ast.walk(ast.parse(path.read_text()))
     called = {ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute)}
     assert not called & {f"jax.lax.{name}" for name in LOOPS}
+
+
+TRANSFORMS = [p for p in FILES if room(p.relative_to(PACKAGE).parts) == "transforms"]
+
+
+def functions_that_mention(text):
+    """Functions and classes of the transforms whose own lines hold a text."""
+    return {
+        (path.name, node.name)
+        for path in TRANSFORMS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and text in ast.unparse(node)
+    }
+
+
+def test_what_is_not_finite_is_kept_out_in_one_place():
+    assert functions_that_mention("select_blocks(") <= {
+        ("stacks.py", "select_blocks"),
+        ("stacks.py", "guarded"),
+    }
+    assert functions_that_mention("functools.partial(select_blocks") == {("stacks.py", "guarded")}
+
+
+def test_counters_are_counted_in_one_place():
+    for counter in ("refreshes=", "failed_refreshes=", "outlier_steps="):
+        found = functions_that_mention(f"{counter}state.{counter[:-1]} +")
+        assert {file for file, _ in found} <= {"frame.py", "branch_kfac.py"}
+
+
+def test_trees_without_leaves_are_told_in_one_place():
+    assert functions_that_mention("not plan.leaves") == {
+        ("frame.py", "update"),  # there is nothing to do
+        ("stacks.py", "for_each_stack"),  # nor to keep
+    }
+
+
+@pytest.mark.parametrize("name", ["kron_psgd", "kfac", "ekfac", "shampoo", "soap", "branch_kfac"])
+def test_an_alias_has_the_settings_of_its_transformation(name):
+    alias = inspect.signature(getattr(ok, name)).parameters
+    scale = inspect.signature(getattr(ok, f"scale_by_{name}")).parameters
+    added = {"learning_rate", "weight_decay", "mask"} | (
+        {"clip"} if name == "branch_kfac" else set()
+    )
+    assert set(alias) - set(scale) <= added
+    assert set(scale) - set(alias) == set()
+    for setting in set(scale) - {"learning_rate"}:
+        assert alias[setting].default == scale[setting].default, setting
+        assert alias[setting].annotation == scale[setting].annotation, setting
+    described = inspect.getdoc(getattr(ok, name)).split("Args:")[1].split("Returns:")[0]
+    listed = set(re.findall(r"^  (\w+):", described, re.MULTILINE))
+    assert listed <= added, "a setting is described once, where the mathematics is"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            documented = node.body[0].end_lineno - node.body[0].lineno + 1
+            length = node.end_lineno - node.lineno + 1
+            assert length - (documented if len(body) < len(node.body) else 0) <= 60, node.name

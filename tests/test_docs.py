@@ -36,6 +36,7 @@ PAGES = [
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
+    "docs/extending.md",
 ]
 # A block that imports one of these runs where it is installed.
 OPTIONAL = ["equinox", "haiku", "lineax"]

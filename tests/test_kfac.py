@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_kron import find_layers, losses, value_and_grad_with_taps
+from optax_kron import KronState, find_layers, losses, value_and_grad_with_taps
 from optax_kron.kernels.kfac import APPROXIMATIONS, DAMPING_RULES
 from optax_kron.layers.layer import Arrangement, AxisFactor, Layer, arrange
 from optax_kron.layers.taps import Tap, Taps
@@ -999,7 +999,7 @@ def test_gradients_that_do_not_match_are_named():
 
 def test_state_is_a_plain_named_tuple():
     state = scale_by_kfac(layers=[DENSE]).init(GRADS)
-    assert isinstance(state, ok.KronState)
+    assert isinstance(state, KronState)
     assert optax.tree.get(state, "count") == 0
 
 

@@ -20,6 +20,8 @@ import pytest
 
 import optax_kron as ok
 
+from .adagrad import adagrad, scale_by_adagrad
+
 # ---------------------------------------------------------------------------------------- problems
 
 
@@ -462,6 +464,17 @@ ROWS = (
         tunable={"learning_rate": 0.02, "damping": 2.0, "blocks": 2, "weight_decay": 0.1},
         switched_on={"weight_decay": 0.01},
         mixes=True,
+        core=True,
+    ),
+    # As one of another library, through the frame of all others.
+    Row(
+        "adagrad",
+        adagrad,
+        scale_by_adagrad,
+        targets={name: Target(0.3, 2000, 0.02) for name in TARGETS if name != "rosenbrock"},
+        tunable={"learning_rate": 0.02, "momentum": 0.5, "eps": 1.0, "weight_decay": 0.1},
+        switched_on={"weight_decay": 0.01},
+        random=False,
         core=True,
     ),
 )

@@ -1,0 +1,65 @@
+"""Diagonal AdaGrad: what a new optimizer takes, one file through the frame of all others.
+
+`docs/extending.md` goes through it.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+import optax_kron as ok
+from optax_kron.kernels import contract
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.preconditioner import Preconditioner
+from optax_kron.transforms.stacks import Change, guarded, largest_of_blocks, times
+
+
+class AdagradStack(NamedTuple):
+    """What is kept of N blocks."""
+
+    squares: jnp.ndarray  # sum of the squared gradients [N, ...], ≥ float32
+    initialized: jnp.ndarray  # whether there has been a gradient other than zero, bool [N]
+
+
+@program.settings
+@dataclasses.dataclass(frozen=True)
+class Adagrad(Preconditioner):
+    """The settings of `scale_by_adagrad`, and its verbs."""
+
+    eps: float
+
+    def init(self, count, signature, dtype):
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return AdagradStack(jnp.zeros((count, *signature.shape), wide), jnp.zeros(count, bool))
+
+    def rescale(self, stack, past):
+        return stack._replace(squares=times(stack.squares, jnp.square(past)))
+
+    def accumulate(self, stack, seen, step):
+        squares = stack.squares + contract.squared_magnitude(seen.gradient)
+        nonzero = largest_of_blocks(seen.gradient) != 0
+        fields = {"squares": squares, "initialized": jnp.ones_like(nonzero)}
+        return guarded(stack, Change(fields, step.accepted & nonzero))
+
+    def precondition(self, stack, seen, step):
+        eps = jnp.asarray(self.eps, stack.squares.dtype)
+        return seen.direction / (jnp.sqrt(stack.squares) + eps)
+
+
+def scale_by_adagrad(
+    *, eps=1e-8, momentum=0.9, outlier_clip=10.0, blocking=ok.Blocking(), factor_dtype=None,
+    momentum_dtype=None,
+):  # fmt: skip
+    """Scale gradients by AdaGrad."""
+    validation.check_range("adagrad", "eps", eps)
+    layout = Blockwise(blocking, momentum, momentum_dtype)
+    return transformation("adagrad", Adagrad(eps), layout, outlier_clip, factor_dtype)
+
+
+def adagrad(learning_rate=None, *, weight_decay=0.0, mask=None, **settings):
+    """AdaGrad."""
+    scaled = scale_by_adagrad(**settings)
+    return validation.complete("adagrad", scaled, learning_rate, weight_decay, mask)
