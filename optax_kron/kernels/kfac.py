@@ -236,13 +236,13 @@ def diagonals(matrices: Float[Array, "N d d"]) -> Float[Array, "N d"]:
 
 
 def inverses(
-    factors: Sequence[Factors], amounts: Sequence[Float[Array, " N"]]
+    factors: Sequence[Factors], shifts: Sequence[Float[Array, " N"]]
 ) -> tuple[list[Factors], list[Bool[Array, " N"]]]:
     """The inverse of every damped factor of several stacks; not finite if it is not definite.
 
     Args:
       factors: Stacks of symmetric matrices, or of the diagonals of diagonal ones.
-      amounts: What is added to the diagonals of each stack.
+      shifts: What is added to the diagonals of each stack.
 
     Returns:
       Arrays like the factors, and for each whether its inverses are finite. Cost: as
@@ -250,11 +250,11 @@ def inverses(
     """
     dense = [i for i, factor in enumerate(factors) if factor.ndim == 3]
     # All dense ones at once, so that stacks of similar sizes share a program.
-    dense_results = positive.inverses([factors[i] for i in dense], [amounts[i] for i in dense])
+    dense_results = positive.inverses([factors[i] for i in dense], [shifts[i] for i in dense])
     results = dict(zip(dense, zip(*dense_results, strict=True), strict=True))
-    for i, (factor, amount) in enumerate(zip(factors, amounts, strict=True)):
+    for i, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
         if factor.ndim == 2:
-            damped = factor + amount[:, None]
+            damped = factor + shift[:, None]
             definite = damped > 0
             inverse = jnp.where(definite, 1 / jnp.where(definite, damped, 1), jnp.nan)
             results[i] = inverse, jnp.all(jnp.isfinite(inverse), axis=1)

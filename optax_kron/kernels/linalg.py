@@ -84,7 +84,7 @@ def norm_bound(matrix: Inexact[Array, "d d"], rows: Float[Array, "r e"]) -> Floa
 
     Source: Li (2024), arXiv:2402.11858, and its reference implementation.
     """
-    # Powers of a matrix with entries of at most one overflow later than those of the matrix.
+    # In units of the largest entry, squares neither overflow nor vanish.
     scale = jnp.max(jnp.abs(matrix)) + jnp.finfo(contract.real_dtype(matrix.dtype)).tiny
     row_norms = _row_norms(matrix / scale)
     top = matrix[jnp.argmax(row_norms)] / scale

@@ -36,11 +36,11 @@ def test_eigenvalues_are_the_diagonal_of_the_curvature(positions, bases):
     a, g = draw(2, 4, positions, 5), draw(3, 2, 4, positions, 6, seed=1)
     qa = np.stack([basis(5, s) for s in (1, 2)]) if bases in ("both", "input") else None
     qg = np.stack([basis(6, s) for s in (3, 4)]) if bases in ("both", "output") else None
-    found = jax.jit(ekfac.eigenvalues)(a, g, qa, qg)
+    actual = jax.jit(ekfac.eigenvalues)(a, g, qa, qg)
     for b in range(2):
         q = np.kron(np.eye(5) if qa is None else qa[b], np.eye(6) if qg is None else qg[b])
         expected = np.diag(q.T @ curvature(a[b], g[:, b]) @ q).reshape(5, 6)
-        np.testing.assert_allclose(found[b], expected, rtol=RTOL)
+        np.testing.assert_allclose(actual[b], expected, rtol=RTOL)
 
 
 def test_no_other_diagonal_in_the_basis_is_nearer():
@@ -65,9 +65,9 @@ def test_values_of_a_table_are_those_of_one_hot_inputs(positions):
     rows = np.random.default_rng(0).integers(0, 6, size=(2, 5, positions, 1))  # 5 is beyond
     g = draw(3, 2, 5, positions, 4, seed=1)
     qg = np.stack([basis(4, s) for s in (3, 4)])
-    found = jax.jit(ekfac.table_eigenvalues, static_argnums=2)(rows, g, 5, qg)
+    actual = jax.jit(ekfac.table_eigenvalues, static_argnums=2)(rows, g, 5, qg)
     expected = ekfac.eigenvalues(np.eye(6)[rows[..., 0]][..., :5], g, None, qg)
-    np.testing.assert_allclose(found, expected, rtol=RTOL, atol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=RTOL, atol=1e-12)
 
 
 def test_a_change_of_basis_carries_values_over():

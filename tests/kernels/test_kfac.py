@@ -18,8 +18,8 @@ def draw(*shape, seed=0):
 
 
 def inverse(factor, amount=0.0):
-    (found,), _ = kfac.inverses([factor[None]], [jnp.full(1, amount, factor.dtype)])
-    return found[0]
+    (inverses,), _ = kfac.inverses([factor[None]], [jnp.full(1, amount, factor.dtype)])
+    return inverses[0]
 
 
 def pi_damping(a, g, damping):
@@ -62,15 +62,15 @@ def test_expand_and_reduce_agree_at_one_position_and_differ_at_more():
 @pytest.mark.parametrize("approx", kfac.APPROXIMATIONS)
 def test_weights_of_blocks_are_those_of_each_alone(approx):
     a, w = jnp.asarray(draw(2, 4, 3, 5)), jnp.asarray(draw(2, 4, 3, seed=1)) ** 2
-    found = kfac.input_moment(a, w.at[1, 2:].set(0), approx=approx)
+    moment = kfac.input_moment(a, w.at[1, 2:].set(0), approx=approx)
     for b, wanted in enumerate((w[0], w[1].at[2:].set(0))):
         alone = kfac.input_moment(a[b : b + 1], wanted, approx=approx)[0]
-        np.testing.assert_allclose(found[b], alone, rtol=TINY_RTOL)
+        np.testing.assert_allclose(moment[b], alone, rtol=TINY_RTOL)
     one_hot = jnp.asarray(np.random.default_rng(0).integers(0, 5, size=(2, 4, 3, 1)))
-    found = kfac.index_frequencies(one_hot, 5, w, dtype=jnp.float64)
+    frequencies = kfac.index_frequencies(one_hot, 5, w, dtype=jnp.float64)
     for b in range(2):
         alone = kfac.index_frequencies(one_hot[b : b + 1], 5, w[b], dtype=jnp.float64)[0]
-        np.testing.assert_allclose(found[b], alone, rtol=TINY_RTOL)
+        np.testing.assert_allclose(frequencies[b], alone, rtol=TINY_RTOL)
 
 
 def test_weights_of_zero_leave_a_zero_moment():

@@ -46,7 +46,7 @@ def test_the_residual_is_that_of_the_best_rank_one(positions, columns):
         np.testing.assert_allclose(factor, factor.T, atol=1e-12)
 
 
-def test_a_single_datum_is_exact():
+def test_a_single_example_is_exact():
     a, g = draw(1, 1, 4), draw(2, 1, 1, 3, seed=1)
     np.testing.assert_allclose(np.kron(*kfoc.factors(a, g)), curvature(a, g), rtol=1e-9, atol=1e-12)
 
@@ -61,9 +61,9 @@ def test_scales_far_from_one(scale):
         assert not np.any(A)
         return
     plain = np.kron(*kfoc.factors(a, g))
-    found = np.kron(np.asarray(A, np.float64), np.asarray(G, np.float64)) / np.float64(scale) ** 2
+    product = np.kron(np.asarray(A, np.float64), np.asarray(G, np.float64)) / np.float64(scale) ** 2
     if scale > 1:  # squares of 1e-25 are below float32
-        np.testing.assert_allclose(found, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
+        np.testing.assert_allclose(product, plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("columns", [1, 2])

@@ -30,27 +30,29 @@ SIZES = [1, 2, 3, 31, 64, 65, 256, 257, 520, 1030]
 @pytest.mark.parametrize("size", SIZES)
 def test_inverse_in_double_precision(x64, size):
     matrix, expected = spectrum(size, 1e3)
-    (found,), (finite,) = unshifted([jnp.asarray(matrix)[None]])
+    (inverse,), (finite,) = unshifted([jnp.asarray(matrix)[None]])
     assert finite.all()
     # A backward stable inverse is off by the condition number times rounding.
-    assert relative(found[0], expected) < 1e3 * 1e-15
-    np.testing.assert_allclose(found[0], found[0].T, rtol=0, atol=1e-12 * np.max(np.abs(found)))
+    assert relative(inverse[0], expected) < 1e3 * 1e-15
+    np.testing.assert_allclose(
+        inverse[0], inverse[0].T, rtol=0, atol=1e-12 * np.max(np.abs(inverse))
+    )
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 def test_inverse_loses_no_more_than_the_condition_number(condition):
     matrix, expected = spectrum(300, condition)
-    (found,), (finite,) = unshifted([jnp.asarray(matrix, jnp.float32)[None]])
+    (inverse,), (finite,) = unshifted([jnp.asarray(matrix, jnp.float32)[None]])
     assert finite.all()
     # Half a unit of rounding, times the condition number: what rounding the matrix alone costs.
-    assert relative(found[0], expected) < condition * 6e-8
+    assert relative(inverse[0], expected) < condition * 6e-8
 
 
 def test_scale_is_immaterial():
     matrix, expected = spectrum(100, 1e2)
     for scale in (1e-30, 1e30):
-        (found,), _ = unshifted([jnp.asarray(scale * matrix, jnp.float32)[None]])
-        assert relative(scale * np.asarray(found[0], np.float64), expected) < 1e-4
+        (inverse,), _ = unshifted([jnp.asarray(scale * matrix, jnp.float32)[None]])
+        assert relative(scale * np.asarray(inverse[0], np.float64), expected) < 1e-4
 
 
 def test_stacks_of_many_sizes_keep_their_order():
@@ -60,10 +62,10 @@ def test_stacks_of_many_sizes_keep_their_order():
         for i, (count, size) in enumerate(sizes)
     ]
     stacks = [jnp.asarray(np.stack([m for m, _ in p]), jnp.float32) for p in problems]
-    found, finite = jax.jit(unshifted)(stacks)
-    for inverse, sound, problem in zip(found, finite, problems, strict=True):
-        assert sound.shape == (len(problem),)
-        assert sound.all()
+    inverses, finite = jax.jit(unshifted)(stacks)
+    for inverse, are_finite, problem in zip(inverses, finite, problems, strict=True):
+        assert are_finite.shape == (len(problem),)
+        assert are_finite.all()
         for one, (_, expected) in zip(inverse, problem, strict=True):
             assert relative(one, expected) < 1e-5
 
@@ -75,22 +77,22 @@ def test_what_is_not_positive_definite_is_not_finite_and_leaves_its_neighbours(s
     bad = {"indefinite": -1.0, "singular": 0.0, "nan": np.nan, "infinite": np.inf}[kind]
     matrices[1, -1, :] = matrices[1, :, -1] = 0
     matrices[1, -1, -1] = bad
-    (found,), (finite,) = unshifted([jnp.asarray(matrices, jnp.float32)])
+    (inverses,), (finite,) = unshifted([jnp.asarray(matrices, jnp.float32)])
     expected, _ = unshifted([jnp.asarray(matrices[::2], jnp.float32)])
-    np.testing.assert_allclose(found[::2], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(inverses[::2], expected[0], rtol=1e-5)
     assert finite[0]
     assert finite[2]
     if kind != "infinite":  # whose inverse is zero there
         assert not finite[1]
-        assert not np.isfinite(found[1]).all()
+        assert not np.isfinite(inverses[1]).all()
 
 
 def test_more_matrices_than_go_side_by_side():
     problems = [spectrum(5, 10, seed) for seed in range(19)]
     stack = jnp.asarray(np.stack([m for m, _ in problems]), jnp.float32)
-    (found,), (finite,) = unshifted([stack])
+    (inverses,), (finite,) = unshifted([stack])
     assert finite.shape == (19,)
-    for one, (_, expected) in zip(found, problems, strict=True):
+    for one, (_, expected) in zip(inverses, problems, strict=True):
         assert relative(one, expected) < 1e-5
 
 
@@ -112,8 +114,8 @@ def test_shifts_are_added_to_the_diagonals():
     pairs = [spectrum(size, 1e2, seed=size)[0] for size in sizes]
     stacks = [jnp.asarray(np.stack([m, m]), jnp.float32) for m in pairs]
     shifts = [jnp.asarray([0.5, 2.0], jnp.float32)] * len(sizes)
-    found, _ = jax.jit(positive.inverses)(stacks, shifts)
-    for inverses, matrix in zip(found, pairs, strict=True):
+    stacks_of_inverses, _ = jax.jit(positive.inverses)(stacks, shifts)
+    for inverses, matrix in zip(stacks_of_inverses, pairs, strict=True):
         for inverse, shift in zip(inverses, (0.5, 2.0), strict=True):
             expected = np.linalg.inv(matrix + shift * np.eye(len(matrix)))
             assert relative(inverse, expected) < 1e-5
