@@ -110,3 +110,31 @@ def _nnx_hint(paths: list[str]) -> str:
         " Arrays and Flax variables are different leaves: with Flax NNX, take the product at "
         "nnx.as_pure(nnx.state(model, nnx.Param))."
     )
+
+
+def probed_product(
+    owner: str, key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree]
+) -> tuple[PyTree, PyTree]:
+    """A white probe like a tree, and its product with the Hessian.
+
+    Args:
+      owner: Name of the optimizer, for messages.
+      key: PRNG key of the probe.
+      like: Tree of arrays.
+      hvp_fn: From a tree to its product with the Hessian.
+
+    Raises:
+      ValueError: if `hvp_fn` returns a tree unlike its argument.
+    """
+    probe = optax.tree.random_like(key, like, sampler=jax.random.normal)
+    product = hvp_fn(probe)
+
+    def describe(tree):
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
+
+    if describe(product) != describe(probe):
+        raise ValueError(
+            f"{owner}: hvp_fn must return a tree like its argument; got {describe(product)}, "
+            f"expected {describe(probe)}."
+        )
+    return probe, product

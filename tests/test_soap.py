@@ -89,7 +89,7 @@ def test_a_change_of_basis_keeps_the_norm_of_the_momentum(basis, variant):
 
 
 def test_the_second_moment_changes_places_with_the_columns_of_the_basis():
-    tx = scale_by_soap(refresh_every=2, decay=1 - 1e-6, momentum=None, outlier_clip=None)
+    tx = scale_by_soap(refresh_every=2, b2=1 - 1e-6, momentum=None, outlier_clip=None)
     state = tx.init(jnp.zeros((3, 3)))
     update = jax.jit(tx.update)
     _, state = update(jnp.diag(jnp.array([3.0, 2.0, 1.0])), state)

@@ -41,6 +41,7 @@ _BOUND_DECAY = 0.9
 
 Factors = tuple[contract.Factor, ...]
 # Valid extent of each axis of a padded block; `None`: no padding.
+_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 Sizes = Sequence[Int[Array, ""]] | None
 Scalar = Float[Array, ""]
 
@@ -115,6 +116,70 @@ def balance(factors: Factors, sizes: Sizes = None) -> Factors:
     return tuple(q * inside(s, m, 1) for q, s, m in zip(factors, scales, masks, strict=True))
 
 
+def refit(
+    factors: Factors,
+    bounds: Float[Array, " k"],
+    initialized: Bool[Array, ""],
+    gradient: contract.Tensor,
+    probe: contract.Tensor,
+    rows: Float[Array, "r e"],
+    balance_due: Bool[Array, ""],
+    *,
+    geometry: str,
+    precond_lr: ArrayLike,
+    damping: ArrayLike,
+    newton: bool,
+    sizes: Sizes = None,
+    precision: contract.Precision = None,
+) -> tuple[Factors, Float[Array, " k"]]:
+    """The factors of a block after a gradient: scaled to the first, moved, and balanced if due.
+
+    Args:
+      factors: As in `update_factors`, like all arguments that are not listed here.
+      bounds: Of the curvature of the fit.
+      initialized: Whether the factors have their scale from a gradient already.
+      gradient: Or the momentum, or a Hessian-vector product.
+      probe: White noise, or what the Hessian was multiplied with.
+      rows: Standard normal.
+      balance_due: Whether the factors are to be of one size again.
+      geometry: One of `GEOMETRIES`.
+      precond_lr: Relative step.
+      damping: Curvature, in units of the gradient, below which none is believed.
+      newton: Whether a Hessian is fitted.
+      sizes: Lengths of the axes without padding.
+      precision: Precision of the matrix products.
+    """
+    real = contract.real_dtype(gradient.dtype)
+    largest = jnp.max(_magnitude(gradient), initial=0)
+    # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
+    floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
+    damping = jnp.maximum(jnp.asarray(damping, real), floor)
+    scale = initial_scale(gradient, damping, probe if newton else None, sizes)
+    scale = jnp.where(initialized, 1, scale ** (1 / len(factors)))
+    moved, bounds = update_factors(
+        tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
+        bounds,
+        noised(gradient, probe, damping),
+        probe,
+        rows,
+        geometry=geometry,
+        precond_lr=precond_lr,
+        newton=newton,
+        sizes=sizes,
+        precision=precision,
+    )
+    balanced = balance(moved, sizes)
+    pairs = zip(balanced, moved, strict=True)
+    return tuple(jnp.where(balance_due, x, y).astype(y.dtype) for x, y in pairs), bounds
+
+
+def _magnitude(x: contract.Tensor) -> Float[Array, "..."]:
+    """The larger of the magnitudes of real and imaginary part."""
+    if jnp.iscomplexobj(x):
+        return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+    return jnp.abs(x)
+
+
 def update_factors(
     factors: Factors,
     bounds: Float[Array, " k"],
@@ -123,7 +188,7 @@ def update_factors(
     rows: Float[Array, "r e"],
     *,
     geometry: str,
-    precond_lr: float | Scalar,
+    precond_lr: ArrayLike,
     newton: bool = False,
     sizes: Sizes = None,
     precision: contract.Precision = None,
@@ -231,7 +296,7 @@ def _move_factor(
     *,
     rows: Float[Array, "r e"],
     geometry: str,
-    precond_lr: float | Scalar,
+    precond_lr: ArrayLike,
     precision: contract.Precision,
 ) -> tuple[contract.Factor, Scalar]:
     """A new factor and its bound."""
@@ -248,7 +313,7 @@ def _move_factor(
 
 
 def _bound_and_step(
-    norm: Scalar, bound: Scalar, precond_lr: float | Scalar, factor: contract.Factor
+    norm: Scalar, bound: Scalar, precond_lr: ArrayLike, factor: contract.Factor
 ) -> tuple[Scalar, Scalar]:
     """The running bound of the curvature, and the step that it allows."""
     norm = norm.astype(bound.dtype)

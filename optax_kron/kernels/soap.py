@@ -10,16 +10,17 @@ Sources: Vyas et al. (2024), arXiv:2409.11321; for the KL variants, Lin et al. (
 arXiv:2509.03378.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, eigenbases
 
 Bases = Sequence[Inexact[Array, "d d"] | None]
+Values = Sequence[Float[Array, " d"]] | None  # KL variants alone keep them
 
 
 def whitened_moments(
@@ -123,3 +124,81 @@ def inverse_square_root(
     raised = jnp.maximum(values, jnp.asarray(relative_damping, values.dtype) * jnp.max(values))
     is_positive = raised > 0
     return jnp.where(is_positive, jax.lax.rsqrt(jnp.where(is_positive, raised, 1)), 0)
+
+
+def first_statistics(
+    statistics: Bases,
+    values: Sequence[Float[Array, " d"]],
+    gradient: Inexact[Array, "..."],
+    extents: Float[Array, " k"],
+    is_first: Bool[Array, ""],
+) -> tuple[list[Inexact[Array, "d d"] | None], list[Float[Array, " d"]]]:
+    """Statistics and their eigenvalues, of which the first are multiples of the identity.
+
+    At one that fits the gradient, the first factors are no larger or smaller than those to come.
+
+    Args:
+      statistics: S_i per axis, in the dtype of the arithmetic.
+      values: Their eigenvalues, also of diagonal axes.
+      gradient: G.
+      extents: Lengths of the axes without padding.
+      is_first: Whether there has been no gradient before.
+    """
+    scale = first_scale(gradient, extents)
+    new_values = [jnp.where(is_first, scale, x) for x in values]
+    new = [
+        S if S is None else jnp.where(is_first, scale * jnp.eye(len(S), dtype=S.dtype), S)
+        for S in statistics
+    ]
+    return new, new_values
+
+
+def first_bases(
+    statistics: Bases, bases: Bases, values: Values, *, precision: contract.Precision = None
+) -> tuple[tuple[Inexact[Array, "d d"] | None, ...], tuple[Float[Array, " d"], ...] | None]:
+    """The eigenbases of statistics, and their eigenvalues along axes with one."""
+    new_bases, new_values = list(bases), None if values is None else list(values)
+    for axis, S in enumerate(statistics):
+        if S is None:
+            continue
+        new_bases[axis] = Q = eigenbases.descending(S)
+        if new_values is not None:
+            new_values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=precision)
+    return tuple(new_bases), None if new_values is None else tuple(new_values)
+
+
+def next_bases(
+    find: Callable[..., tuple[Array, Array]],
+    statistics: Bases,
+    bases: Bases,
+    values: Values,
+    second_moment: Float[Array, "..."] | None,
+    *,
+    precision: contract.Precision = None,
+) -> tuple[
+    tuple[Inexact[Array, "d d"] | None, ...],
+    tuple[Float[Array, " d"], ...] | None,
+    Float[Array, "..."] | None,
+]:
+    """Other eigenbases, and what is kept in terms of them.
+
+    Args:
+      find: `eigenbases.power_iteration` or `eigenbases.decompose`.
+      statistics: S_i per axis.
+      bases: Q_i per axis.
+      values: Eigenvalues of S_i per axis, or `None`.
+      second_moment: Of the gradient in the bases, or `None`. Where columns of a basis change
+        places, so does what is kept along them.
+      precision: Precision of the matrix products.
+    """
+    new_bases, new_values = list(bases), None if values is None else list(values)
+    for axis, (Q, S) in enumerate(zip(bases, statistics, strict=True)):
+        if Q is None or S is None:
+            continue
+        new_Q, order = find(Q, S, precision=precision)
+        new_bases[axis] = new_Q
+        if second_moment is not None:
+            second_moment = jnp.take(second_moment, order, axis=axis)
+        if new_values is not None:
+            new_values[axis] = eigenbases.rayleigh_quotients(new_Q, S, precision=precision)
+    return tuple(new_bases), None if new_values is None else tuple(new_values), second_moment

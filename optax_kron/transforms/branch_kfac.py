@@ -161,20 +161,17 @@ def branch_kfac(
     With a learning rate (5e-3 is a start) this is a complete optimizer; without, the bare
     preconditioner, to chain.
 
+    All arguments that are not listed here are those of `scale_by_branch_kfac`, as is the cost.
+
     Args:
-      learning_rate: a number or a schedule; `None` leaves the updates unscaled and unflipped.
-      damping: see `scale_by_branch_kfac`, as for all arguments that are not listed here.
-      blocks: number of diagonal blocks.
-      clip: bound of the parameters themselves: a step ends within [-clip, clip]. Needs a learning
+      learning_rate: A number or a schedule; `None` leaves the updates unscaled and unflipped.
+      clip: Bound of the parameters themselves: a step ends within [-clip, clip]. Needs a learning
         rate, and `params` in `update`. `None`: no bound.
-      weight_decay: decoupled weight decay, times the learning rate; needs `params` in `update`.
-      mask: which parameters decay, as in `optax.add_decayed_weights`.
-      outlier_clip: how many times its usual norm a gradient may be long.
-      redraw: draw another map at every step.
-      seed: an integer or a PRNG key.
+      weight_decay: Decoupled weight decay, times the learning rate; needs `params` in `update`.
+      mask: Which parameters decay, as in `optax.add_decayed_weights`.
 
     Returns:
-      A gradient transformation; its cost is that of `scale_by_branch_kfac`.
+      A gradient transformation.
 
     Raises:
       ValueError: as `scale_by_branch_kfac`, for a negative learning rate, for a clip without one or
@@ -202,17 +199,16 @@ def branch_kfac(
       >>> bool(loss < 0.1)
       True
     """
+    arguments = dict(locals())
+    del arguments["clip"]
     owner = "branch_kfac"
     validation.check_range(owner, "clip", clip, open_left=True, optional=True)
-    preconditioner = scale_by_branch_kfac(
-        damping=damping, blocks=blocks, outlier_clip=outlier_clip, redraw=redraw, seed=seed
-    )
     if clip is not None and learning_rate is None:
         raise ValueError(
             f"{owner}: clip bounds the parameters after a whole step, so it needs learning_rate; "
             "got None."
         )
-    complete = validation.complete(owner, preconditioner, learning_rate, weight_decay, mask)
+    complete = validation.complete(owner, scale_by_branch_kfac, arguments)
     return complete if clip is None else optax.chain(complete, _within(owner, clip))
 
 

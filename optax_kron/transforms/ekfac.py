@@ -315,28 +315,5 @@ def ekfac(
 
     Source: George et al. (2018), arXiv:1806.03884.
     """
-    return validation.complete(
-        "ekfac",
-        scale_by_ekfac(
-            layers=layers,
-            decay=decay,
-            bias_correction=bias_correction,
-            damping=damping,
-            damping_rule=damping_rule,
-            approx=approx,
-            momentum=momentum,
-            factor_every=factor_every,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            norm_constraint=norm_constraint,
-            outlier_clip=outlier_clip,
-            learning_rate=learning_rate,
-            fallback=fallback,
-            factor_dtype=factor_dtype,
-            momentum_dtype=momentum_dtype,
-            precision=precision,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
+    arguments = dict(locals())
+    return validation.complete("ekfac", scale_by_ekfac, arguments)

@@ -225,7 +225,9 @@ class Frame:
         """Gradients of what is in no block, by path, scaled down where they are outliers."""
         plan = self.layout.plan(self.owner, updates)
         made = jax.eval_shape(lambda: self._init(plan, updates))
-        validation.check_state(self.owner, made, state._replace(fallback=None))
+        kept = state._replace(fallback=None)
+        made, kept = (x._replace(stacks=self.method.needed(x.stacks)) for x in (made, kept))
+        validation.check_state(self.owner, made, kept)
         rest = self.layout.rest(plan, updates, self.compute_dtype)
         limited = self.limit({path: x[None] for path, x in rest.items()}, state, "rest")
         return limited._replace(blocks={path: x[0] for path, x in limited.blocks.items()})

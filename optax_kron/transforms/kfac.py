@@ -332,28 +332,5 @@ def kfac(
     Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016),
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
-    return validation.complete(
-        "kfac",
-        scale_by_kfac(
-            layers=layers,
-            decay=decay,
-            bias_correction=bias_correction,
-            damping=damping,
-            damping_rule=damping_rule,
-            approx=approx,
-            momentum=momentum,
-            factor_every=factor_every,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            norm_constraint=norm_constraint,
-            outlier_clip=outlier_clip,
-            learning_rate=learning_rate,
-            fallback=fallback,
-            factor_dtype=factor_dtype,
-            momentum_dtype=momentum_dtype,
-            precision=precision,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
+    arguments = dict(locals())
+    return validation.complete("kfac", scale_by_kfac, arguments)

@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
+from optax_kron.autodiff import probed_product
 from optax_kron.blocking import Blocking, BlockPlan, Signature
 from optax_kron.kernels import contract, flow, probes, psgd
 from optax_kron.transforms import outliers, program, validation
@@ -25,7 +26,11 @@ from optax_kron.transforms.preconditioner import (
     Step,
     total,
 )
-from optax_kron.transforms.schedule import update_probability_schedule
+from optax_kron.transforms.schedule import (
+    KronSchedule,
+    is_update_due,
+    update_probability_schedule,
+)
 from optax_kron.transforms.stacks import (
     Change,
     all_finite,
@@ -38,7 +43,6 @@ from optax_kron.transforms.stacks import (
 
 CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
 _BALANCE_EVERY = 100
-_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 
 
 class KronStack(NamedTuple):
@@ -48,13 +52,6 @@ class KronStack(NamedTuple):
     bounds: Float[Array, "N k"]  # running bound of the fit's curvature along each axis, ≥ float32
     initialized: Bool[Array, " N"]  # whether the scale has been set from a gradient
     preconditioner: tuple[Array, ...] | None  # P per axis, as the factors (float32 for float16)
-
-
-class KronSchedule(NamedTuple):
-    """What decides on the next update of the factors."""
-
-    pending_updates: Float[Array, ""]  # share of the next update that has added up, in [0, 1)
-    cached: Bool[Array, ""]  # whether the cached preconditioners belong to the factors
 
 
 @program.settings
@@ -110,13 +107,19 @@ class KronPsgd(Preconditioner):
                 identity = jnp.eye(size, dtype=contract.complex_like(dtype, signature.is_complex))
                 factor = jnp.tile(identity, (count, 1, 1))
             factors.append((factor * scale).astype(factor.dtype))
-        cached = tuple(jnp.zeros(q.shape, _cache_dtype(q.dtype)) for q in factors)
+        cache = tuple(jnp.zeros(q.shape, _cache_dtype(q.dtype)) for q in factors)
         return KronStack(
             factors=tuple(factors),
             bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
             initialized=jnp.full(count, self.init_scale is not None),
-            preconditioner=cached if self.cache else None,
+            preconditioner=cache if self.cache else None,
         )
+
+    def needed(self, stacks: Stacks) -> PyTree:
+        """See `Preconditioner`: without a cache, that of another setting stays unused."""
+        if self.cache or not isinstance(stacks, Mapping):
+            return stacks
+        return {label: stack._replace(preconditioner=None) for label, stack in stacks.items()}
 
     def init_schedule(self) -> KronSchedule:
         """See `Preconditioner`."""
@@ -165,7 +168,7 @@ class KronPsgd(Preconditioner):
             )
         validation.check_callable(self.owner, "hvp_fn", hvp_fn)
         key = jax.random.fold_in(_update_key(state), 1)
-        probe = functools.partial(_hessian_probe, self.owner, key, updates, hvp_fn)
+        probe = functools.partial(probed_product, self.owner, key, updates, hvp_fn)
         if not program.is_concrete((updates, state)):
             return probe
         # The product is one of this step alone. It stays outside of what is compiled once.
@@ -174,15 +177,8 @@ class KronPsgd(Preconditioner):
         return updates, updates
 
     def _is_due_now(self, updates: PyTree, state: KronState) -> Bool[Array, ""]:
-        due, _ = self._is_due(state.schedule, state.count)
+        due, _ = is_update_due(state.schedule, self.update_probability, state.count)
         return all_finite(updates) & due
-
-    def _is_due(self, schedule, count):
-        """Whether the factors are updated now, and what is pending then."""
-        pending = schedule.pending_updates + jnp.asarray(self.update_probability, jnp.float32)
-        # The slack keeps rounding from adding a step where 1/p is an integer.
-        due = (count == 0) | (pending >= 1 - 1e-6)
-        return due, jnp.where(due, jnp.maximum(pending - 1, 0), pending)
 
     # ----------------------------------------------------------------------------------- the verbs
 
@@ -196,7 +192,7 @@ class KronPsgd(Preconditioner):
         step: Step,
     ) -> Advanced:
         """See `Preconditioner`: factors are updated and applied, or what is cached is applied."""
-        due, pending = self._is_due(state.schedule, state.count)
+        due, pending = is_update_due(state.schedule, self.update_probability, state.count)
         due = step.accepted & due
         if self.cache:
             stale = step.accepted & ~due & ~state.schedule.cached
@@ -267,29 +263,22 @@ class KronPsgd(Preconditioner):
 
     def _update_block(self, block, gradient, probe, sizes, rows, balance_due):
         """One block after an update of its factors, and whether that has failed."""
-        factors = tuple(map(contract.widen, block.factors))
-        largest = largest_magnitude(gradient)
-        real = contract.real_dtype(gradient.dtype)
-        # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
-        damping = jnp.maximum(
-            jnp.asarray(self.damping, real), float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
-        )
-        scale = psgd.initial_scale(gradient, damping, probe if self.is_newton else None, sizes)
-        scale = jnp.where(block.initialized, 1, scale ** (1 / len(factors)))
-        factors, bounds = psgd.update_factors(
-            tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
+        factors, bounds = psgd.refit(
+            tuple(map(contract.widen, block.factors)),
             block.bounds,
-            psgd.noised(gradient, probe, damping),
+            block.initialized,
+            gradient,
             probe,
             rows,
+            balance_due,
             geometry=self.geometry,
             precond_lr=self.precond_lr,
+            damping=self.damping,
             newton=self.is_newton,
             sizes=sizes,
             precision=self.precision,
         )
-        factors = select(balance_due, psgd.balance(factors, sizes), factors)
-        nonzero = largest != 0  # also if it is not finite
+        nonzero = largest_magnitude(gradient) != 0  # also if it is not finite
         new, failed = guarded(block, Change({"factors": factors, "bounds": bounds}, nonzero))
         return new._replace(initialized=block.initialized | (nonzero & ~failed)), failed
 
@@ -297,7 +286,7 @@ class KronPsgd(Preconditioner):
         """See `Preconditioner`: `P·m` for every block, from the cache if there is one."""
         del step
         factors, kernel = stack.factors, contract.precondition
-        if stack.preconditioner is not None:
+        if self.cache and stack.preconditioner is not None:
             factors, kernel = stack.preconditioner, contract.apply_factors
         return map_blocks(factors)(lambda q, m: self._apply(q, m, kernel), factors, seen.direction)
 
@@ -326,28 +315,6 @@ def _update_key(state: KronState) -> Array:
     """The key of one update of the factors."""
     assert state.key is not None  # `init_key` makes one
     return jax.random.fold_in(validation.key_of(state.key), state.refreshes)
-
-
-def _hessian_probe(
-    owner: str, key: Array, like: PyTree, hvp_fn: Callable[[PyTree], PyTree]
-) -> tuple[PyTree, PyTree]:
-    """A white probe, and its product with the Hessian.
-
-    Raises:
-      ValueError: if `hvp_fn` returns a tree unlike its argument.
-    """
-    probe = optax.tree.random_like(key, like, sampler=jax.random.normal)
-    product = hvp_fn(probe)
-
-    def describe(tree):
-        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
-
-    if describe(product) != describe(probe):
-        raise ValueError(
-            f"{owner}: hvp_fn must return a tree like its argument; got {describe(product)}, "
-            f"expected {describe(probe)}."
-        )
-    return probe, product
 
 
 def scale_by_kron_psgd(
@@ -533,27 +500,5 @@ def kron_psgd(
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
     arXiv:2402.11858.
     """
-    return validation.complete(
-        "kron_psgd",
-        scale_by_kron_psgd(
-            momentum=momentum,
-            precond_lr=precond_lr,
-            geometry=geometry,
-            criterion=criterion,
-            update_probability=update_probability,
-            damping=damping,
-            init_scale=init_scale,
-            rms_clip=rms_clip,
-            max_abs_clip=max_abs_clip,
-            outlier_clip=outlier_clip,
-            blocking=blocking,
-            cache_preconditioner=cache_preconditioner,
-            factor_dtype=factor_dtype,
-            momentum_dtype=momentum_dtype,
-            precision=precision,
-            seed=seed,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
+    arguments = dict(locals())
+    return validation.complete("kron_psgd", scale_by_kron_psgd, arguments)

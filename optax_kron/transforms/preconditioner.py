@@ -155,6 +155,10 @@ class Preconditioner:
         """
         raise NotImplementedError
 
+    def needed(self, stacks: Stacks) -> PyTree:
+        """What of the stacks must be there; a state with more is taken too."""
+        return stacks
+
     def init_schedule(self) -> PyTree:
         """What decides on the next refresh, beside the count."""
 

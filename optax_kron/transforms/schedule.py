@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from optax_kron.kernels import flow
 from optax_kron.transforms import program, validation
@@ -232,3 +232,26 @@ def update_probability_schedule(
         return jnp.clip(highest * fall, lowest, highest)
 
     return schedule
+
+
+class KronSchedule(NamedTuple):
+    """What decides on the next update of the factors."""
+
+    pending_updates: Float[Array, ""]  # share of the next update that has added up, in [0, 1)
+    cached: Bool[Array, ""]  # whether the cached preconditioners belong to the factors
+
+
+def is_update_due(
+    schedule: KronSchedule, probability: ArrayLike, count: Int[Array, ""]
+) -> tuple[Bool[Array, ""], Float[Array, ""]]:
+    """Whether the factors are updated at a step, and what is pending then.
+
+    Args:
+      schedule: What is pending.
+      probability: Share of the steps with an update, [].
+      count: How many steps there have been.
+    """
+    pending = schedule.pending_updates + jnp.asarray(probability, jnp.float32)
+    # The slack keeps rounding from adding a step where 1/p is an integer.
+    due = (count == 0) | (pending >= 1 - 1e-6)
+    return due, jnp.where(due, jnp.maximum(pending - 1, 0), pending)

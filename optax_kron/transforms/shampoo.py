@@ -401,28 +401,5 @@ def shampoo(
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Anil et al. (2020), arXiv:2002.09018.
     """
-    return validation.complete(
-        "shampoo",
-        scale_by_shampoo(
-            momentum=momentum,
-            decay=decay,
-            bias_correction=bias_correction,
-            root_order=root_order,
-            root_method=root_method,
-            relative_damping=relative_damping,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            start_step=start_step,
-            grafting=grafting,
-            b2=b2,
-            eps=eps,
-            outlier_clip=outlier_clip,
-            blocking=blocking,
-            factor_dtype=factor_dtype,
-            momentum_dtype=momentum_dtype,
-            precision=precision,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
+    arguments = dict(locals())
+    return validation.complete("shampoo", scale_by_shampoo, arguments)

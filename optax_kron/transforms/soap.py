@@ -140,7 +140,11 @@ class Soap(Preconditioner):
                 ]
                 fields["statistics"] = _averages(block.statistics, moments, rate)
             else:
-                statistics, values = _started(block, gradient, extents, wanted)
+                old = _widened((block.statistics, block.values))
+                is_first = wanted & ~block.initialized
+                statistics, values = kernels.first_statistics(
+                    old[0], old[1], gradient, extents, is_first
+                )
                 moments, diagonals = kernels.whitened_moments(
                     _widened(block.bases),
                     values,
@@ -200,15 +204,10 @@ class Soap(Preconditioner):
 
         def begin(fields, statistics, newly):
             block = SoapStack(statistics=statistics, second_moment=None, **fields)
-            bases = list(block.bases)
-            values = None if block.values is None else list(block.values)
-            for axis, S in enumerate(_widened(statistics)):
-                if S is None:
-                    continue
-                bases[axis] = Q = eigenbases.descending(S)
-                if values is not None:
-                    values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=self.precision)
-            new = {"bases": tuple(bases), "values": None if values is None else tuple(values)}
+            bases, values = kernels.first_bases(
+                _widened(statistics), block.bases, block.values, precision=self.precision
+            )
+            new = {"bases": bases, "values": values}
             finite = all_finite([Q for Q in bases if Q is not None])
             block, failed = guarded(block, Change(new, newly, finite))
             block = block._replace(initialized=block.initialized & ~failed)
@@ -264,27 +263,14 @@ class Soap(Preconditioner):
         find = eigenbases.power_iteration if self.basis == "qr" else eigenbases.decompose
 
         def make(block):
-            bases, statistics = list(_widened(block.bases)), _widened(block.statistics)
-            values = None if block.values is None else list(block.values)
-            second = block.second_moment
+            bases, statistics = _widened((block.bases, block.statistics))
             finite = all_finite(statistics)
-            for axis, (Q, S) in enumerate(zip(bases, statistics, strict=True)):
-                if Q is None or S is None:
-                    continue
-                # LAPACK need not come to an end on what is not finite.
-                S = jnp.where(finite, S, 0)
-                bases[axis], order = find(Q, S, precision=self.precision)
-                if second is not None:
-                    second = jnp.take(second, order, axis=axis)
-                if values is not None:
-                    values[axis] = eigenbases.rayleigh_quotients(
-                        bases[axis], S, precision=self.precision
-                    )
-            new = {
-                "bases": tuple(bases),
-                "values": None if values is None else tuple(values),
-                "second_moment": second,
-            }
+            # LAPACK need not come to an end on what is not finite.
+            statistics = jax.tree.map(lambda S: jnp.where(finite, S, 0), statistics)
+            bases, values, second = kernels.next_bases(
+                find, statistics, bases, block.values, block.second_moment, precision=self.precision
+            )
+            new = {"bases": bases, "values": values, "second_moment": second}
             finite &= all_finite(bases)
             block, failed = guarded(block, Change(new, block.initialized, finite))
             return {name: getattr(block, name) for name in new}, failed
@@ -302,21 +288,6 @@ def _averages(old, new, rate):
     """`rate·old + (1 − rate)·new` of each pair; `None` stays so."""
     pairs = zip(_widened(old), new, strict=True)
     return tuple(None if x is None else rate * x + (1 - rate) * y for x, y in pairs)
-
-
-def _started(block, gradient, extents, wanted):
-    """Statistics and eigenvalues of one block; before the first gradient a multiple of identities.
-
-    At one that fits the gradient, the first factors are no larger or smaller than those to come.
-    """
-    is_first = wanted & ~block.initialized
-    scale = kernels.first_scale(gradient, extents)
-    values = [jnp.where(is_first, scale, contract.widen(x)) for x in block.values]
-    statistics = [
-        S if S is None else jnp.where(is_first, scale * jnp.eye(len(S), dtype=S.dtype), S)
-        for S in _widened(block.statistics)
-    ]
-    return statistics, values
 
 
 def _noise(block, newly):
@@ -504,25 +475,5 @@ def soap(
 
     Sources: Vyas et al. (2024), arXiv:2409.11321; Lin et al. (2025), arXiv:2509.03378.
     """
-    return validation.complete(
-        "soap",
-        scale_by_soap(
-            variant=variant,
-            momentum=momentum,
-            decay=decay,
-            b2=b2,
-            eps=eps,
-            relative_damping=relative_damping,
-            basis=basis,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            outlier_clip=outlier_clip,
-            blocking=blocking,
-            factor_dtype=factor_dtype,
-            momentum_dtype=momentum_dtype,
-            precision=precision,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
+    arguments = dict(locals())
+    return validation.complete("soap", scale_by_soap, arguments)

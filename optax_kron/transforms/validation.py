@@ -1,8 +1,9 @@
 """Checks of settings and arguments, and the chain that makes a preconditioner an optimizer."""
 
+import inspect
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from optax_kron.blocking import Blocking
 
@@ -262,21 +263,30 @@ def key_of(data: jax.Array) -> jax.Array:
 
 def complete(
     owner: str,
-    preconditioner: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule | None,
-    weight_decay: ArrayLike | None,
-    mask: PyTree,
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs],
+    arguments: Mapping[str, Unchecked],
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a preconditioner with decoupled weight decay and a learning rate, unless `None`.
 
     The chain, and with it the structure of the state, is the same for all values.
 
+    Args:
+      owner: Name of the optimizer, for messages.
+      scale_by: Makes the preconditioner.
+      arguments: Those of the optimizer: of `scale_by`, and `learning_rate`, `weight_decay`, `mask`.
+
     Raises:
       ValueError: for a negative learning rate or weight decay, or a mask that is a single bool.
     """
+    added = ("learning_rate", "weight_decay", "mask")
+    learning_rate, weight_decay, mask = (arguments[name] for name in added)
     check_range(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     check_range(owner, "weight_decay", weight_decay, optional=True)
     check_mask(owner, mask)
+    # Some need the learning rate too, as for a bound on the step.
+    shared = inspect.signature(scale_by).parameters
+    settings = {name: x for name, x in arguments.items() if name in shared or name not in added}
+    preconditioner = scale_by(**settings)
     chain: list[optax.GradientTransformation] = [preconditioner]
     if weight_decay is not None:
         chain.append(_decayed_weights(weight_decay, mask))

@@ -16,6 +16,8 @@ from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.preconditioner import Preconditioner
 from optax_kron.transforms.stacks import Change, guarded, largest_of_blocks, times
 
+BLOCKING = ok.Blocking()
+
 
 class AdagradStack(NamedTuple):
     """What is kept of N blocks."""
@@ -49,17 +51,14 @@ class Adagrad(Preconditioner):
         return seen.direction / (jnp.sqrt(stack.squares) + eps)
 
 
-def scale_by_adagrad(
-    *, eps=1e-8, momentum=0.9, outlier_clip=10.0, blocking=ok.Blocking(), factor_dtype=None,
-    momentum_dtype=None,
-):  # fmt: skip
+def scale_by_adagrad(*, eps=1e-8, momentum=0.9, outlier_clip=10.0, blocking=BLOCKING, **dtypes):
     """Scale gradients by AdaGrad."""
     validation.check_range("adagrad", "eps", eps)
-    layout = Blockwise(blocking, momentum, momentum_dtype)
-    return transformation("adagrad", Adagrad(eps), layout, outlier_clip, factor_dtype)
+    layout = Blockwise(blocking, momentum, dtypes.get("momentum_dtype"))
+    return transformation("adagrad", Adagrad(eps), layout, outlier_clip, dtypes.get("factor_dtype"))
 
 
 def adagrad(learning_rate=None, *, weight_decay=0.0, mask=None, **settings):
     """AdaGrad."""
-    scaled = scale_by_adagrad(**settings)
-    return validation.complete("adagrad", scaled, learning_rate, weight_decay, mask)
+    added = {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask}
+    return validation.complete("adagrad", scale_by_adagrad, settings | added)
