@@ -1,13 +1,11 @@
 """Derivatives of a loss function that optimizers ask for."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-
-PyTree = Any
+from jaxtyping import Array, PyTree
 
 
 def map_stacked(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:

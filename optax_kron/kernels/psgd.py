@@ -169,8 +169,8 @@ def refit(
         precision=precision,
     )
     balanced = balance(moved, sizes)
-    pairs = zip(balanced, moved, strict=True)
-    return tuple(jnp.where(balance_due, x, y).astype(y.dtype) for x, y in pairs), bounds
+    new: Factors = tuple(jnp.where(balance_due, x, y) for x, y in zip(balanced, moved, strict=True))
+    return new, bounds
 
 
 def _magnitude(x: contract.Tensor) -> Float[Array, "..."]:
