@@ -30,7 +30,7 @@ def map_stacked(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
 
 
 def hessian_vector_product(
-    loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, has_aux: bool = False
 ) -> Callable[[PyTree], PyTree]:
     """The map from a direction v to the product Hv with the Hessian of a loss.
 

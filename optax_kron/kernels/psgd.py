@@ -320,7 +320,7 @@ def _bound_and_step(
     # It rises at once, lest a step overshoot, and forgets slowly.
     bound = jnp.maximum(_BOUND_DECAY * bound + (1 - _BOUND_DECAY) * norm, norm)
     step = precond_lr / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
-    return bound, step.astype(contract.real_dtype(factor.dtype))
+    return bound, jnp.asarray(step).astype(contract.real_dtype(factor.dtype))
 
 
 def _move_dense(
