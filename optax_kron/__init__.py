@@ -7,7 +7,7 @@ from optax_kron.capture.find import Layers, find_layers
 from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.taps import Tap, Taps
+from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms.branch_kfac import (
     ScaleByBranchKfacState,
     branch_kfac,
@@ -28,6 +28,7 @@ __all__ = [
     "KronState",
     "Layer",
     "Layers",
+    "Moments",
     "ScaleByBranchKfacState",
     "Tap",
     "Taps",

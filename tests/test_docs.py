@@ -19,7 +19,7 @@ MODULES = [
 ]
 
 # What other functions make, and modules, each of whose functions has an example.
-WITHOUT_EXAMPLE = ["Layers", "Tap", "losses", "operators"]
+WITHOUT_EXAMPLE = ["Layers", "losses", "operators"]
 LOSSES = [
     name
     for name, value in vars(optax_kron.losses).items()

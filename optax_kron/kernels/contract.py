@@ -201,6 +201,13 @@ def widen(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def identities(count: int, size: int, dtype: DTypeLike, *, diagonal: bool = False) -> Array:
+    """So many identity matrices [N, d, d], or their diagonals [N, d]."""
+    if diagonal:
+        return jnp.ones((count, size), dtype)
+    return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
+
+
 def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
     """The real dtype, or the complex one of its precision (at least complex64)."""
     return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)

@@ -146,15 +146,8 @@ def output_moment(
         output_grads = jnp.sum(output_grads, axis=3, keepdims=True)
     columns, blocks, examples, _, size = output_grads.shape
     if columns == 0:
-        return identities(blocks, size, output_grads.dtype, diagonal=diagonal)
+        return contract.identities(blocks, size, output_grads.dtype, diagonal=diagonal)
     return _gram(output_grads, precision, diagonal=diagonal) / examples
-
-
-def identities(count: int, size: int, dtype: DTypeLike, *, diagonal: bool = False) -> Factors:
-    """So many identity matrices, or their diagonals."""
-    if diagonal:
-        return jnp.ones((count, size), dtype)
-    return jnp.tile(jnp.eye(size, dtype=dtype), (count, 1, 1))
 
 
 def _gram(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from optax_kron.kernels import contract, grams, linalg
@@ -171,6 +171,19 @@ def refit(
     balanced = balance(moved, sizes)
     new: Factors = tuple(jnp.where(balance_due, x, y) for x, y in zip(balanced, moved, strict=True))
     return new, bounds
+
+
+def square_factors(factors: Factors, *, precision: contract.Precision = None) -> Factors:
+    """`P = QᴴQ` of every factor, for the cache."""
+    return tuple(
+        contract.square(contract.widen(q), precision=precision).astype(cache_dtype(q.dtype))
+        for q in factors
+    )
+
+
+def cache_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def _magnitude(x: contract.Tensor) -> Float[Array, "..."]:

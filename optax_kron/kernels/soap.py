@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from optax_kron.kernels import contract, eigenbases
 
@@ -202,3 +202,11 @@ def next_bases(
         if new_values is not None:
             new_values[axis] = eigenbases.rayleigh_quotients(new_Q, S, precision=precision)
     return tuple(new_bases), None if new_values is None else tuple(new_values), second_moment
+
+
+def averages(
+    old: Sequence[PyTree], new: Sequence[PyTree], decay: Float[Array, ""]
+) -> tuple[PyTree, ...]:
+    """`decay·old + (1 − decay)·new` of each pair of arrays; `None` stays so."""
+    pairs = zip(old, new, strict=True)
+    return tuple(None if x is None else decay * x + (1 - decay) * y for x, y in pairs)

@@ -49,8 +49,8 @@ class Kfac(LayerFactors):
             return identity_bases(layer, count, dtype)
         diagonal = layer.has_diagonal_input, layer.has_diagonal_output
         return Inverses(
-            kernels.identities(count, layer.d_in, dtype, diagonal=diagonal[0]),
-            kernels.identities(count, layer.d_out, dtype, diagonal=diagonal[1]),
+            contract.identities(count, layer.d_in, dtype, diagonal=diagonal[0]),
+            contract.identities(count, layer.d_out, dtype, diagonal=diagonal[1]),
         )
 
     def refresh_all(
@@ -124,7 +124,7 @@ def identity_bases(layer: Layer, count: int, dtype: jnp.dtype) -> Eigenbases:
     """The eigendecompositions of factors that are the identity, of so many blocks."""
 
     def basis(size, diagonal):
-        return None if diagonal else kernels.identities(count, size, dtype)
+        return None if diagonal else contract.identities(count, size, dtype)
 
     return Eigenbases(
         input_basis=basis(layer.d_in, layer.has_diagonal_input),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -12,33 +12,17 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from optax_kron.autodiff import probed_product
-from optax_kron.blocking import Blocking, BlockPlan, Signature
+from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, flow, probes, psgd
 from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms import preconditioner as base
+from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import Blockwise
 from optax_kron.transforms.frame import transformation
-from optax_kron.transforms.preconditioner import (
-    Advanced,
-    KronState,
-    Preconditioner,
-    Seen,
-    Stacks,
-    Step,
-    total,
-)
 from optax_kron.transforms.schedule import (
     KronSchedule,
     is_update_due,
     update_probability_schedule,
-)
-from optax_kron.transforms.stacks import (
-    Change,
-    all_finite,
-    guarded,
-    largest_magnitude,
-    map_blocks,
-    select,
-    times,
 )
 
 CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
@@ -56,7 +40,7 @@ class KronStack(NamedTuple):
 
 @program.settings
 @dataclasses.dataclass(frozen=True)
-class KronPsgd(Preconditioner):
+class KronPsgd(base.Preconditioner):
     """How the factors follow the criterion; the settings of `scale_by_kron_psgd`.
 
     Factors are updated, and applied, block by block in one pass. At steps between, a cached
@@ -101,13 +85,10 @@ class KronPsgd(Preconditioner):
         scale = 1.0 if self.init_scale is None else self.init_scale ** (1 / len(signature.shape))
         factors = []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
-            if diagonal:
-                factor = jnp.ones((count, size), dtype)
-            else:
-                identity = jnp.eye(size, dtype=contract.complex_like(dtype, signature.is_complex))
-                factor = jnp.tile(identity, (count, 1, 1))
+            own = contract.complex_like(dtype, signature.is_complex and not diagonal)
+            factor = contract.identities(count, size, own, diagonal=diagonal)
             factors.append((factor * scale).astype(factor.dtype))
-        cache = tuple(jnp.zeros(q.shape, _cache_dtype(q.dtype)) for q in factors)
+        cache = tuple(jnp.zeros(q.shape, psgd.cache_dtype(q.dtype)) for q in factors)
         return KronStack(
             factors=tuple(factors),
             bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
@@ -115,9 +96,9 @@ class KronPsgd(Preconditioner):
             preconditioner=cache if self.cache else None,
         )
 
-    def needed(self, stacks: Stacks) -> PyTree:
+    def needed(self, stacks: base.Stacks) -> PyTree:
         """See `Preconditioner`: without a cache, that of another setting stays unused."""
-        if self.cache or not isinstance(stacks, Mapping):
+        if self.cache:
             return stacks
         return {label: stack._replace(preconditioner=None) for label, stack in stacks.items()}
 
@@ -129,15 +110,11 @@ class KronPsgd(Preconditioner):
         """See `Preconditioner`."""
         return validation.key_data(self.seed)
 
-    def at(self, state: KronState) -> "KronPsgd":
+    def at(self, state: base.KronState) -> "KronPsgd":
         """See `Preconditioner`; without what `init` alone reads, so that seeds share a program."""
-        probability, precond_lr = (
-            setting(state.count) if callable(setting) else setting
-            for setting in (self.update_probability, self.precond_lr)
-        )
-        return dataclasses.replace(
-            self, update_probability=probability, precond_lr=precond_lr, init_scale=None, seed=0
-        )
+        scheduled = {"precond_lr": self.precond_lr, "update_probability": self.update_probability}
+        now = {k: x(state.count) if callable(x) else x for k, x in scheduled.items()}
+        return dataclasses.replace(self, **now, init_scale=None, seed=0)
 
     def rescale(self, stack: KronStack, past: Float[Array, " N"]) -> KronStack:
         """See `Preconditioner`: what set the scale, at first, was `past` times as large."""
@@ -146,27 +123,17 @@ class KronPsgd(Preconditioner):
         # P is inverse to what it fits, the terms of the fit's curvature are proportional to it.
         by = past ** (-1 / len(stack.factors))
         return stack._replace(
-            factors=times(stack.factors, jnp.sqrt(by)),
-            bounds=times(stack.bounds, past),
-            preconditioner=times(stack.preconditioner, by),
+            factors=blocks.times(stack.factors, jnp.sqrt(by)),
+            bounds=blocks.times(stack.bounds, past),
+            preconditioner=blocks.times(stack.preconditioner, by),
         )
 
-    # ------------------------------------------------------------------- Hessian-vector products
-
-    def read(
-        self, plan: BlockPlan, updates: PyTree, state: KronState, extra_args: Mapping[str, PyTree]
-    ) -> PyTree:
+    def read(self, plan, updates, state, extra_args) -> PyTree:
         """See `Preconditioner`: a probe and its product with the Hessian, if they are needed."""
         del plan
-        hvp_fn = extra_args.get("hvp_fn")
         if not self.is_newton:
             return None
-        if hvp_fn is None:
-            raise ValueError(
-                f"{self.owner}: criterion='newton' needs hvp_fn at every update: pass "
-                "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
-            )
-        validation.check_callable(self.owner, "hvp_fn", hvp_fn)
+        hvp_fn = validation.checked_hvp_fn(self.owner, extra_args.get("hvp_fn"))
         key = jax.random.fold_in(_update_key(state), 1)
         probe = functools.partial(probed_product, self.owner, key, updates, hvp_fn)
         if not program.is_concrete((updates, state)):
@@ -176,21 +143,11 @@ class KronPsgd(Preconditioner):
             return probe()
         return updates, updates
 
-    def _is_due_now(self, updates: PyTree, state: KronState) -> Bool[Array, ""]:
+    def _is_due_now(self, updates: PyTree, state: base.KronState) -> Bool[Array, ""]:
         due, _ = is_update_due(state.schedule, self.update_probability, state.count)
-        return all_finite(updates) & due
+        return blocks.all_finite(updates) & due
 
-    # ----------------------------------------------------------------------------------- the verbs
-
-    def advance(
-        self,
-        plan: BlockPlan,
-        state: KronState,
-        stacks: Stacks,
-        seen: Mapping[str, Seen],
-        extra: PyTree,
-        step: Step,
-    ) -> Advanced:
+    def advance(self, plan, state, stacks, seen, extra, step) -> base.Advanced:
         """See `Preconditioner`: factors are updated and applied, or what is cached is applied."""
         due, pending = is_update_due(state.schedule, self.update_probability, state.count)
         due = step.accepted & due
@@ -200,19 +157,15 @@ class KronPsgd(Preconditioner):
         shapes = [(s.shape, s.is_complex) for s in plan.stacks.values()]
         dtypes = [contract.real_dtype(x.gradient.dtype) for x in seen.values()]
         dtype = dtypes[0] if dtypes else jnp.float32
-        # Drawn in a branch of its own: as an operand of the next, it is drawn once, not once for
-        # every operation that reads it.
-        key = _update_key(state)
-        draw = functools.partial(probes.draw, key, shapes, dtype, noise=not self.is_newton)
-        nothing = jnp.zeros(jax.eval_shape(draw).shape, dtype)
-        drawn = flow.cond(due, draw, lambda: nothing)
+        drawn = probes.draw_if(due, _update_key(state), shapes, dtype, noise=not self.is_newton)
         usual = None if state.usual_norms is None else state.usual_norms.get("products")
         balance_due = state.refreshes % _BALANCE_EVERY == _BALANCE_EVERY - 1
 
         def update(stacks):
             rows = probes.rows(drawn, shapes)
             if not self.is_newton:
-                noise = dict(zip(plan.stacks, probes.noise(drawn, shapes), strict=True))
+                masks = map(plan.mask, plan.stacks)
+                noise = dict(zip(plan.stacks, probes.noise(drawn, shapes, masks), strict=True))
                 return *self._update(plan, stacks, seen, noise, rows, balance_due), (None, False)
             given: PyTree = extra() if callable(extra) else extra
             probe, product = (plan.split(tree, dtype) for tree in given)
@@ -230,19 +183,17 @@ class KronPsgd(Preconditioner):
 
         stacks, failures, updates, (usual, found) = flow.cond(due, update, keep, stacks)
         schedule = KronSchedule(
-            pending_updates=select(step.accepted, pending, state.schedule.pending_updates),
-            cached=select(step.accepted, ~due, state.schedule.cached),
+            pending_updates=blocks.select(step.accepted, pending, state.schedule.pending_updates),
+            cached=blocks.select(step.accepted, ~due, state.schedule.cached),
         )
         norms = {"products": usual} if self.is_newton else {}
-        return Advanced(stacks, updates, failures, due, step.accepted, schedule, found, norms)
+        return base.Advanced(stacks, updates, failures, due, step.accepted, schedule, found, norms)
 
     def _update(self, plan, stacks, seen, all_probes, rows, balance_due):
         """The stacks after one update, how many blocks have failed, and `P·m`."""
         new, failed, updates = {}, [], {}
         for label, stack in stacks.items():
             probe = all_probes[label]
-            mask = None if self.is_newton else plan.mask(label)
-            probe = probe if mask is None else probe * mask.astype(probe.real.dtype)
             shared = probe[0] if probe.shape[0] == 1 else None
             own = seen[label]
             fitted = own.direction if self.criterion == "whiten_momentum" else own.gradient
@@ -254,12 +205,12 @@ class KronPsgd(Preconditioner):
 
             # The cache is no part of it: it is formed at the next step without an update.
             given = stack._replace(preconditioner=None), fitted, own.direction
-            done, missed, updates[label] = map_blocks(stack.factors)(
+            done, missed, updates[label] = blocks.map_blocks(stack.factors)(
                 update, *given, probe if shared is None else None, own.sizes
             )
             new[label] = done._replace(preconditioner=stack.preconditioner)
             failed.append(missed)
-        return new, total(failed), updates
+        return new, base.total(failed), updates
 
     def _update_block(self, block, gradient, probe, sizes, rows, balance_due):
         """One block after an update of its factors, and whether that has failed."""
@@ -278,40 +229,36 @@ class KronPsgd(Preconditioner):
             sizes=sizes,
             precision=self.precision,
         )
-        nonzero = largest_magnitude(gradient) != 0  # also if it is not finite
-        new, failed = guarded(block, Change({"factors": factors, "bounds": bounds}, nonzero))
+        nonzero = blocks.largest_magnitude(gradient) != 0  # also if it is not finite
+        new, failed = blocks.guarded(
+            block, blocks.Change({"factors": factors, "bounds": bounds}, nonzero)
+        )
         return new._replace(initialized=block.initialized | (nonzero & ~failed)), failed
 
-    def precondition(self, stack: KronStack, seen: Seen, step: Step) -> Inexact[Array, "N ..."]:
+    def precondition(
+        self, stack: KronStack, seen: base.Seen, step: base.Step
+    ) -> Inexact[Array, "N ..."]:
         """See `Preconditioner`: `P·m` for every block, from the cache if there is one."""
         del step
         factors, kernel = stack.factors, contract.precondition
         if self.cache and stack.preconditioner is not None:
             factors, kernel = stack.preconditioner, contract.apply_factors
-        return map_blocks(factors)(lambda q, m: self._apply(q, m, kernel), factors, seen.direction)
+        return blocks.map_blocks(factors)(
+            lambda q, m: self._apply(q, m, kernel), factors, seen.direction
+        )
 
     def _apply(self, factors, x, kernel):
         return kernel(tuple(map(contract.widen, factors)), x, precision=self.precision)
 
     def _form_cache(self, stacks):
-        """The stacks with `P = QᴴQ` of every factor."""
-
-        def square(q):
-            squared = contract.square(contract.widen(q), precision=self.precision)
-            return squared.astype(_cache_dtype(q.dtype))
-
+        square = functools.partial(psgd.square_factors, precision=self.precision)
         return {
-            label: stack._replace(preconditioner=tuple(map(jax.vmap(square), stack.factors)))
+            label: stack._replace(preconditioner=jax.vmap(square)(stack.factors))
             for label, stack in stacks.items()
         }
 
 
-def _cache_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
-
-
-def _update_key(state: KronState) -> Array:
+def _update_key(state: base.KronState) -> Array:
     """The key of one update of the factors."""
     assert state.key is not None  # `init_key` makes one
     return jax.random.fold_in(validation.key_of(state.key), state.refreshes)
@@ -496,9 +443,6 @@ def kron_psgd(
       ...     params, state = step(params, state)
       >>> bool(loss(params) < 0.01)
       True
-
-    Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
-    arXiv:2402.11858.
     """
     arguments = dict(locals())
     return validation.complete("kron_psgd", scale_by_kron_psgd, arguments)

@@ -79,21 +79,17 @@ class Shampoo(Preconditioner):
 
     def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> ShampooStack:
         """See `Preconditioner`: statistics of zero, roots of the identity."""
-        statistics, identities = [], []
+        identities, zeros = [], []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
-            if diagonal:
-                statistics.append(jnp.zeros((count, size), dtype))
-                identities.append(jnp.ones((count, size), dtype))
-            else:
-                own = contract.complex_like(dtype, signature.is_complex)
-                statistics.append(jnp.zeros((count, size, size), own))
-                identities.append(jnp.tile(jnp.eye(size, dtype=own), (count, 1, 1)))
+            own = contract.complex_like(dtype, signature.is_complex and not diagonal)
+            identities.append(contract.identities(count, size, own, diagonal=diagonal))
+            zeros.append(jnp.zeros_like(identities[-1]))
         graft = None
         if self.grafting not in (None, "sgd"):
             wide = jnp.promote_types(dtype, jnp.float32)
             graft = jnp.zeros((count, *signature.shape), wide)
         initialized = jnp.zeros(count, bool)
-        return ShampooStack(tuple(statistics), tuple(identities), graft, initialized)
+        return ShampooStack(tuple(zeros), tuple(identities), graft, initialized)
 
     def rescale(self, stack: ShampooStack, past: Float[Array, " N"]) -> ShampooStack:
         """See `Preconditioner`; it is as though there had been no roots: they are remade."""

@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics; and its variants KL-Shampoo and KL-SOAP."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,29 +14,12 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, eigenbases
 from optax_kron.kernels import soap as kernels
+from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import program, validation
+from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import Blockwise
 from optax_kron.transforms.frame import transformation
-from optax_kron.transforms.preconditioner import (
-    Preconditioner,
-    Seen,
-    Stacks,
-    Step,
-    any_block,
-    total,
-)
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
-from optax_kron.transforms.stacks import (
-    Change,
-    all_finite,
-    cond_in_place,
-    ema_weight,
-    guarded,
-    largest_magnitude,
-    map_blocks,
-    squares_fit,
-    times,
-)
 
 VARIANTS = ("soap", "kl_shampoo", "kl_soap")
 BASES = ("qr", "eigh")
@@ -62,7 +45,7 @@ class SoapStack(NamedTuple):
 
 @program.settings
 @dataclasses.dataclass(frozen=True)
-class Soap(Preconditioner):
+class Soap(base.Preconditioner):
     """How bases are found and used; the settings of `scale_by_soap`.
 
     Variants differ in the statistics along each axis i of a block, and in what is made of the
@@ -114,18 +97,16 @@ class Soap(Preconditioner):
         square = jnp.square(past)
         # Those of a KL variant are such that their product, over the axes, fits the squares.
         share = square ** (1 / len(stack.bases)) if self.is_kl else square
-        statistics, values = times((stack.statistics, stack.values), share)
-        second = times(stack.second_moment, square)
+        statistics, values = blocks.times((stack.statistics, stack.values), share)
+        second = blocks.times(stack.second_moment, square)
         return stack._replace(statistics=statistics, values=values, second_moment=second)
 
     def can_refresh(self, stack: SoapStack) -> bool:
         """See `Preconditioner`: whether any axis has a dense factor."""
         return any(Q is not None for Q in stack.bases)
 
-    # ------------------------------------------------------------------------------- the statistics
-
     def accumulate(
-        self, stack: SoapStack, seen: Seen, step: Step
+        self, stack: SoapStack, seen: base.Seen, step: base.Step
     ) -> tuple[SoapStack, Bool[Array, " N"]]:
         """See `Preconditioner`: the average of second moments along every axis with a basis."""
         rate = jnp.asarray(self.decay, contract.real_dtype(seen.gradient.dtype))
@@ -138,7 +119,7 @@ class Soap(Preconditioner):
                     None if S is None else contract.gram(gradient, i, precision=self.precision)
                     for i, S in enumerate(block.statistics)
                 ]
-                fields["statistics"] = _averages(block.statistics, moments, rate)
+                fields["statistics"] = kernels.averages(_widened(block.statistics), moments, rate)
             else:
                 old = _widened((block.statistics, block.values))
                 is_first = wanted & ~block.initialized
@@ -153,14 +134,14 @@ class Soap(Preconditioner):
                     self.relative_damping,
                     precision=self.precision,
                 )
-                finite &= all_finite(diagonals)
-                fields["statistics"] = _averages(statistics, moments, rate)
-                fields["values"] = _averages(values, diagonals, rate)
-            new, failed = guarded(block, Change(fields, wanted, finite))
+                finite &= blocks.all_finite(diagonals)
+                fields["statistics"] = kernels.averages(statistics, moments, rate)
+                fields["values"] = kernels.averages(values, diagonals, rate)
+            new, failed = blocks.guarded(block, blocks.Change(fields, wanted, finite))
             initialized = block.initialized | (wanted & finite)
             return new.statistics, new.values, initialized, failed
 
-        gathered = map_blocks(stack.bases)(gather, stack, seen.gradient, _extents(seen))
+        gathered = blocks.map_blocks(stack.bases)(gather, stack, seen.gradient, _extents(seen))
         statistics, values, initialized, failed = gathered
         new = stack._replace(statistics=statistics, values=values, initialized=initialized)
         return new, failed
@@ -169,16 +150,14 @@ class Soap(Preconditioner):
         """Whether a block is to take in a gradient, and whether it can hold its square."""
         # No entry of any second moment is larger than the sum of all squares.
         kept = [x.dtype for x in jax.tree.leaves((block.statistics, block.values))]
-        largest = largest_magnitude(gradient)
+        largest = blocks.largest_magnitude(gradient)
         informs = largest != 0
         # Zeros would shrink the statistics of a KL variant to nothing, which divides by them.
         if not self.is_kl:
             informs |= block.initialized
-        return step.accepted & informs, squares_fit(largest, gradient.size, kept)
+        return step.accepted & informs, blocks.squares_fit(largest, gradient.size, kept)
 
-    def begin_all(
-        self, stacks: Stacks, newly: Mapping[str, Bool[Array, " N"]]
-    ) -> tuple[Stacks, Int[Array, ""]]:
+    def begin_all(self, stacks, newly) -> tuple[base.Stacks, Int[Array, ""]]:
         """See `Preconditioner`: blocks with their first gradient get eigenbases of it."""
         turned = {label: stack for label, stack in stacks.items() if self.can_refresh(stack)}
 
@@ -189,15 +168,15 @@ class Soap(Preconditioner):
             }
 
         names = "bases", "values", "initialized"
-        begun = cond_in_place(
+        begun = blocks.cond_in_place(
             begin,
-            any_block(newly[label] for label in turned),
+            base.any_block(newly[label] for label in turned),
             {label: {name: getattr(x, name) for name in names} for label, x in turned.items()},
             {label: x.statistics for label, x in turned.items()},
             {label: newly[label] for label in turned},
         )
         stacks = {**stacks, **{label: stacks[label]._replace(**x) for label, x in begun.items()}}
-        return stacks, total(newly[label] & ~stacks[label].initialized for label in turned)
+        return stacks, base.total(newly[label] & ~stacks[label].initialized for label in turned)
 
     def _first_bases(self, fields, statistics, newly):
         """Fields of a stack after its new blocks got eigenbases; those that failed are not new."""
@@ -208,29 +187,27 @@ class Soap(Preconditioner):
                 _widened(statistics), block.bases, block.values, precision=self.precision
             )
             new = {"bases": bases, "values": values}
-            finite = all_finite([Q for Q in bases if Q is not None])
-            block, failed = guarded(block, Change(new, newly, finite))
+            finite = blocks.all_finite([Q for Q in bases if Q is not None])
+            block, failed = blocks.guarded(block, blocks.Change(new, newly, finite))
             block = block._replace(initialized=block.initialized & ~failed)
             return {name: getattr(block, name) for name in fields}
 
-        return map_blocks(fields["bases"])(begin, fields, statistics, newly)
-
-    # --------------------------------------------------------------------------------- the update
+        return blocks.map_blocks(fields["bases"])(begin, fields, statistics, newly)
 
     def apply(
-        self, stack: SoapStack, seen: Seen, step: Step
+        self, stack: SoapStack, seen: base.Seen, step: base.Step
     ) -> tuple[SoapStack, Inexact[Array, "N ..."], Bool[Array, " N"]]:
         """See `Preconditioner`: both verbs in one pass over the blocks."""
 
         def apply(block, gradient, direction, newly, extents):
-            one = Seen(gradient, direction, None, newly)
+            one = base.Seen(gradient, direction, None, newly)
             failed = jnp.zeros([], bool)
             if self.has_adam:
                 block, failed = self._correct(block, gradient, step)
             update = self._precondition(block, one, extents, step)
             return block.second_moment, update, failed
 
-        second, updates, failed = map_blocks(stack.bases)(
+        second, updates, failed = blocks.map_blocks(stack.bases)(
             apply, stack, seen.gradient, seen.direction, seen.newly, _extents(seen)
         )
         return stack._replace(second_moment=second), updates, failed
@@ -240,8 +217,12 @@ class Soap(Preconditioner):
         wanted, fits = self._takes(block, gradient, step)
         rotated = contract.into_bases(_widened(block.bases), gradient, precision=self.precision)
         rate = jnp.asarray(self.b2, block.second_moment.dtype)
-        (second,) = _averages([block.second_moment], [contract.squared_magnitude(rotated)], rate)
-        return guarded(block, Change({"second_moment": second}, wanted & fits & block.initialized))
+        (second,) = kernels.averages(
+            [block.second_moment], [contract.squared_magnitude(rotated)], rate
+        )
+        return blocks.guarded(
+            block, blocks.Change({"second_moment": second}, wanted & fits & block.initialized)
+        )
 
     def _precondition(self, block, seen, extents, step):
         """The update of one block."""
@@ -251,43 +232,35 @@ class Soap(Preconditioner):
             rotated = kernels.whiten(_widened(block.values), rotated, self.relative_damping)
         else:
             second = block.second_moment
-            second = second / ema_weight(self.b2, step.count, second.dtype)
+            second = second / blocks.ema_weight(self.b2, step.count, second.dtype)
             rotated = kernels.adam(second, rotated, self.eps, _noise(block, seen.newly), extents)
         return contract.out_of_bases(bases, rotated, precision=self.precision)
 
-    # --------------------------------------------------------------------------------- other bases
-
-    def refresh(self, stack: SoapStack, step: Step) -> tuple[SoapStack, Bool[Array, " N"]]:
+    def refresh(self, stack: SoapStack, step: base.Step) -> tuple[SoapStack, Bool[Array, " N"]]:
         """See `Preconditioner`: new bases, and what is kept in terms of them."""
         del step
         find = eigenbases.power_iteration if self.basis == "qr" else eigenbases.decompose
 
         def make(block):
             bases, statistics = _widened((block.bases, block.statistics))
-            finite = all_finite(statistics)
+            finite = blocks.all_finite(statistics)
             # LAPACK need not come to an end on what is not finite.
             statistics = jax.tree.map(lambda S: jnp.where(finite, S, 0), statistics)
             bases, values, second = kernels.next_bases(
                 find, statistics, bases, block.values, block.second_moment, precision=self.precision
             )
             new = {"bases": bases, "values": values, "second_moment": second}
-            finite &= all_finite(bases)
-            block, failed = guarded(block, Change(new, block.initialized, finite))
+            finite &= blocks.all_finite(bases)
+            block, failed = blocks.guarded(block, blocks.Change(new, block.initialized, finite))
             return {name: getattr(block, name) for name in new}, failed
 
-        fields, failed = map_blocks(stack.bases)(make, stack)
+        fields, failed = blocks.map_blocks(stack.bases)(make, stack)
         return stack._replace(**fields), failed
 
 
 def _widened(tree: PyTree) -> PyTree:
     """Arrays in the dtype of the arithmetic."""
     return jax.tree.map(contract.widen, tree)
-
-
-def _averages(old, new, rate):
-    """`rate·old + (1 − rate)·new` of each pair; `None` stays so."""
-    pairs = zip(_widened(old), new, strict=True)
-    return tuple(None if x is None else rate * x + (1 - rate) * y for x, y in pairs)
 
 
 def _noise(block, newly):
@@ -299,7 +272,7 @@ def _noise(block, newly):
     return jnp.where(newly, max(_FIRST_NOISE, least), least)
 
 
-def _extents(seen: Seen) -> Float[Array, "N k"]:
+def _extents(seen: base.Seen) -> Float[Array, "N k"]:
     """How long every block is along its axes without the padding."""
     if seen.sizes is None:
         count, *shape = seen.gradient.shape
@@ -472,8 +445,6 @@ def soap(
       ...     params, state = step(params, state)
       >>> bool(loss_fn(params) < 0.05)
       True
-
-    Sources: Vyas et al. (2024), arXiv:2409.11321; Lin et al. (2025), arXiv:2509.03378.
     """
     arguments = dict(locals())
     return validation.complete("soap", scale_by_soap, arguments)

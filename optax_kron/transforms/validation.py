@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from optax_kron.blocking import Blocking
 
@@ -215,6 +215,17 @@ def check_callable(owner: str, name: str, value: Unchecked) -> None:
     """Raise unless a value can be called."""
     if not callable(value):
         raise ValueError(f"{owner}: {name} must be a function; got {type(value).__name__}.")
+
+
+def checked_hvp_fn(owner: str, hvp_fn: Unchecked) -> Callable[[PyTree], PyTree]:
+    """A function for products with the Hessian; raises unless it is given."""
+    if hvp_fn is None:
+        raise ValueError(
+            f"{owner}: criterion='newton' needs hvp_fn at every update: pass "
+            "hvp_fn=ok.hessian_vector_product(loss_fn, params, *args) to tx.update."
+        )
+    check_callable(owner, "hvp_fn", hvp_fn)
+    return hvp_fn
 
 
 def check_seed(owner: str, seed: Unchecked) -> None:

@@ -19,7 +19,7 @@ from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.execution.inside_moments import InsideMoments
 from optax_kron.capture.execution.pullback import Linearized
 from optax_kron.capture.execution.weights import LossWeights, added
-from optax_kron.kernels import kfac
+from optax_kron.kernels import contract, kfac
 from optax_kron.layers.moments import moments_of, with_bias
 from optax_kron.layers.taps import Moments, Tap
 
@@ -141,7 +141,7 @@ def _group_moments(found: CapturedLayer, group: Sequence[Use], recorded: Recorde
     output_sum = output_sum[..., 0] if layer.has_diagonal_output else output_sum
     examples = analysis.batching(group[0]).examples
     if output_grads[group[0]].shape[0] == 0:  # no columns: the output factor is the identity
-        output_sum = examples * kfac.identities(
+        output_sum = examples * contract.identities(
             layer.blocks, layer.d_out, dtype=output_sum.dtype, diagonal=layer.has_diagonal_output
         )
     safe = jnp.where(total > 0, total, 1)[(..., *[None] * (input_sum.ndim - 1))]
