@@ -37,16 +37,16 @@ def value_and_grad_with_taps(
     """Like `jax.value_and_grad`, and the taps of every layer from the same forward pass.
 
     Args:
-      loss_fn: as in `find_layers`.
-      layers: what `find_layers` returned, or some of it; only their taps are made. `None`: those of
+      loss_fn: A function as `find_layers` takes it.
+      layers: What `find_layers` returned, or some of it; only their taps are made. `None`: those of
         all layers. If they have not been verified, the first call with numbers does that.
-      has_aux: whether `loss_fn` returns `(loss, aux)`.
-      reduce: return second moments, ready for `ok.kfac`, instead of what each example gave. They
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      reduce: Return second moments, ready for `ok.kfac`, instead of what each example gave. They
         are formed inside the traced function, also inside scans and checkpoints, so that a layer
         takes `d_in² + d_out²` numbers however large the batch, of a diagonal factor `d`. "expand"
         only.
-      samples: columns of a random estimate.
-      fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
+      samples: Columns of a random estimate.
+      fisher: How the curvature of the likelihood is estimated: "mc" draws labels from the model's
         own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
         those; "empirical" the gradient itself; "forward" none: the output factor is the identity.
 
@@ -58,7 +58,7 @@ def value_and_grad_with_taps(
       layer's inputs and output-gradients.
 
     Raises:
-      ValueError: if the loss is not marked, or the key is missing or none.
+      ValueError: If the loss is not marked, or the key is missing or none.
 
     Examples:
       >>> import jax
@@ -126,7 +126,7 @@ def _selected(traced: Traced, layers: Layers | None, verified: bool) -> tuple[An
     """The layers asked for, and whether they are verified now, as they are wherever they can be.
 
     Raises:
-      ValueError: if one of them is not there, or is not what it should be.
+      ValueError: If one of them is not there, or is not what it should be.
     """
     verdict = Verdict(traced.analysis, {}, verified)
     if not verified and traced.is_concrete:

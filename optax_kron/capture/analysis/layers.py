@@ -1,5 +1,12 @@
 """From the uses of parameters to layers: what shares a block, and what has none and why."""
 
+# Of `einsum("nti,io->nto", x, w) + b`, then `tanh(..) @ w.T`, and `qkv[:, :4]` beside `qkv[:, 4:]`:
+#
+#     w     two uses with other roles, as inputs of one are outputs of the other: in no layer, with
+#           that reason; if it were used twice in one direction: one layer, two uses in its group
+#     b     its kernel is in no layer, so that it is a layer of its own
+#     qkv   two parts, each with its uses: two layers, "qkv[0:3,0:4]" and "qkv[0:3,4:8]"
+
 import dataclasses
 import itertools
 import math
@@ -15,7 +22,7 @@ from optax_kron.capture.analysis.canonical import fits
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
-from optax_kron.capture.program.equations import Program
+from optax_kron.capture.program.equations import Program, Renewed
 from optax_kron.capture.program.graph import Graph, Value, build
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Read, Separate, same_examples, share_examples
@@ -31,9 +38,9 @@ class CapturedLayer:
     """A layer and the uses of its parameters.
 
     Attributes:
-      layer: as the user sees it.
-      groups: uses that share their examples; each group makes one tap.
-      biased: the uses to which the layer's bias is added.
+      layer: The layer as the user sees it.
+      groups: Uses that share their examples; each group makes one tap.
+      biased: The uses to which the layer's bias is added.
     """
 
     layer: Layer
@@ -61,14 +68,15 @@ class Analysis:
     """What is known of a loss function.
 
     Attributes:
-      program: of the function.
-      graph: of the program.
-      leaves: the parameters' values by path.
-      marks: the marked losses.
-      batchings: of all values.
-      layers: those that were found.
-      uncovered: why parameters are in no layer, by path.
-      positions: which of them are elements of the losses.
+      program: The program of the function.
+      graph: The graph of the program.
+      leaves: The parameters' values by path.
+      marks: The marked losses.
+      batchings: The batchings of all values.
+      layers: Those that were found.
+      uncovered: Why parameters are in no layer, by path.
+      positions: Which of them are elements of the losses.
+      renewed: Of a later trace of the program, the equations in the place of those of the graph.
     """
 
     program: Program
@@ -79,6 +87,7 @@ class Analysis:
     layers: Sequence[CapturedLayer]
     uncovered: Mapping[str, str]
     positions: Positions
+    renewed: Renewed = dataclasses.field(default_factory=dict)
 
     @property
     def uses(self) -> list[Use]:
@@ -138,11 +147,11 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
     shape are most likely alike, so they go together first.
 
     Args:
-      program: of the loss.
-      paths: of the parameters, which are its first inputs.
+      program: The program of the loss.
+      paths: The paths of the parameters, which are its first inputs.
 
     Raises:
-      ValueError: if a marked loss has no examples.
+      ValueError: If a marked loss has no examples.
     """
     graph = build(program)
     for node in graph.walk():
@@ -199,10 +208,10 @@ class _Part(NamedTuple):
     """A part of a parameter that is used apart from the others.
 
     Attributes:
-      path: of the parameter.
-      uses: of the part.
-      arrangement: of the part, into blocks, inputs and outputs.
-      groups: the uses that share examples.
+      path: The path of the parameter.
+      uses: The uses of the part.
+      arrangement: The arrangement of the part, into blocks, inputs and outputs.
+      groups: The uses that share examples.
     """
 
     path: str
@@ -215,9 +224,9 @@ class _Assembly:
     """Puts uses together to layers.
 
     Args:
-      leaves: the parameters' values by path.
-      batchings: of all values.
-      consumed: what consumes the parameters.
+      leaves: The parameters' values by path.
+      batchings: The batchings of all values.
+      consumed: What consumes the parameters.
     """
 
     def __init__(self, leaves: Mapping[str, Value], batchings: Batchings, consumed: Consumption):

@@ -65,13 +65,13 @@ def refuse(
     """Raise if the program that was read is another function.
 
     Args:
-      traced: the loss function.
-      deviations: what `disagreement` returned, as numbers.
-      losses: of the program, and of `jax.value_and_grad`.
-      tolerance: the largest deviation that rounding explains.
+      traced: The loss function.
+      deviations: What `disagreement` returned, as numbers.
+      losses: That of the program, and that of `jax.value_and_grad`.
+      tolerance: The largest deviation that rounding explains.
 
     Raises:
-      RuntimeError: with both values, and the versions of JAX and optax_kron.
+      RuntimeError: With both values, and the versions of JAX and optax_kron.
     """
     remedy = (
         f"The loss function was not read as this release of JAX means it ({_versions()}); no layer "

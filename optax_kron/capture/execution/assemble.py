@@ -1,9 +1,11 @@
 """From what was recorded and pulled back to the taps of a layer.
 
-A layer has a group of uses for each batch that it meets, and a tap for each group. Uses of a group
-stand side by side as positions: a layer that reads the hidden state [8, 4] twice in one loss has a
-tap with inputs [1, 8, 2, 4].
+A layer has a group of uses for each batch that it meets, and a tap for each group.
 """
+
+# Uses of a group stand side by side as positions: a layer that reads the hidden state [8, 4] twice
+# in one loss has a tap with inputs [1, 8, 2, 4]. Used on 8 examples inside of a domain and on 6 at
+# its boundary, it has two taps, with inputs [1, 8, 1, 4] and [1, 6, 1, 4].
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,11 +30,11 @@ class Recorded(NamedTuple):
     """What was recorded in the forward pass, and pulled back.
 
     Attributes:
-      analysis: of the loss.
-      linearized: the loss at a point.
-      output_grads: cotangents [V, ...] of the outputs of the uses; of those whose moments were
+      analysis: The analysis of the loss.
+      linearized: The loss at a point.
+      output_grads: Cotangents [V, ...] of the outputs of the uses; of those whose moments were
         formed inside, of their dummies.
-      weights: of the examples in the loss.
+      weights: The weights of the examples in the loss.
     """
 
     analysis: Analysis
@@ -111,9 +113,9 @@ def layer_moments(
     """The second moments of one layer, one for each group of uses.
 
     Args:
-      found: the layer.
-      recorded: of the loss.
-      inside: the uses whose moments were formed inside.
+      found: The layer.
+      recorded: What was recorded of the loss.
+      inside: The uses whose moments were formed inside.
     """
     if found.groups[0][0] not in inside:
         return tuple(moments_of(found.layer, tap) for tap in layer_taps(found, recorded))

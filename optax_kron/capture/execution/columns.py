@@ -36,13 +36,13 @@ def columns(
     """Cotangents of a mark's logits whose outer products sum to N times its weighted curvature.
 
     Args:
-      fisher: the estimate.
-      mark: the marked loss.
-      operands: of the mark, with the steps of scans as leading axes.
-      weights: derivative of the loss with respect to each per-example loss.
-      key: for random estimates.
-      samples: for random estimates.
-      count: the number N.
+      fisher: The estimate.
+      mark: The marked loss.
+      operands: The operands of the mark, with the steps of scans as leading axes.
+      weights: Derivative of the loss with respect to each per-example loss.
+      key: For random estimates.
+      samples: For random estimates.
+      count: The number N.
 
     Returns:
       [V, *logits.shape], at least float32. Those of "exact" belong to one per-example loss at a
@@ -77,9 +77,9 @@ def one_by_one(
     the first three only the losses [:, 0] are not zero.
 
     Args:
-      made: columns [V, *logits.shape].
-      mark: the marked loss.
-      ranks: for each of its examples, its number among those that are one example of a layer.
+      made: Columns [V, *logits.shape].
+      mark: The marked loss.
+      ranks: For each of its examples, its number among those that are one example of a layer.
 
     Returns:
       [V·E·R, *logits.shape], for E losses of an example and ranks below R.

@@ -12,6 +12,7 @@ Every other equation that holds a program is opaque, and bound whole, as it came
 taken for a call would run once, and give the loss of another function.
 """
 
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,6 +21,7 @@ import jax
 import jax.core
 import jax.extend as jex
 import jax.extend.core.primitives as primitives
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -204,22 +206,30 @@ def bind_with(eqn: Equation, operands: Sequence[ArrayLike], settings: Params) ->
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-def is_same(first: Program, second: Program) -> bool:
-    """Whether two programs are one, equation by equation, and close over the same arrays.
+# By the `id` of an equation, what stands in its place in a later trace: an equation, of a program.
+Renewed: TypeAlias = dict[int, tuple[Equation, jex.core.Jaxpr]]
 
-    Where that can't be told, as of rules for derivatives that were traced twice, they are not.
+
+def renewed(first: Program, second: Program) -> Renewed | None:
+    """What stands in the place of each equation of a program in another trace of it.
+
+    `None` if the programs are not the same, in what an analysis looks at: equations, their settings
+    and literals, and the arrays that they close over. Of a program inside of an equation the rest
+    is not compared, as rules for derivatives are new objects in each trace: so those of the second
+    trace are to be run.
     """
-    closed_over = zip(first.consts, second.consts, strict=False)
-    return (
-        len(first.consts) == len(second.consts)
-        and all(one is other for one, other in closed_over)
-        and _is_same_jaxpr(first.jaxpr, second.jaxpr)
-    )
+    found: Renewed = {}
+    return found if _is_same(first, second, found) else None
 
 
-def _is_same_jaxpr(first: jex.core.Jaxpr, second: jex.core.Jaxpr) -> bool:
-    if first is second:  # as are those of functions that JAX has traced before
-        return True
+def _is_same(first: Program, second: Program, found: Renewed) -> bool:
+    same = len(first.consts) == len(second.consts)
+    same = same and all(map(operator.is_, first.consts, second.consts))
+    # Functions that JAX has traced before are the same object: then so is all in it.
+    return same and (first.jaxpr is second.jaxpr or _are_paired(first.jaxpr, second.jaxpr, found))
+
+
+def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, found: Renewed) -> bool:
     twins: dict[Atom, Atom] = {}  # variables of the first, and those of the second in their places
 
     def bind(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
@@ -230,33 +240,49 @@ def _is_same_jaxpr(first: jex.core.Jaxpr, second: jex.core.Jaxpr) -> bool:
         return len(ours) == len(theirs) and all(map(is_twin, ours, theirs))
 
     def is_twin(ours: Atom, theirs: Atom) -> bool:
-        if isinstance(ours, Literal):
-            return isinstance(theirs, Literal) and _is_same_setting(
-                (ours.aval, ours.val), (theirs.aval, theirs.val)
-            )
-        return twins[ours] is theirs
+        if not isinstance(ours, Literal):
+            return twins[ours] is theirs
+        equal = isinstance(theirs, Literal) and np.array_equal(ours.val, theirs.val)
+        return bool(equal and ours.aval == theirs.aval)
 
     if not bind([*first.constvars, *first.invars], [*second.constvars, *second.invars]):
         return False
     for ours, theirs in zip(first.eqns, second.eqns, strict=False):
         same = ours.primitive is theirs.primitive and agree(ours.invars, theirs.invars)
-        same = same and _is_same_setting(ours.params, theirs.params)
-        if not (same and bind(ours.outvars, theirs.outvars)):
+        if not (same and _do_same(ours, theirs, found) and bind(ours.outvars, theirs.outvars)):
             return False
+        found[id(ours)] = theirs, second
     return len(first.eqns) == len(second.eqns) and agree(first.outvars, second.outvars)
+
+
+def _do_same(first: Equation, second: Equation, found: Renewed) -> bool:
+    kind, bodies = recognise(first)
+    if not bodies:
+        return _is_same_setting(first.params, second.params)
+    outline = {
+        "scan": loop,
+        "while": while_constants,
+        "remat": checkpointing,
+        "mark": loss_name,
+    }.get(kind, lambda eqn: None)
+    other_kind, others = recognise(second)
+    return (
+        (kind, len(bodies)) == (other_kind, len(others))
+        and all(_is_same(ours, theirs, found) for ours, theirs in zip(bodies, others, strict=True))
+        and _is_same_setting(outline(first), outline(second))
+    )
 
 
 def _is_same_setting(first: object, second: object) -> bool:
     if first is second:
         return True
-    if isinstance(first, jex.core.Jaxpr | _CLOSED) and isinstance(second, type(first)):
-        return is_same(_closed(first), _closed(second))
+    if _is_program(first) and _is_program(second):
+        return renewed(_closed(first), _closed(second)) is not None
     if type(first) is not type(second):
         return False
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(
-            _is_same_setting(first[name], second[name]) for name in first
-        )
+        same = first.keys() == second.keys()
+        return same and all(_is_same_setting(first[name], second[name]) for name in first)
     if isinstance(first, tuple | list) and isinstance(second, tuple | list):
         return len(first) == len(second) and all(map(_is_same_setting, first, second))
     # Arrays have no one answer: those that are not the same object count as different.
@@ -267,7 +293,7 @@ def place(*calls: Equation) -> str:
     """Where the user's code made an equation: "file.py:12 (function)", or empty.
 
     Args:
-      *calls: the equation, and the calls that it was inlined from, from the inside; a program that
+      *calls: The equation, and the calls that it was inlined from, from the inside; a program that
         is traced once for all its calls need not know where it was called.
     """
     for eqn in calls:
