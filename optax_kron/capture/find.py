@@ -133,7 +133,7 @@ def find_layers(
     Args:
       loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
         Its likelihood has to come from `ok.losses`, which marks where the examples are.
-      params: Any pytree; leaves that are not floating-point arrays are left alone.
+      params: A pytree; leaves that are not floating-point arrays are left alone.
       *args: Given by position: pytrees of arrays or `jax.ShapeDtypeStruct`s, and whatever else the
         function takes.
       has_aux: Whether `loss_fn` returns auxiliary data.
@@ -166,10 +166,10 @@ def find_layers(
     traced = trace_loss(loss_fn, params, args, has_aux)
     analysis = traced.analysis
     verdict = judge(traced) if check and traced.is_concrete else Verdict(analysis, {}, False)
-    sized = [found.with_max_size(int(max_size)) for found in verdict.analysis.layers]
+    sized = [captured.with_max_size(int(max_size)) for captured in verdict.analysis.layers]
     judged = verdict.analysis.of_layers(sized)
     return Layers(
-        tuple(found.layer for found in sized if found.layer.name not in verdict.refused),
+        tuple(captured.layer for captured in sized if captured.layer.name not in verdict.refused),
         _uncovered(judged, verdict.refused),
         verdict.complete,
         bool(analysis.marks),
@@ -181,9 +181,9 @@ def find_layers(
 def _uncovered(analysis: Analysis, refused: Mapping[str, str]) -> tuple[Uncovered, ...]:
     """The parameters in no layer; `refused` are names of layers left out, with the reason."""
     reasons = dict(analysis.uncovered)
-    for found in analysis.layers:
-        if found.layer.name in refused:
-            reasons.update(dict.fromkeys(found.layer.paths, refused[found.layer.name]))
+    for captured in analysis.layers:
+        if captured.layer.name in refused:
+            reasons.update(dict.fromkeys(captured.layer.paths, refused[captured.layer.name]))
     return tuple(
         Uncovered(path, value.shape, reasons[path])
         for path, value in analysis.leaves.items()

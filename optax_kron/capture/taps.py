@@ -108,10 +108,10 @@ def value_and_grad_with_taps(
         loss_weights = LossWeights(analysis, weights, linearized.indices)
         recorded = Recorded(analysis, linearized, output_grads, loss_weights)
         taps = {
-            found.layer.name: layer_moments(found, recorded, inside)
+            captured.layer.name: layer_moments(captured, recorded, inside)
             if reduce
-            else layer_taps(found, recorded)
-            for found in analysis.layers
+            else layer_taps(captured, recorded)
+            for captured in analysis.layers
         }
         by_path = dict(zip(analysis.leaves, grads, strict=True))
         norms = {f.layer.name: magnitude(f.layer.take(by_path)) for f in analysis.layers}
@@ -132,25 +132,25 @@ def _selected(traced: Traced, layers: Layers | None, verified: bool) -> tuple[An
     if not verified and traced.is_concrete:
         verdict = judge(traced)
     analysis, refused, complete = verdict
-    found = {f.layer.name: f for f in analysis.layers}
+    by_name = {f.layer.name: f for f in analysis.layers}
     if layers is None:
-        return analysis.of_layers(f for f in found.values() if f.layer.name not in refused), False
+        return analysis.of_layers(f for f in by_name.values() if f.layer.name not in refused), False
     for layer in layers:
-        if layer.name not in found or layer.name in refused:
+        if layer.name not in by_name or layer.name in refused:
             reason = refused.get(layer.name, "it is not found in this loss function")
             raise _not_found(layer.name, reason)
-    selected = [_as_asked(found[layer.name], layer, analysis.uncovered) for layer in layers]
+    selected = [_as_asked(by_name[layer.name], layer, analysis.uncovered) for layer in layers]
     return analysis.of_layers(selected), complete and not refused
 
 
-def _as_asked(found: CapturedLayer, layer: Layer, uncovered: Mapping[str, str]) -> CapturedLayer:
+def _as_asked(captured: CapturedLayer, layer: Layer, uncovered: Mapping[str, str]) -> CapturedLayer:
     """A layer with the bias, and the longest dense axis, that were asked for."""
-    if layer.bias is not None and found.layer.bias is None:
+    if layer.bias is not None and captured.layer.bias is None:
         why = uncovered.get(layer.bias, "it is not added to this product alone")
         raise _not_found(layer.name, f"its bias has no place in it: {why}")
-    if layer.bias is None and found.layer.kernel is not None:
-        found = found.without_bias()
-    return found.with_max_size(layer.max_size)
+    if layer.bias is None and captured.layer.kernel is not None:
+        captured = captured.without_bias()
+    return captured.with_max_size(layer.max_size)
 
 
 def _not_found(name: str, reason: str) -> ValueError:
@@ -167,18 +167,20 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
     linearized = linearize(analysis, (), arrays)
     weights = LossWeights(analysis, linearized.pull_loss().losses, linearized.indices)
     inside: dict[Use, InsideMoments] = {}
-    for found in analysis.layers:
-        batchings = {use: analysis.batching(use) for use in found.uses}
-        if not all(can_be_inside(found.layer, batching) for batching in batchings.values()):
+    for captured in analysis.layers:
+        batchings = {use: analysis.batching(use) for use in captured.uses}
+        if not all(can_be_inside(captured.layer, batching) for batching in batchings.values()):
             continue
         moments: dict[Use, InsideMoments] = {}
-        for group in found.groups:
+        for group in captured.groups:
             marks = analysis.marks_of(group)
             for use in group:
                 weight = weights.inside(use, batchings[use], marks)
                 if weight is not None:
-                    biased = use in found.biased
-                    moments[use] = InsideMoments(found.layer, use, batchings[use], weight, biased)
+                    biased = use in captured.biased
+                    moments[use] = InsideMoments(
+                        captured.layer, use, batchings[use], weight, biased
+                    )
         # All uses of a layer or none: their moments add up.
         if len(moments) == len(batchings):
             inside |= moments

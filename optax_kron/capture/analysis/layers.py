@@ -73,7 +73,7 @@ class Analysis:
       leaves: The parameters' values by path.
       marks: The marked losses.
       batchings: The batchings of all values.
-      layers: Those that were found.
+      layers: Those that were captured.
       uncovered: Why parameters are in no layer, by path.
       positions: Which of them are elements of the losses.
       renewed: Of a later trace of the program, the equations in the place of those of the graph.
@@ -131,9 +131,9 @@ class Analysis:
     def without_biases(self, reasons: Mapping[str, str]) -> "Analysis":
         """The same without the biases of some layers, by name, with the reasons."""
         dropped = {
-            found.layer.bias: reasons[found.layer.name]
-            for found in self.layers
-            if found.layer.name in reasons and found.layer.bias is not None
+            captured.layer.bias: reasons[captured.layer.name]
+            for captured in self.layers
+            if captured.layer.name in reasons and captured.layer.bias is not None
         }
         layers = [f.without_bias() if f.layer.name in reasons else f for f in self.layers]
         uncovered = {**self.uncovered, **dropped}
@@ -163,14 +163,14 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
     leaves = dict(zip(paths, graph.inputs, strict=False))
     known = Knowledge(graph, leaves.values(), integer_rule)
     flattened = marked.flattened(graph)
-    found = marked.find(graph)
-    candidates = [marked.candidates(mark, flattened) for mark in found]
+    unplaced = marked.find(graph)
+    candidates = [marked.candidates(mark, flattened) for mark in unplaced]
     alike: dict[Hashable, list[int]] = {}
-    for i, mark in enumerate(found):
+    for i, mark in enumerate(unplaced):
         alike.setdefault((mark.shape, mark.scans), []).append(i)
     groups = list(alike.values())
-    if len(groups) < len(found) <= _FEW_MARKS:
-        groups += [[i] for i in range(len(found))]
+    if len(groups) < len(unplaced) <= _FEW_MARKS:
+        groups += [[i] for i in range(len(unplaced))]
 
     def at(marks: Sequence[Mark]) -> Analysis:
         batchings = Batchings(graph, marks, known)
@@ -181,7 +181,7 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
         positions = Positions(graph, marks, known)
         return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)
 
-    best = at([mark.at(axes[0]) for mark, axes in zip(found, candidates, strict=True)])
+    best = at([mark.at(axes[0]) for mark, axes in zip(unplaced, candidates, strict=True)])
     for group in groups:
         for axis in candidates[group[0]]:
             if _is_complete(best):
@@ -200,7 +200,7 @@ def _is_complete(analysis: Analysis) -> bool:
 
 def _coverage(analysis: Analysis) -> int:
     """The number of parameters that are in layers."""
-    paths = {path for found in analysis.layers for path in found.layer.paths}
+    paths = {path for captured in analysis.layers for path in captured.layer.paths}
     return sum(math.prod(analysis.leaves[path].shape) for path in paths)
 
 
@@ -398,14 +398,14 @@ def _tiles(part: Sequence[tuple[int, int]], roles: Iterable[AxisFactors]) -> boo
 
 def _named(layers: Sequence[CapturedLayer]) -> list[CapturedLayer]:
     """Name layers by what holds their parameters, or by the parameter where that is not unique."""
-    paths = [found.layer.paths[0] for found in layers]
+    paths = [captured.layer.paths[0] for captured in layers]
     parents = [path.rpartition("/")[0] or path for path in paths]
     named = []
-    for found, path, parent in zip(layers, paths, parents, strict=True):
+    for captured, path, parent in zip(layers, paths, parents, strict=True):
         name = parent if parents.count(parent) == 1 else path
-        view = found.layer.kernel_view or found.layer.bias_view
+        view = captured.layer.kernel_view or captured.layer.bias_view
         if view is not None and not view.is_whole:
             name = f"{path}[{','.join(f'{a}:{b}' for a, b in view.part)}]"
-        layer = dataclasses.replace(found.layer, name=name)
-        named.append(dataclasses.replace(found, layer=layer))
+        layer = dataclasses.replace(captured.layer, name=name)
+        named.append(dataclasses.replace(captured, layer=layer))
     return named

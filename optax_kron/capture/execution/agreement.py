@@ -94,7 +94,7 @@ def refuse(
 
 def _versions() -> str:
     try:
-        own = importlib.metadata.version("optax_kron")
+        version = importlib.metadata.version("optax_kron")
     except importlib.metadata.PackageNotFoundError:  # run from its sources
-        own = "of unknown version"
-    return f"JAX {jax.__version__}, optax_kron {own}"
+        version = "of unknown version"
+    return f"JAX {jax.__version__}, optax_kron {version}"

@@ -109,20 +109,20 @@ def recognise(eqn: Equation) -> tuple[str, tuple[Program, ...]]:
       - "plain": it holds none.
     """
     for look in (_as_scan, _as_while, _as_cond, _as_remat, _with_rules, _as_call):
-        found = look(eqn)
-        if found is not None:
-            return found
+        recognised = look(eqn)
+        if recognised is not None:
+            return recognised
     is_name = _upgraded(eqn, "CheckpointName") is not None
     return _Recognised("opaque" if holds_program(eqn) and not is_name else "plain")
 
 
 def name(eqn: Equation) -> str:
     """Of the primitive; one of another library that bears the name of JAX's gets another."""
-    own = eqn.primitive.name
-    if own == _HOLDER and "_prim" in eqn.params:
+    given = eqn.primitive.name
+    if given == _HOLDER and "_prim" in eqn.params:
         held = type(eqn.params["_prim"]).__name__
         return held if _upgraded(eqn) is None else _UPGRADED[held]
-    return own if _SHOWN.get(own, eqn.primitive) is eqn.primitive else f"{own} (not of JAX)"
+    return given if _SHOWN.get(given, eqn.primitive) is eqn.primitive else f"{given} (not of JAX)"
 
 
 def settings(eqn: Equation) -> Params:
@@ -132,10 +132,10 @@ def settings(eqn: Equation) -> Params:
 
 def images(eqn: Equation) -> list[int] | None:
     """Which operand each output is, unchanged; `None` for equations that compute something."""
-    own = name(eqn)
-    if own == "tie":
+    primitive = name(eqn)
+    if primitive == "tie":
         return [1]
-    same = own in _PLACINGS and len(eqn.invars) == len(eqn.outvars)
+    same = primitive in _PLACINGS and len(eqn.invars) == len(eqn.outvars)
     return list(range(len(eqn.outvars))) if same else None
 
 
@@ -218,18 +218,18 @@ def renewed(first: Program, second: Program) -> Renewed | None:
     is not compared, as rules for derivatives are new objects in each trace: so those of the second
     trace are to be run.
     """
-    found: Renewed = {}
-    return found if _is_same(first, second, found) else None
+    renewal: Renewed = {}
+    return renewal if _is_same(first, second, renewal) else None
 
 
-def _is_same(first: Program, second: Program, found: Renewed) -> bool:
+def _is_same(first: Program, second: Program, renewal: Renewed) -> bool:
     same = len(first.consts) == len(second.consts)
     same = same and all(map(operator.is_, first.consts, second.consts))
     # Functions that JAX has traced before are the same object: then so is all in it.
-    return same and (first.jaxpr is second.jaxpr or _are_paired(first.jaxpr, second.jaxpr, found))
+    return same and (first.jaxpr is second.jaxpr or _are_paired(first.jaxpr, second.jaxpr, renewal))
 
 
-def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, found: Renewed) -> bool:
+def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, renewal: Renewed) -> bool:
     twins: dict[Atom, Atom] = {}  # variables of the first, and those of the second in their places
 
     def bind(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
@@ -249,13 +249,13 @@ def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, found: Renewed) -
         return False
     for ours, theirs in zip(first.eqns, second.eqns, strict=False):
         same = ours.primitive is theirs.primitive and agree(ours.invars, theirs.invars)
-        if not (same and _do_same(ours, theirs, found) and bind(ours.outvars, theirs.outvars)):
+        if not (same and _do_same(ours, theirs, renewal) and bind(ours.outvars, theirs.outvars)):
             return False
-        found[id(ours)] = theirs, second
+        renewal[id(ours)] = theirs, second
     return len(first.eqns) == len(second.eqns) and agree(first.outvars, second.outvars)
 
 
-def _do_same(first: Equation, second: Equation, found: Renewed) -> bool:
+def _do_same(first: Equation, second: Equation, renewal: Renewed) -> bool:
     kind, bodies = recognise(first)
     if not bodies:
         return _is_same_setting(first.params, second.params)
@@ -268,7 +268,9 @@ def _do_same(first: Equation, second: Equation, found: Renewed) -> bool:
     other_kind, others = recognise(second)
     return (
         (kind, len(bodies)) == (other_kind, len(others))
-        and all(_is_same(ours, theirs, found) for ours, theirs in zip(bodies, others, strict=True))
+        and all(
+            _is_same(ours, theirs, renewal) for ours, theirs in zip(bodies, others, strict=True)
+        )
         and _is_same_setting(outline(first), outline(second))
     )
 
@@ -315,8 +317,8 @@ def place(*calls: Equation) -> str:
 
 def _is(eqn: Equation, *names: str) -> bool:
     """Whether an equation's primitive is JAX's own of one of these names."""
-    own = eqn.primitive.name
-    return own in names and _SHOWN.get(own, eqn.primitive) is eqn.primitive
+    given = eqn.primitive.name
+    return given in names and _SHOWN.get(given, eqn.primitive) is eqn.primitive
 
 
 def _as_scan(eqn: Equation) -> _Recognised | None:
@@ -327,10 +329,10 @@ def _as_scan(eqn: Equation) -> _Recognised | None:
     outer = [_shape(x) for x in eqn.invars], [_shape(x) for x in eqn.outvars]
     if [len(x) for x in inner] != [len(x) for x in outer]:
         return None
-    whole = constants + carries
-    slices = [(length, *(shape or ())) for shape in inner[0][whole:]]
+    scanned = constants + carries  # the number of the first
+    slices = [(length, *(shape or ())) for shape in inner[0][scanned:]]
     stacks = [(length, *(shape or ())) for shape in inner[1][carries:]]
-    if outer[0] != [*inner[0][:whole], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
+    if outer[0] != [*inner[0][:scanned], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
         return None
     return _Recognised("scan", (body,))
 

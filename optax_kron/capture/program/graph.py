@@ -149,11 +149,11 @@ class Node:
         """Evaluate the equation on arrays for its values."""
         return equations.bind(self.eqn, self.jaxpr, *arguments)
 
-    def renewed(self, found: equations.Renewed) -> "Node":
+    def renewed(self, renewal: equations.Renewed) -> "Node":
         """The same node, with the equation that stands in its place in a later trace."""
-        if id(self.eqn) not in found:
+        if id(self.eqn) not in renewal:
             return self
-        eqn, jaxpr = found[id(self.eqn)]
+        eqn, jaxpr = renewal[id(self.eqn)]
         return dataclasses.replace(self, eqn=eqn, jaxpr=jaxpr)
 
 
@@ -188,7 +188,7 @@ class Broadcast(Node):
         """What makes the same of the operand."""
         return "broadcast_in_dim"
 
-    def renewed(self, found: equations.Renewed) -> "Node":
+    def renewed(self, renewal: equations.Renewed) -> "Node":
         """It is of no equation."""
         return self
 

@@ -39,11 +39,11 @@ def _dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
 
 
 def _dot_axis_of(dimension_numbers, node: Node, i: int, output: Value, axis: int) -> int | None:
-    own = _dot(dimension_numbers, i, node.operands[i].ndim)
-    if axis < len(own.batch):
-        return own.batch[axis]
-    first = len(own.batch) if i == 0 else output.ndim - len(own.free)
-    return own.free[axis - first] if 0 <= axis - first < len(own.free) else None
+    mine = _dot(dimension_numbers, i, node.operands[i].ndim)
+    if axis < len(mine.batch):
+        return mine.batch[axis]
+    first = len(mine.batch) if i == 0 else output.ndim - len(mine.free)
+    return mine.free[axis - first] if 0 <= axis - first < len(mine.free) else None
 
 
 def _ragged_dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
