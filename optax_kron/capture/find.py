@@ -166,6 +166,7 @@ def find_layers(
     traced = trace_loss(loss_fn, params, args, has_aux)
     analysis = traced.analysis
     verdict = judge(traced) if check and traced.is_concrete else Verdict(analysis, {}, False)
+    # With `check` biases may be gone, and layers refused: the analysis that travels has them all.
     sized = [captured.with_max_size(int(max_size)) for captured in verdict.analysis.layers]
     judged = verdict.analysis.of_layers(sized)
     return Layers(

@@ -74,6 +74,7 @@ def ggn_vector_product(
         tangents = [
             directions[path].astype(x.dtype) for path, x in zip(paths, primals, strict=True)
         ]
+        # v -> J v -> H J v -> Jᵀ H J v, with the Hessian of each mark's losses alone.
         f, pushed = jax.jvp(logits, (primals,), (tangents,))
         curved = [
             jax.jvp(jax.grad(objective(m, mark)), (f[m],), (pushed[m],))[1]

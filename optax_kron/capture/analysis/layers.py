@@ -181,6 +181,7 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
         positions = Positions(graph, marks, known)
         return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)
 
+    # The likeliest first; then each group of marks in turn is moved to where more is covered.
     best = at([mark.at(axes[0]) for mark, axes in zip(unplaced, candidates, strict=True)])
     for group in groups:
         for axis in candidates[group[0]]:
@@ -277,6 +278,7 @@ class _Assembly:
         by_part: dict[tuple[tuple[int, int], ...], list[Use]] = {}
         for use in self._uses[value]:
             by_part.setdefault(use.view.part, []).append(use)
+        # qkv[:, :4] beside qkv[:, 4:] are two layers; beside qkv[:, 3:] they would share a column.
         for one, other in itertools.combinations(by_part, 2):
             if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
                 self.uncovered[path] = "overlapping parts of it are used"
@@ -303,6 +305,7 @@ class _Assembly:
         """Uses that share examples: those that reach a mark in common, of the same branch."""
         groups: list[list[Use]] = []
         for use in uses:
+            # It may share examples with several groups: then all of them become one.
             joined = [use]
             for group in [g for g in groups if g[0].branch == use.branch]:
                 if any(self._compare(share_examples, use, other) for other in group):
@@ -340,6 +343,7 @@ class _Assembly:
             return None
         (path,) = paths
         shape, uses = self._leaves[path].shape, {bias.use for bias in merged}
+        # A bias that is also used elsewhere, or in part, has a curvature that this kernel's is not.
         full = all(use.view.part == spans(shape) for use in uses)
         if not full or set(self._uses[self._leaves[path]]) != uses or path in self.uncovered:
             return None

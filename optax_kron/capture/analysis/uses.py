@@ -317,20 +317,19 @@ class _Pass:
     def _resolve(self, view: View, point: Value) -> None:
         """A pending output meets the examples at `point`, an image of it: perturb it there."""
         use = self._pending[view.origin]
-        if view.part != spans(view.origin.shape):
-            # All of the output is perturbed or none: the rest would get no gradient.
-            self._gap(view, use.node, "sliced before it is combined with batch data")
+        axes = [
+            _roles_of(factors, use.contraction.output_axes, ("new", a))
+            for a, factors in enumerate(view.axes)
+        ]
+        # All of the output is perturbed or none: the rest would get no gradient.
+        sliced = view.part != spans(view.origin.shape)
+        if sliced or None in axes:
+            reason = f"{'sliced' if sliced else 'reshaped'} before it is combined with batch data"
+            mixed = why_mixed(self._batchings[view.origin])
+            self._gap(view, use.node, None if mixed else reason)
             return
-        axes = []
-        for a, factors in enumerate(view.axes):
-            roles = _roles_of(factors, use.contraction.output_axes, ("new", a))
-            if roles is None:
-                reason = "reshaped before it is combined with batch data"
-                mixed = why_mixed(self._batchings[view.origin])
-                self._gap(view, use.node, None if mixed else reason)
-                return
-            axes.append(roles)
-        contraction = dataclasses.replace(use.contraction, output_axes=tuple(axes))
+        output_axes = tuple(roles for roles in axes if roles is not None)
+        contraction = dataclasses.replace(use.contraction, output_axes=output_axes)
         self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
 
     def _merge(self, bias: Use, other: Operand, view: View | None) -> None:

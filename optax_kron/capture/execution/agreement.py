@@ -34,6 +34,7 @@ def reference(traced: Traced, arrays: Sequence[Array]) -> ValueAndGrads:
 def disagreement(ours: ValueAndGrads, theirs: ValueAndGrads) -> list[Array]:
     """How far losses, and gradients one by one, are apart, relative to their size."""
     (loss, grads), (true_loss, true_grads) = ours, theirs
+    # Relative to the gradient of the same parameter, if that is not tiny beside the others.
     largest = [_largest(g) for g in true_grads]
     floor = _SMALL * jnp.max(jnp.stack([jnp.zeros(()), *largest]))
     scales = [jnp.maximum(x, floor) for x in largest]

@@ -58,6 +58,7 @@ def columns(
         assert key is not None
         draw = distribution.sampled if fisher == "mc" else distribution.sketched
         made = draw(key, operands, axis, samples)
+    # Columns s with sum s sᵀ = H become those of N w H: the taps of N examples are averaged later.
     scale = jnp.sqrt(count * weights.astype(made.dtype))
     return made * (scale if axis is None else jnp.expand_dims(scale, axis))[None]
 
@@ -96,6 +97,7 @@ def one_by_one(
         )
     where = made.ndim - 2 if has_classes(mark) else None
     shape = [n for a, n in enumerate(made.shape[1:]) if a != where]
+    # The column of each per-example loss, in the order in which they are recorded.
     numbers = np.empty(mark.elements.size, int)
     numbers[mark.elements] = ranks[:, None] * elements + np.arange(elements)
     apart = numbers.reshape(1, *shape) == jnp.arange(count).reshape(-1, *(1 for _ in shape))

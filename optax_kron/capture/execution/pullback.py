@@ -104,6 +104,7 @@ def linearize(
         logits = [records[f"mark{m}", 0] for m in range(len(marks))]
         return (outputs[0], logits), (outputs, records)
 
+    # Of one forward pass: the loss pulls back the gradient, the logits the columns of the Fisher.
     _, pullback, (outputs, records) = jax.vjp(run, list(arrays[:count]), zeros, has_aux=True)
 
     def pull(loss: Array, logits: Sequence[Array]) -> Cotangents:

@@ -10,6 +10,7 @@ stands for one place of the program.
 # one inner jaxpr, with one `dot_general` and one variable for its output. The graph has two nodes,
 # with an output each: at each of them a use of w is found, perturbed and recorded.
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,8 +154,9 @@ class Node:
         """The same node, with the equation that stands in its place in a later trace."""
         if id(self.eqn) not in renewal:
             return self
-        eqn, jaxpr = renewal[id(self.eqn)]
-        return dataclasses.replace(self, eqn=eqn, jaxpr=jaxpr)
+        node = copy.copy(self)
+        node.eqn, node.jaxpr = renewal[id(self.eqn)]
+        return node
 
 
 # The branches around something, from the outside: equations, and the number of the branch.
@@ -187,10 +189,6 @@ class Broadcast(Node):
     def name(self) -> str:
         """What makes the same of the operand."""
         return "broadcast_in_dim"
-
-    def renewed(self, renewal: equations.Renewed) -> "Node":
-        """It is of no equation."""
-        return self
 
     @property
     def images(self) -> None:

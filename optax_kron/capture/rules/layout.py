@@ -179,6 +179,7 @@ def _selecting(
         operand, axis = node.operands[i], batching.number
         if not operand.ndim:  # what pads, the same for all examples
             return Mixed(batching.marks, node)
+        # What of the output lies outside of it, as after a cut, is made by no element.
         elements, numbers = made(node, i, output, axis)
         there = (numbers >= 0) & (numbers < output.shape[axis])
         pairs = Pairs(elements[there], numbers[there])

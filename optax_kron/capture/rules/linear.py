@@ -42,6 +42,7 @@ def _dot_axis_of(dimension_numbers, node: Node, i: int, output: Value, axis: int
     mine = _dot(dimension_numbers, i, node.operands[i].ndim)
     if axis < len(mine.batch):
         return mine.batch[axis]
+    # Free axes of the left operand follow the batch axes; those of the right one are the last.
     first = len(mine.batch) if i == 0 else output.ndim - len(mine.free)
     return mine.free[axis - first] if 0 <= axis - first < len(mine.free) else None
 
@@ -69,6 +70,7 @@ def _dot_layer(node: Node, i: int, view: View) -> Contraction | None:
         return None
     kernel = _dot(node.params["dimension_numbers"], i, len(view.axes))
     other = _dot(node.params["dimension_numbers"], 1 - i, x.ndim)
+    # A sum over an axis that a broadcast made is a sum of inputs, which no factor of the kernel is.
     if any(f.axis == NEW for axis in kernel.contracted for f in view.axes[axis]):
         return None
     operand_axes: list[RoleFactors] = [()] * x.ndim
@@ -113,6 +115,8 @@ def _conv_layer(node: Node, i: int, view: View) -> Contraction | None:
     split = views.regroup(view.axes[out_axis], (groups, view.shape[out_axis] // groups))
     if split is None:
         return None
+    # Group g maps its share of the input features to its share of the output features, which come
+    # group by group: the slow factor of the output features is the group.
     blocks = role_factors("block", split[0], 0)
     inputs = [f for axis in (in_axis, *spatial) for f in role_factors("input", view.axes[axis], 0)]
     out_batch, out_feature, *out_spatial = numbers.out_spec
