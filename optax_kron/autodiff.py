@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 
-def map_stacked(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
+def map_stacked(
+    fn: Callable[[PyTree], PyTree], stacked: PyTree[Shaped[Array, "N ..."]]
+) -> PyTree[Shaped[Array, "N ..."]]:
     """`jax.vmap(fn)(stacked)`, also of functions that hold a primitive without a batching rule.
 
     One element is not batched at all; several are evaluated one by one where a rule is missing, as
@@ -40,9 +42,9 @@ def hessian_vector_product(
 
     Args:
       loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
-      params: where the Hessian is taken, any pytree of floating-point or complex arrays.
-      *args: passed on to `loss_fn`.
-      has_aux: whether `loss_fn` returns auxiliary data, which is dropped.
+      params: The Hessian is taken here; any pytree of floating-point or complex arrays.
+      *args: Passed on to `loss_fn`.
+      has_aux: Whether `loss_fn` returns auxiliary data, which is dropped.
 
     Returns:
       A function of a pytree `v` with the structure of `params`, that returns one like it. Leaves
@@ -51,7 +53,7 @@ def hessian_vector_product(
       of one gradient.
 
     Raises:
-      ValueError: if `v` has a leaf that `params` has not. With Flax NNX, `nnx.Optimizer` passes a
+      ValueError: If `v` has a leaf that `params` has not. With Flax NNX, `nnx.Optimizer` passes a
         tree of arrays: `params` must be `nnx.as_pure(nnx.state(model, nnx.Param))`.
 
     Examples:
@@ -65,11 +67,12 @@ def hessian_vector_product(
     Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
 
-    def gradient(point):
+    def gradient(point: PyTree) -> PyTree:
         result = jax.grad(loss_fn, has_aux=has_aux)(point, *args)
         return optax.tree.conj(result[0] if has_aux else result)
 
     def product(v: PyTree) -> PyTree:
+        # By path, as `v` may lack leaves of `params`.
         given, treedef = jax.tree_util.tree_flatten_with_path(v)
         given = {jax.tree_util.keystr(path): leaf for path, leaf in given}
         leaves, params_treedef = jax.tree_util.tree_flatten_with_path(params)

@@ -7,12 +7,12 @@ the Fisher information need it as columns s_v with `Σ_v s_v s_vᵀ = H`, exactl
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from optax_kron.kernels import contract
 
@@ -20,6 +20,9 @@ from optax_kron.kernels import contract
 MARK_PREFIX = "optax_kron_loss_"
 
 Operands = Sequence[Array]
+Columns = Float[Array, "V ..."]  # [V, *logits.shape]
+Root = Callable[[Columns, Operands, int], Columns]
+Score = Callable[[Array, Operands, int, tuple[int, ...]], Columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Distribution:
     the classes in the logits, and is ignored where there is none.
 
     Attributes:
-      name: of the mark.
-      has_class_axis: whether a loss reads all logits along an axis, or else a single one.
+      name: The name of the mark.
+      has_class_axis: Whether a loss reads all logits along an axis, or else a single one.
       root: `root(noise, operands, axis)` maps noise [V, *logits.shape] linearly, by R: `R Rᵀ = H`.
       score: `score(key, operands, axis, shape)` draws [samples, *logits.shape] gradients of the
         loss with respect to the logits, of targets from the distribution.
@@ -53,33 +56,38 @@ class Distribution:
 
     name: str
     has_class_axis: bool
-    root: Callable[[Array, Operands, Any], Array]
-    score: Callable[[Array, Operands, Any, tuple[int, ...]], Array]
+    root: Root
+    score: Score
 
-    def exact(self, operands: Operands, axis: int | None) -> Array:
-        """All columns: V = C, the number of classes, or V = 1."""
+    def exact(self, operands: Operands, axis: int | None) -> Columns:
+        """All columns: V = C, the number of classes, or V = 1.
+
+        Of logits [8, 5, 3] with classes along the last axis: 3 columns [8, 5, 3], R e_1 to R e_3.
+        """
         logits = contract.widen(operands[0])
         if self.has_class_axis:
             along = _from_end(axis, logits)
             basis = jnp.eye(logits.shape[along], dtype=logits.dtype)
             basis = jnp.expand_dims(basis, [a for a in range(-logits.ndim, 0) if a != along])
             return self.root(basis, operands, along)
-        return self.root(jnp.ones((1, *logits.shape), logits.dtype), operands, None)
+        return self.root(jnp.ones((1, *logits.shape), logits.dtype), operands, -1)
 
-    def sampled(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Array:
+    def sampled(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Columns:
         """Random columns, V = samples, whose `Σ s sᵀ` has the mean H: scores / √samples."""
         shape = (samples, *operands[0].shape)
         return self.score(key, operands, _from_end(axis, operands[0]), shape) / math.sqrt(samples)
 
-    def sketched(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Array:
+    def sketched(self, key: Array, operands: Operands, axis: int | None, samples: int) -> Columns:
         """Random columns, V = samples, as `sampled`: random signs of the exact ones, summed."""
         shape = (samples, *operands[0].shape)
         signs = jax.random.rademacher(key, shape, contract.widen(operands[0]).dtype)
         return self.root(signs, operands, _from_end(axis, operands[0])) / math.sqrt(samples)
 
 
-def _from_end(axis: int | None, x: Array) -> Any:
-    return axis if axis is None or axis < 0 else axis - x.ndim
+def _from_end(axis: int | None, x: Array) -> int:
+    # So counted it is an axis of columns too, whose first axis is their own. Distributions of
+    # single logits ignore it.
+    return -1 if axis is None else axis if axis < 0 else axis - x.ndim
 
 
 def _per_column(x: Array) -> Array:
@@ -99,13 +107,16 @@ def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
     return logits, probabilities, jnp.sqrt(jnp.maximum(total, 0))
 
 
-def _categorical_root(noise: Array, operands: Operands, axis: int) -> Array:
+def _categorical_root(noise: Columns, operands: Operands, axis: int) -> Columns:
+    # With s = sqrt(p), diag(p) - p pᵀ = R Rᵀ for R = diag(s) - p sᵀ, as sᵀs = 1.
     _, probabilities, scale = map(_per_column, _softmax_parts(operands, axis))
     weighted = jnp.sqrt(probabilities) * noise
     return scale * (weighted - probabilities * jnp.sum(weighted, axis, keepdims=True))
 
 
-def _categorical_score(key: Array, operands: Operands, axis: int, shape: tuple[int, ...]) -> Array:
+def _categorical_score(
+    key: Array, operands: Operands, axis: int, shape: tuple[int, ...]
+) -> Columns:
     logits, probabilities, scale = _softmax_parts(operands, axis)
     batch = tuple(size for a, size in enumerate(shape, -len(shape)) if a != axis)
     labels = jax.random.categorical(key, logits, axis, batch)
@@ -116,18 +127,17 @@ def _categorical_score(key: Array, operands: Operands, axis: int, shape: tuple[i
 
 
 def _elementwise(
-    name: str, slope: Callable[[Operands], ArrayLike], score: Any = None
+    name: str, slope: Callable[[Operands], ArrayLike], score: Score | None = None
 ) -> Distribution:
     """A distribution with `H = slope²`; its score is normal by default."""
 
-    def root(noise, operands, axis):
+    def root(noise: Columns, operands: Operands, axis: int) -> Columns:
         del axis
         return noise * _per_column(jnp.asarray(slope(operands), noise.dtype))
 
-    def normal(key, operands, axis, shape):
-        return root(
-            jax.random.normal(key, shape, contract.widen(operands[0]).dtype), operands, axis
-        )
+    def normal(key: Array, operands: Operands, axis: int, shape: tuple[int, ...]) -> Columns:
+        noise = jax.random.normal(key, shape, contract.widen(operands[0]).dtype)
+        return root(noise, operands, axis)
 
     return Distribution(MARK_PREFIX + name, False, root, score or normal)
 
@@ -137,7 +147,7 @@ def _bernoulli_slope(operands: Operands) -> Array:
     return jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
 
 
-def _bernoulli_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
+def _bernoulli_score(key: Array, operands: Operands, axis: int, shape: tuple[int, ...]) -> Columns:
     del axis
     probability = jax.nn.sigmoid(contract.widen(operands[0]))[None]
     drawn = jax.random.bernoulli(key, jnp.broadcast_to(probability, shape), shape)
@@ -148,7 +158,7 @@ def _poisson_slope(operands: Operands) -> Array:
     return jnp.exp(contract.widen(operands[0]) / 2)
 
 
-def _poisson_score(key: Array, operands: Operands, axis: None, shape: tuple[int, ...]) -> Array:
+def _poisson_score(key: Array, operands: Operands, axis: int, shape: tuple[int, ...]) -> Columns:
     del axis
     slope = jnp.broadcast_to(_poisson_slope(operands)[None], shape)
     rate, large = jnp.square(slope), 2.0**20  # above, counts may overflow, and are normal

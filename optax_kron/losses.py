@@ -16,7 +16,6 @@ Values and gradients are those of Optax. Shapes that do not fit raise a `ValueEr
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +37,10 @@ def softmax_cross_entropy(
     """Cross entropy between the softmax of logits and given distributions.
 
     Args:
-      logits: floating-point [..., C].
-      labels: probabilities [..., C]; they need not sum to one.
-      axis: the axis of the classes; several, or `None` for all, count as one.
-      where: the entries that count, [...] or [..., C]. Others have probability zero.
+      logits: Floating-point [..., C].
+      labels: Probabilities [..., C]; they need not sum to one.
+      axis: The axis of the classes; several, or `None` for all, count as one.
+      where: The entries that count, [...] or [..., C]. Others have probability zero.
 
     Returns:
       `-Σ_c labels_c log p_c`, [...].
@@ -75,11 +74,11 @@ def softmax_cross_entropy_with_integer_labels(
     """Cross entropy between the softmax of logits and classes.
 
     Args:
-      logits: floating-point [..., C].
-      labels: integers [...]. Negative ones count from the end; the loss of others outside of the
+      logits: Floating-point [..., C].
+      labels: Integers [...]. Negative ones count from the end; the loss of others outside of the
         range is NaN.
-      axis: the axis of the classes; several count as one, with row-major labels.
-      where: the entries that count, [...] or [..., C]. Others have probability zero.
+      axis: The axis of the classes; several count as one, with row-major labels.
+      where: The entries that count, [...] or [..., C]. Others have probability zero.
 
     Returns:
       `-log p_label`, [...].
@@ -116,8 +115,8 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     """Cross entropy between the sigmoid of logits and labels, element by element.
 
     Args:
-      logits: floating-point [...].
-      labels: zeros and ones or probabilities, of a shape that broadcasts with that of the logits.
+      logits: Floating-point [...].
+      labels: Zeros and ones or probabilities, of a shape that broadcasts with that of the logits.
 
     Returns:
       `-labels log p - (1 - labels) log(1 - p)`, [...].
@@ -144,7 +143,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> A
     """Squared error, element by element.
 
     Args:
-      predictions: floating-point [...].
+      predictions: Floating-point [...].
       targets: [...], the same shape; zeros by default.
 
     Returns:
@@ -166,7 +165,7 @@ def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     """Half of the squared error, element by element.
 
     Args:
-      predictions: floating-point [...].
+      predictions: Floating-point [...].
       targets: [...], the same shape; zeros by default.
 
     Returns:
@@ -192,9 +191,9 @@ def gaussian_negative_log_likelihood(
     The curvature is that of the predictions alone, also where the variance is a prediction.
 
     Args:
-      predictions: means, floating-point [...].
+      predictions: Means, floating-point [...].
       targets: [...], the same shape.
-      variance: positive, of a shape that broadcasts to that of the predictions.
+      variance: Positive, of a shape that broadcasts to that of the predictions.
 
     Returns:
       `(predictions - targets)² / (2 variance) + log(2π variance) / 2`, [...].
@@ -223,8 +222,8 @@ def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) ->
     """Negative log likelihood of counts under Poisson distributions, element by element.
 
     Args:
-      log_rates: logarithms of the expected counts, floating-point [...].
-      targets: counts [...], the same shape.
+      log_rates: Logarithms of the expected counts, floating-point [...].
+      targets: Counts [...], the same shape.
 
     Returns:
       `exp(log_rates) - targets log_rates + log(targets!)`, [...].
@@ -244,17 +243,18 @@ def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) ->
 # ------------------------------------------------------------------------------------------- marks
 
 
-def _mark(distribution: str, loss: Callable[..., Any], *extras: str) -> Callable[..., Array]:
+def _mark(distribution: str, loss: Callable[..., ArrayLike], *extras: str) -> Callable[..., Array]:
     """A loss of logits, targets and perhaps `extras`, jitted under the name of its mark.
 
     What differentiates it sees the same mark of the same operands beside a derivative that bears no
     mark: transformed calls keep their names, but are no losses.
     """
 
-    def plain(*operands):
+    def plain(*operands: Array) -> ArrayLike:
         return loss(*operands[:2], **dict(zip(extras, operands[2:], strict=False)))
 
-    def named(*operands):
+    # The mark is seen in the jaxpr by its name alone: a function for each distribution.
+    def named(*operands: Array) -> ArrayLike:
         return plain(*operands)
 
     named.__name__ = MARK_PREFIX + distribution
@@ -298,8 +298,10 @@ def _align(*operands: Array, beside: Array | None = None) -> list[Array]:
     batch are wherever, and only where, the program made them. Without `vmap` it costs nothing.
     Axes of an array `beside` them, which broadcasts to their shape, are joined in.
     """
+    # `vmap(loss, (1, 0))` of logits [3, 8] and targets [8, 3] must not leave both as they are.
     # `vmap` puts its axis first when an array gains an axis, and where it joins different arrays.
     joined = operands if beside is None else (*operands, beside)
+    # Each gains an axis and loses it; all are joined in one array, of zeros, that each then joins.
     joined = [jax.lax.squeeze(jnp.expand_dims(x, 0), (0,)) for x in joined]
     false = jnp.logical_and(functools.reduce(jnp.logical_or, (x != x for x in joined)), False)
     # Adding leaves nothing to remember for the gradient, as selecting would.
@@ -330,7 +332,9 @@ def _pair(function: str, name: str, predictions: ArrayLike, targets: ArrayLike) 
     return _align(predictions, targets)
 
 
-def _mask(function: str, where: Any, axes: Sequence[int], shape: tuple[int, ...]) -> list[Array]:
+def _mask(
+    function: str, where: ArrayLike | None, axes: Sequence[int], shape: tuple[int, ...]
+) -> list[Array]:
     """The mask in the shape of the logits, if there is one."""
     if where is None:
         return []
@@ -343,8 +347,8 @@ def _mask(function: str, where: Any, axes: Sequence[int], shape: tuple[int, ...]
     return [jnp.broadcast_to(where, shape)]
 
 
-def _class_axes(function: str, axis: Any, ndim: int) -> tuple[int, ...]:
-    """The axes of the classes, counted from the end."""
+def _class_axes(function: str, axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+    """The axes of the classes, counted from the end, where `vmap` adds none."""
     axes = tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     counted = tuple(a if a < 0 else a - ndim for a in axes)
     if len(set(counted)) < len(axes) or not all(-ndim <= a < 0 for a in counted):

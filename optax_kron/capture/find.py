@@ -33,14 +33,14 @@ class Layers:
     `layers[0]`, `layers[:2]` and `layers["name"]` select, `"name" in layers` asks.
 
     Attributes:
-      layers: the layers.
-      uncovered: the parameters that are in none, each with the reason.
-      checked: whether the layers were verified on numbers when they were found.
-      marked: whether there is a marked loss at all.
-      structure: the parameters as `jax.ShapeDtypeStruct`s, `None` for leaves that are not
+      layers: The layers.
+      uncovered: The parameters that are in none, each with the reason.
+      checked: Whether the layers were verified on numbers when they were found.
+      marked: Whether there is a marked loss at all.
+      structure: The parameters as `jax.ShapeDtypeStruct`s, `None` for leaves that are not
         floating-point arrays; `None` if not known.
-      analysis: of the program that they were found in, so that taps of the same program need no
-        other; `None` if not known.
+      analysis: The analysis of the program that they were found in, so that taps of the same
+        program need no other; `None` if not known.
     """
 
     def __init__(
@@ -133,15 +133,15 @@ def find_layers(
     Args:
       loss_fn: `loss_fn(params, *args)` returns a real scalar, or `(scalar, aux)` with `has_aux`.
         Its likelihood has to come from `ok.losses`, which marks where the examples are.
-      params: any pytree; leaves that are not floating-point arrays are left alone.
-      *args: by position; pytrees of arrays or `jax.ShapeDtypeStruct`s, and whatever else the
+      params: A pytree; leaves that are not floating-point arrays are left alone.
+      *args: Given by position: pytrees of arrays or `jax.ShapeDtypeStruct`s, and whatever else the
         function takes.
-      has_aux: whether `loss_fn` returns auxiliary data.
-      check: compare the layers with the gradient, on the given numbers, and leave out those that
+      has_aux: Whether `loss_fn` returns auxiliary data.
+      check: Compare the layers with the gradient, on the given numbers, and leave out those that
         differ. Abstract arguments have no numbers: the check is then made by the first
         `value_and_grad_with_taps` that has some. Nor does it tell anything of layers whose
         gradients are infinite or NaN: those are kept, with a warning.
-      max_size: longest axis that has a dense factor. Of a kernel with more inputs, or more outputs,
+      max_size: Longest axis that has a dense factor. Of a kernel with more inputs, or more outputs,
         that factor is diagonal: the diagonal of the second moment, of which nothing else is ever
         formed, neither here nor in taps. The table says so.
 
@@ -149,7 +149,7 @@ def find_layers(
       The layers.
 
     Raises:
-      ValueError: if the loss is not a real scalar, or max_size no integer.
+      ValueError: If the loss is not a real scalar, or max_size no integer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -166,10 +166,11 @@ def find_layers(
     traced = trace_loss(loss_fn, params, args, has_aux)
     analysis = traced.analysis
     verdict = judge(traced) if check and traced.is_concrete else Verdict(analysis, {}, False)
-    sized = [found.with_max_size(int(max_size)) for found in verdict.analysis.layers]
+    # With `check` biases may be gone, and layers refused: the analysis that travels has them all.
+    sized = [captured.with_max_size(int(max_size)) for captured in verdict.analysis.layers]
     judged = verdict.analysis.of_layers(sized)
     return Layers(
-        tuple(found.layer for found in sized if found.layer.name not in verdict.refused),
+        tuple(captured.layer for captured in sized if captured.layer.name not in verdict.refused),
         _uncovered(judged, verdict.refused),
         verdict.complete,
         bool(analysis.marks),
@@ -181,9 +182,9 @@ def find_layers(
 def _uncovered(analysis: Analysis, refused: Mapping[str, str]) -> tuple[Uncovered, ...]:
     """The parameters in no layer; `refused` are names of layers left out, with the reason."""
     reasons = dict(analysis.uncovered)
-    for found in analysis.layers:
-        if found.layer.name in refused:
-            reasons.update(dict.fromkeys(found.layer.paths, refused[found.layer.name]))
+    for captured in analysis.layers:
+        if captured.layer.name in refused:
+            reasons.update(dict.fromkeys(captured.layer.paths, refused[captured.layer.name]))
     return tuple(
         Uncovered(path, value.shape, reasons[path])
         for path, value in analysis.leaves.items()

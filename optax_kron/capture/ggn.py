@@ -24,17 +24,17 @@ def ggn_vector_product(
     families this is the Fisher information.
 
     Args:
-      loss_fn: as in `find_layers`.
-      params: where the matrix is taken.
-      *args: passed on to `loss_fn`.
-      has_aux: whether `loss_fn` returns auxiliary data.
+      loss_fn: A function as `find_layers` takes it.
+      params: The matrix is taken here.
+      *args: Passed on to `loss_fn`.
+      has_aux: Whether `loss_fn` returns auxiliary data.
 
     Returns:
       A function of a pytree like `params`, that returns one like it. Cost of a call: about four
       evaluations of the loss.
 
     Raises:
-      ValueError: if the loss marks no likelihood.
+      ValueError: If the loss marks no likelihood.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,6 +74,7 @@ def ggn_vector_product(
         tangents = [
             directions[path].astype(x.dtype) for path, x in zip(paths, primals, strict=True)
         ]
+        # v -> J v -> H J v -> Jᵀ H J v, with the Hessian of each mark's losses alone.
         f, pushed = jax.jvp(logits, (primals,), (tangents,))
         curved = [
             jax.jvp(jax.grad(objective(m, mark)), (f[m],), (pushed[m],))[1]

@@ -37,16 +37,16 @@ def value_and_grad_with_taps(
     """Like `jax.value_and_grad`, and the taps of every layer from the same forward pass.
 
     Args:
-      loss_fn: as in `find_layers`.
-      layers: what `find_layers` returned, or some of it; only their taps are made. `None`: those of
+      loss_fn: A function as `find_layers` takes it.
+      layers: What `find_layers` returned, or some of it; only their taps are made. `None`: those of
         all layers. If they have not been verified, the first call with numbers does that.
-      has_aux: whether `loss_fn` returns `(loss, aux)`.
-      reduce: return second moments, ready for `ok.kfac`, instead of what each example gave. They
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      reduce: Return second moments, ready for `ok.kfac`, instead of what each example gave. They
         are formed inside the traced function, also inside scans and checkpoints, so that a layer
         takes `d_in² + d_out²` numbers however large the batch, of a diagonal factor `d`. "expand"
         only.
-      samples: columns of a random estimate.
-      fisher: how the curvature of the likelihood is estimated: "mc" draws labels from the model's
+      samples: Columns of a random estimate.
+      fisher: How the curvature of the likelihood is estimated: "mc" draws labels from the model's
         own distribution; "exact" takes every column of its Hessian; "sketch" random combinations of
         those; "empirical" the gradient itself; "forward" none: the output factor is the identity.
 
@@ -58,7 +58,7 @@ def value_and_grad_with_taps(
       layer's inputs and output-gradients.
 
     Raises:
-      ValueError: if the loss is not marked, or the key is missing or none.
+      ValueError: If the loss is not marked, or the key is missing or none.
 
     Examples:
       >>> import jax
@@ -108,10 +108,10 @@ def value_and_grad_with_taps(
         loss_weights = LossWeights(analysis, weights, linearized.indices)
         recorded = Recorded(analysis, linearized, output_grads, loss_weights)
         taps = {
-            found.layer.name: layer_moments(found, recorded, inside)
+            captured.layer.name: layer_moments(captured, recorded, inside)
             if reduce
-            else layer_taps(found, recorded)
-            for found in analysis.layers
+            else layer_taps(captured, recorded)
+            for captured in analysis.layers
         }
         by_path = dict(zip(analysis.leaves, grads, strict=True))
         norms = {f.layer.name: magnitude(f.layer.take(by_path)) for f in analysis.layers}
@@ -126,31 +126,31 @@ def _selected(traced: Traced, layers: Layers | None, verified: bool) -> tuple[An
     """The layers asked for, and whether they are verified now, as they are wherever they can be.
 
     Raises:
-      ValueError: if one of them is not there, or is not what it should be.
+      ValueError: If one of them is not there, or is not what it should be.
     """
     verdict = Verdict(traced.analysis, {}, verified)
     if not verified and traced.is_concrete:
         verdict = judge(traced)
     analysis, refused, complete = verdict
-    found = {f.layer.name: f for f in analysis.layers}
+    by_name = {f.layer.name: f for f in analysis.layers}
     if layers is None:
-        return analysis.of_layers(f for f in found.values() if f.layer.name not in refused), False
+        return analysis.of_layers(f for f in by_name.values() if f.layer.name not in refused), False
     for layer in layers:
-        if layer.name not in found or layer.name in refused:
+        if layer.name not in by_name or layer.name in refused:
             reason = refused.get(layer.name, "it is not found in this loss function")
             raise _not_found(layer.name, reason)
-    selected = [_as_asked(found[layer.name], layer, analysis.uncovered) for layer in layers]
+    selected = [_as_asked(by_name[layer.name], layer, analysis.uncovered) for layer in layers]
     return analysis.of_layers(selected), complete and not refused
 
 
-def _as_asked(found: CapturedLayer, layer: Layer, uncovered: Mapping[str, str]) -> CapturedLayer:
+def _as_asked(captured: CapturedLayer, layer: Layer, uncovered: Mapping[str, str]) -> CapturedLayer:
     """A layer with the bias, and the longest dense axis, that were asked for."""
-    if layer.bias is not None and found.layer.bias is None:
+    if layer.bias is not None and captured.layer.bias is None:
         why = uncovered.get(layer.bias, "it is not added to this product alone")
         raise _not_found(layer.name, f"its bias has no place in it: {why}")
-    if layer.bias is None and found.layer.kernel is not None:
-        found = found.without_bias()
-    return found.with_max_size(layer.max_size)
+    if layer.bias is None and captured.layer.kernel is not None:
+        captured = captured.without_bias()
+    return captured.with_max_size(layer.max_size)
 
 
 def _not_found(name: str, reason: str) -> ValueError:
@@ -167,18 +167,20 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
     linearized = linearize(analysis, (), arrays)
     weights = LossWeights(analysis, linearized.pull_loss().losses, linearized.indices)
     inside: dict[Use, InsideMoments] = {}
-    for found in analysis.layers:
-        batchings = {use: analysis.batching(use) for use in found.uses}
-        if not all(can_be_inside(found.layer, batching) for batching in batchings.values()):
+    for captured in analysis.layers:
+        batchings = {use: analysis.batching(use) for use in captured.uses}
+        if not all(can_be_inside(captured.layer, batching) for batching in batchings.values()):
             continue
         moments: dict[Use, InsideMoments] = {}
-        for group in found.groups:
+        for group in captured.groups:
             marks = analysis.marks_of(group)
             for use in group:
                 weight = weights.inside(use, batchings[use], marks)
                 if weight is not None:
-                    biased = use in found.biased
-                    moments[use] = InsideMoments(found.layer, use, batchings[use], weight, biased)
+                    biased = use in captured.biased
+                    moments[use] = InsideMoments(
+                        captured.layer, use, batchings[use], weight, biased
+                    )
         # All uses of a layer or none: their moments add up.
         if len(moments) == len(batchings):
             inside |= moments

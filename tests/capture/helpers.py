@@ -10,7 +10,7 @@ from optax_kron.layers.paths import by_path
 
 
 def per_example(layer, tap):
-    """Gradients of every datum [N, B, d_in, d_out], from one tap."""
+    """Gradients of every example [N, B, d_in, d_out], from one tap."""
     inputs = tap.inputs
     if layer.is_embedding:
         inputs = jax.nn.one_hot(inputs[..., 0], layer.d_in)
@@ -38,7 +38,7 @@ def assert_examples(loss_fn, params, args, layers, *, column=None, scale=1.0, ax
       params: any pytree.
       args: the data, along one axis of each.
       layers: those that are checked.
-      column: the loss whose gradient a tap has, of the parameters and one datum; by default
+      column: the loss whose gradient a tap has, of the parameters and one example; by default
         `loss_fn`.
       scale: that the columns are larger by.
       axis: of all arguments, which counts the data.
@@ -60,8 +60,8 @@ def assert_examples(loss_fn, params, args, layers, *, column=None, scale=1.0, ax
             return jax.value_and_grad(lambda p: loss(eqx.combine(p, others), *args))(moving)
 
         def example(n):
-            datum = (jax.lax.dynamic_slice_in_dim(a, n, 1, axis=axis) for a in args)
-            leaves = by_path(gradient(column or loss_fn, *datum)[1])
+            single = (jax.lax.dynamic_slice_in_dim(a, n, 1, axis=axis) for a in args)
+            leaves = by_path(gradient(column or loss_fn, *single)[1])
             return {layer.name: scale * layer.take(leaves) for layer in layers}
 
         value, grads, taps = fn(params, *args)

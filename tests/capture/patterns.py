@@ -1,7 +1,7 @@
 """Loss functions in which layers hide: the ways in which people write them.
 
 Each pattern is a mean of marked per-example losses over data on the leading axis of every argument,
-so that the loss of one datum is the same function on a slice of the arguments.
+so that the loss of one example is the same function on a slice of the arguments.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Pattern:
     args: tuple
     uncovered: tuple[str, ...] = ()  # paths that must be declared
     layers: int | None = None  # how many layers there must be
-    # The loss whose gradient a column is, of one datum: the likelihood alone, if there is more.
+    # The loss whose gradient a column is, of one example: the likelihood alone, if there is more.
     data_loss: Callable[..., jax.Array] | None = None
     scale: float | None = None  # of the columns; by default that of losses that weigh the same
     axis: int = 0  # of all arguments, which counts the data
@@ -319,7 +319,7 @@ def layer_norm(p, x, y):
     has_examples=False,
 )
 def batch_norm(p, x, y):
-    # Leaves of `uncovered` touch several data at once; what follows the norm does not.
+    # Leaves of `uncovered` touch several examples at once; what follows the norm does not.
     h = x @ p["w"]
     h = (h - h.mean(0)) / (h.std(0) + 1e-2)
     return classify(jnp.tanh(h * p["scale"]) @ p["v"], y)
@@ -463,7 +463,7 @@ _checkpointed("checkpoint_of_dots", jax.checkpoint_policies.dots_saveable)
 _checkpointed("checkpoint_of_names", jax.checkpoint_policies.save_only_these_names("h"))
 
 
-# ---------------------------------------------------------------------------- data and their losses
+# ------------------------------------------------------------------------ examples and their losses
 
 MASK = jnp.arange(6) < jnp.arange(2, N + 2)[:, None]
 POSITIONS = draw(N, 6, 4), MASK, labels(3, 6)
@@ -539,7 +539,7 @@ def two_batches(p, x, u, y):
 
 
 @pattern({"w": draw(4, 6), "v": draw(12, 3)}, draw(N, 4), draw(N, 4, seed=5), labels(), layers=2)
-def two_inputs_of_a_datum(p, x, u, y):
+def two_inputs_of_an_example(p, x, u, y):
     def net(x):
         return jnp.tanh(x @ p["w"])
 
@@ -552,7 +552,7 @@ def positions_flattened_inside(p, x, y):
     return classify(h.reshape(*y.shape, 3), y)
 
 
-# What several data share has no gradient of a datum.
+# What several examples share has no gradient of an example.
 @pattern({"w": draw(4, 3)}, draw(N, 4), labels(N), uncovered=("w",), layers=0)
 def data_against_data(p, x, y):
     h = x @ p["w"]
@@ -658,7 +658,7 @@ def bias_added_twice(p, x, y):
     return classify(x @ p["w"] + p["b"] + p["b"], y)
 
 
-# A bias of each datum: its elements are not shared.
+# A bias of each example: its elements are not shared.
 @pattern(
     {"w": draw(4, 3), "b": draw(N, 3)},
     draw(N, 4),
@@ -667,7 +667,7 @@ def bias_added_twice(p, x, y):
     layers=1,
     has_examples=False,
 )
-def bias_of_every_datum(p, x, y):
+def bias_of_every_example(p, x, y):
     return classify(x @ p["w"] + p["b"], y)
 
 
@@ -789,7 +789,7 @@ def complex_kernel(p, x, y):
     return classify(jnp.abs(x.astype(jnp.complex64) @ p["w"]) @ p["v"], y)
 
 
-# A batch of one: what all data share is shared all the same.
+# A batch of one: what all examples share is shared all the same.
 @pattern(RNN, draw(1, 6, 4), labels()[:1], layers=4, scale=1)
 def batch_of_one(p, x, y):
     return recurrent(p, x, y)
@@ -839,7 +839,7 @@ def reduction_of_its_own(p, x, y):
     return classify(net(p, x / (1 + largest[:, None])), y)
 
 
-# ------------------------------------------------------------------------- data and their positions
+# --------------------------------------------------------------------- examples and their positions
 
 
 @pattern(NET, draw(N, 2, 4), labels(3, 2), layers=2)

@@ -141,7 +141,7 @@ def nonlinear(p, x):
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_one_datum_is_exact_for_any_loss_and_more_are_not(count):
+def test_one_example_is_exact_for_any_loss_and_more_are_not(count):
     def loss_fn(p, x, y):
         return jnp.mean(losses.softmax_cross_entropy_with_integer_labels(nonlinear(p, x), y))
 
@@ -285,7 +285,7 @@ def test_masked_positions_of_heads_of_other_shapes_leave_no_trace():
     x, y = jnp.where(MASK[..., None], draw(5, 6, 3), 1e6), draw(5, 6, 2)
     fn = value_and_grad_with_taps(loss_fn, fisher="exact")
     _, _, taps = jax.jit(fn)(params, x, y)
-    # Two outputs for each head; six positions, whose mean is what a datum weighs.
+    # Two outputs for each head; six positions, whose mean is what an example weighs.
     expected = 2 * 6 * (jnp.pad(MASK[:, 1:], ((0, 0), (1, 0))) + 1.0 * MASK)
     np.testing.assert_allclose(taps["a"][0].weights, expected, rtol=1e-12)
 

@@ -67,7 +67,7 @@ def test_reduced_taps_are_the_moments_of_taps(pattern):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
 
 
-def test_no_array_holds_what_each_datum_gave():
+def test_no_array_holds_what_each_example_gave():
     """The largest array of a scanned stack's program does not grow with the batch times layers."""
     from optax_kron import losses
 

@@ -29,7 +29,7 @@ def test_layers_and_their_taps(pattern):
         assert len(layers) == pattern.layers, layers
     if not len(layers) or not pattern.has_examples:
         return
-    # Each of the T losses of a datum weighs 1/(NT): its column is scaled by the root of 1/T.
+    # Each of the T losses of an example weighs 1/(NT): its column is scaled by the root of 1/T.
     scale = math.sqrt(pattern.args[-1].size / N) if pattern.scale is None else pattern.scale
     assert_examples(
         pattern.loss_fn,

@@ -2,9 +2,15 @@
 
 It starts at the losses of the marks, and asks for each equation where the examples are in its
 operands, given where they are in its outputs. A value that is used twice has to agree with both
-uses. Loops are passed until nothing changes: what a step reads from its carry, the step before has
-to write to it.
+uses.
 """
+
+# A scan is passed until nothing changes: what a step reads from its carry, the step before has to
+# write to it. Inside, what is scanned over has lost its first axis:
+#
+#     xs [5, 8, 3], ys [5, 8, 4]     of steps, examples      inside [8, 3], [8, 4]: Separate(axis=0)
+#     xs [8, 3], ys [8, 4]           steps are examples      inside [3], [4]: Separate(axis=scan)
+#     constants, in the second case                          Mixed: all steps share them
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +29,9 @@ class Batchings:
     """The batching of all values of a graph, by value.
 
     Args:
-      graph: of the whole loss.
-      marks: those that count, and where each holds its examples.
-      known: of the graph.
+      graph: The graph of the whole loss.
+      marks: Those that count, and where each holds its examples.
+      known: What is known of the graph.
     """
 
     def __init__(self, graph: Graph, marks: Iterable[Mark], known: Knowledge):

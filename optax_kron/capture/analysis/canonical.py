@@ -1,18 +1,20 @@
 """From what was recorded at a use to the canonical form [B, N, S, d].
 
-An axis of what was recorded is cut into parts, each with a role: it counts blocks, examples,
+Every axis of what was recorded is cut into parts, each with a role: it counts blocks, examples,
 positions or features. Then one reshape, one transpose in the canonical order and one more reshape
-make the form. For `x @ w`, with 8 sequences of 5 tokens flattened to x [40, 3], in a scan of 2
-steps that share w [3, 4]:
-
-    recorded input     [2, 40, 3]     steps; 40 = 8 examples of 5 positions; 3 inputs
-    parts              [2, 8, 5, 3]   position, example, position, input
-    in order           [8, 2, 5, 3]   example, position, position, input
-    canonical          [1, 8, 10, 3]  B = 1, N = 8, S = 2 * 5, d_in = 3
-
-If the scan were over the layers of a stacked kernel [2, 3, 4], its steps would be blocks: B = 2,
-S = 5. An output-gradient [V, 2, 40, 4] becomes [V, 1, 8, 10, 4] in the same way.
+make the form.
 """
+
+# For `x @ w`, with 8 sequences of 5 tokens flattened to x [40, 3], in a scan of 2 steps that share
+# w [3, 4]:
+#
+#     recorded input     [2, 40, 3]     steps; 40 = 8 examples of 5 positions; 3 inputs
+#     parts              [2, 8, 5, 3]   position, example, position, input
+#     in order           [8, 2, 5, 3]   example, position, position, input
+#     canonical          [1, 8, 10, 3]  B = 1, N = 8, S = 2 * 5, d_in = 3
+#
+# If the scan were over the layers of a stacked kernel [2, 3, 4], its steps would be blocks: B = 2,
+# S = 5. An output-gradient [V, 2, 40, 4] becomes [V, 1, 8, 10, 4] in the same way.
 
 import dataclasses
 import functools
@@ -57,10 +59,10 @@ class Position:
     """A factor of the positions of a use.
 
     Attributes:
-      order: of the part that it is a factor of.
-      after: number of positions in a row that share it, in that part.
-      size: number of its values.
-      link: which of the losses' elements each is; `None`: they are those in order.
+      order: The order of the part that it is a factor of.
+      after: Number of positions in a row that share it, in that part.
+      size: Number of its values.
+      link: Which of the losses' elements each is; `None`: they are those in order.
     """
 
     order: _Order
@@ -96,12 +98,12 @@ class Canonical:
     """How a use's recorded operand and output-gradient become canonical.
 
     Args:
-      use: of a parameter.
-      batching: where its output holds the examples.
-      inside: leave out the steps of the scans around it, as seen from inside of them.
+      use: A use of a parameter.
+      batching: Where its output holds the examples.
+      inside: Leave out the steps of the scans around it, as seen from inside of them.
 
     Raises:
-      ValueError: if the examples are spread over parts of an axis that the kernel enumerates.
+      ValueError: If the examples are spread over parts of an axis that the kernel enumerates.
     """
 
     def __init__(self, use: Use, batching: Separate, *, inside: bool = False):

@@ -1,5 +1,12 @@
 """From the uses of parameters to layers: what shares a block, and what has none and why."""
 
+# Of `einsum("nti,io->nto", x, w) + b`, then `tanh(..) @ w.T`, and `qkv[:, :4]` beside `qkv[:, 4:]`:
+#
+#     w     two uses with other roles, as inputs of one are outputs of the other: in no layer, with
+#           that reason; if it were used twice in one direction: one layer, two uses in its group
+#     b     its kernel is in no layer, so that it is a layer of its own
+#     qkv   two parts, each with its uses: two layers, "qkv[0:3,0:4]" and "qkv[0:3,4:8]"
+
 import dataclasses
 import itertools
 import math
@@ -15,7 +22,7 @@ from optax_kron.capture.analysis.canonical import fits
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
-from optax_kron.capture.program.equations import Program
+from optax_kron.capture.program.equations import Program, Renewed
 from optax_kron.capture.program.graph import Graph, Value, build
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Read, Separate, same_examples, share_examples
@@ -31,9 +38,9 @@ class CapturedLayer:
     """A layer and the uses of its parameters.
 
     Attributes:
-      layer: as the user sees it.
-      groups: uses that share their examples; each group makes one tap.
-      biased: the uses to which the layer's bias is added.
+      layer: The layer as the user sees it.
+      groups: Uses that share their examples; each group makes one tap.
+      biased: The uses to which the layer's bias is added.
     """
 
     layer: Layer
@@ -61,14 +68,15 @@ class Analysis:
     """What is known of a loss function.
 
     Attributes:
-      program: of the function.
-      graph: of the program.
-      leaves: the parameters' values by path.
-      marks: the marked losses.
-      batchings: of all values.
-      layers: those that were found.
-      uncovered: why parameters are in no layer, by path.
-      positions: which of them are elements of the losses.
+      program: The program of the function.
+      graph: The graph of the program.
+      leaves: The parameters' values by path.
+      marks: The marked losses.
+      batchings: The batchings of all values.
+      layers: Those that were captured.
+      uncovered: Why parameters are in no layer, by path.
+      positions: Which of them are elements of the losses.
+      renewed: Of a later trace of the program, the equations in the place of those of the graph.
     """
 
     program: Program
@@ -79,6 +87,7 @@ class Analysis:
     layers: Sequence[CapturedLayer]
     uncovered: Mapping[str, str]
     positions: Positions
+    renewed: Renewed = dataclasses.field(default_factory=dict)
 
     @property
     def uses(self) -> list[Use]:
@@ -122,9 +131,9 @@ class Analysis:
     def without_biases(self, reasons: Mapping[str, str]) -> "Analysis":
         """The same without the biases of some layers, by name, with the reasons."""
         dropped = {
-            found.layer.bias: reasons[found.layer.name]
-            for found in self.layers
-            if found.layer.name in reasons and found.layer.bias is not None
+            captured.layer.bias: reasons[captured.layer.name]
+            for captured in self.layers
+            if captured.layer.name in reasons and captured.layer.bias is not None
         }
         layers = [f.without_bias() if f.layer.name in reasons else f for f in self.layers]
         uncovered = {**self.uncovered, **dropped}
@@ -138,11 +147,11 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
     shape are most likely alike, so they go together first.
 
     Args:
-      program: of the loss.
-      paths: of the parameters, which are its first inputs.
+      program: The program of the loss.
+      paths: The paths of the parameters, which are its first inputs.
 
     Raises:
-      ValueError: if a marked loss has no examples.
+      ValueError: If a marked loss has no examples.
     """
     graph = build(program)
     for node in graph.walk():
@@ -154,14 +163,14 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
     leaves = dict(zip(paths, graph.inputs, strict=False))
     known = Knowledge(graph, leaves.values(), integer_rule)
     flattened = marked.flattened(graph)
-    found = marked.find(graph)
-    candidates = [marked.candidates(mark, flattened) for mark in found]
+    unplaced = marked.find(graph)
+    candidates = [marked.candidates(mark, flattened) for mark in unplaced]
     alike: dict[Hashable, list[int]] = {}
-    for i, mark in enumerate(found):
+    for i, mark in enumerate(unplaced):
         alike.setdefault((mark.shape, mark.scans), []).append(i)
     groups = list(alike.values())
-    if len(groups) < len(found) <= _FEW_MARKS:
-        groups += [[i] for i in range(len(found))]
+    if len(groups) < len(unplaced) <= _FEW_MARKS:
+        groups += [[i] for i in range(len(unplaced))]
 
     def at(marks: Sequence[Mark]) -> Analysis:
         batchings = Batchings(graph, marks, known)
@@ -172,7 +181,8 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
         positions = Positions(graph, marks, known)
         return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)
 
-    best = at([mark.at(axes[0]) for mark, axes in zip(found, candidates, strict=True)])
+    # The likeliest first; then each group of marks in turn is moved to where more is covered.
+    best = at([mark.at(axes[0]) for mark, axes in zip(unplaced, candidates, strict=True)])
     for group in groups:
         for axis in candidates[group[0]]:
             if _is_complete(best):
@@ -191,7 +201,7 @@ def _is_complete(analysis: Analysis) -> bool:
 
 def _coverage(analysis: Analysis) -> int:
     """The number of parameters that are in layers."""
-    paths = {path for found in analysis.layers for path in found.layer.paths}
+    paths = {path for captured in analysis.layers for path in captured.layer.paths}
     return sum(math.prod(analysis.leaves[path].shape) for path in paths)
 
 
@@ -199,10 +209,10 @@ class _Part(NamedTuple):
     """A part of a parameter that is used apart from the others.
 
     Attributes:
-      path: of the parameter.
-      uses: of the part.
-      arrangement: of the part, into blocks, inputs and outputs.
-      groups: the uses that share examples.
+      path: The path of the parameter.
+      uses: The uses of the part.
+      arrangement: The arrangement of the part, into blocks, inputs and outputs.
+      groups: The uses that share examples.
     """
 
     path: str
@@ -215,9 +225,9 @@ class _Assembly:
     """Puts uses together to layers.
 
     Args:
-      leaves: the parameters' values by path.
-      batchings: of all values.
-      consumed: what consumes the parameters.
+      leaves: The parameters' values by path.
+      batchings: The batchings of all values.
+      consumed: What consumes the parameters.
     """
 
     def __init__(self, leaves: Mapping[str, Value], batchings: Batchings, consumed: Consumption):
@@ -268,6 +278,7 @@ class _Assembly:
         by_part: dict[tuple[tuple[int, int], ...], list[Use]] = {}
         for use in self._uses[value]:
             by_part.setdefault(use.view.part, []).append(use)
+        # qkv[:, :4] beside qkv[:, 4:] are two layers; beside qkv[:, 3:] they would share a column.
         for one, other in itertools.combinations(by_part, 2):
             if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
                 self.uncovered[path] = "overlapping parts of it are used"
@@ -294,6 +305,7 @@ class _Assembly:
         """Uses that share examples: those that reach a mark in common, of the same branch."""
         groups: list[list[Use]] = []
         for use in uses:
+            # It may share examples with several groups: then all of them become one.
             joined = [use]
             for group in [g for g in groups if g[0].branch == use.branch]:
                 if any(self._compare(share_examples, use, other) for other in group):
@@ -331,6 +343,7 @@ class _Assembly:
             return None
         (path,) = paths
         shape, uses = self._leaves[path].shape, {bias.use for bias in merged}
+        # A bias that is also used elsewhere, or in part, has a curvature that this kernel's is not.
         full = all(use.view.part == spans(shape) for use in uses)
         if not full or set(self._uses[self._leaves[path]]) != uses or path in self.uncovered:
             return None
@@ -389,14 +402,14 @@ def _tiles(part: Sequence[tuple[int, int]], roles: Iterable[AxisFactors]) -> boo
 
 def _named(layers: Sequence[CapturedLayer]) -> list[CapturedLayer]:
     """Name layers by what holds their parameters, or by the parameter where that is not unique."""
-    paths = [found.layer.paths[0] for found in layers]
+    paths = [captured.layer.paths[0] for captured in layers]
     parents = [path.rpartition("/")[0] or path for path in paths]
     named = []
-    for found, path, parent in zip(layers, paths, parents, strict=True):
+    for captured, path, parent in zip(layers, paths, parents, strict=True):
         name = parent if parents.count(parent) == 1 else path
-        view = found.layer.kernel_view or found.layer.bias_view
+        view = captured.layer.kernel_view or captured.layer.bias_view
         if view is not None and not view.is_whole:
             name = f"{path}[{','.join(f'{a}:{b}' for a, b in view.part)}]"
-        layer = dataclasses.replace(found.layer, name=name)
-        named.append(dataclasses.replace(found, layer=layer))
+        layer = dataclasses.replace(captured.layer, name=name)
+        named.append(dataclasses.replace(captured, layer=layer))
     return named

@@ -1,13 +1,13 @@
-"""Marked losses of a program, and where each of them may hold its examples.
+"""Marked losses of a program, and where each of them may hold its examples."""
 
-Per-example losses of shape [8, 5] may be of 8 examples with 5 losses each (8 sequences of 5
-tokens), of 5 examples with 8 (time first), or of 40. A mark is one loss, with one of these choices.
-"""
+# Per-example losses [8, 5] may be of 8 examples with 5 losses each (8 sequences of 5 tokens), of 5
+# examples with 8 (time first). Losses [40] of a program that flattens [8, 5] to it may be of 40, of
+# 8 (`after=5`) or of 5 (`before=8`). A mark is one loss with one of these choices.
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Int
 
 from optax_kron.capture.program import equations
-from optax_kron.capture.program.graph import Branch, Graph, Node, Value
+from optax_kron.capture.program.graph import Branch, Graph, Node, Scope, Value
 from optax_kron.capture.rules.batch_axes import BatchAxis
 from optax_kron.capture.rules.table import record
 
@@ -28,10 +28,10 @@ class Mark:
     """A marked loss.
 
     Attributes:
-      node: its equation, whose operands are the logits, the targets and more.
-      scans: the scans around it, from the outside.
-      branch: the branches around it.
-      batch_axis: where its per-example losses hold the examples.
+      node: Its equation, whose operands are the logits, the targets and more.
+      scans: The scans around it, from the outside.
+      branch: The branches around it.
+      batch_axis: Where its per-example losses hold the examples.
     """
 
     node: Node
@@ -126,13 +126,11 @@ class Mark:
 
 def find(graph: Graph) -> list[Mark]:
     """All marks that reach the loss, the graph's first output, in order."""
-    return list(_find(graph, graph.outputs[:1], (), ()))
+    return list(_find(graph, graph.outputs[:1], Scope()))
 
 
-def _find(
-    graph: Graph, outputs: list[Value], scans: tuple[Node, ...], branch: Branch
-) -> Iterator[Mark]:
-    """Marks that reach some outputs; `scans` and `branch` are around the graph."""
+def _find(graph: Graph, outputs: Sequence[Value], scope: Scope) -> Iterator[Mark]:
+    """Marks that reach some outputs; `scope` is around the graph."""
     reaching, alive = [], set(outputs)
     for node in reversed(graph.nodes):
         if not record(node).stops and not alive.isdisjoint(node.outputs):
@@ -140,14 +138,11 @@ def _find(
             alive.update(node.values)
     for node in reversed(reaching):
         if node.kind == "mark":
-            yield Mark(node, scans, branch)
-        elif node.kind == "cond":
+            yield Mark(node, *scope)
+        elif node.holds_steps:
             for i, body in enumerate(node.bodies):
-                yield from _find(body, body.outputs, scans, (*branch, (node, i)))
-        elif node.kind in ("scan", "remat"):
-            (body,) = node.bodies
-            inside = (*scans, node) if node.kind == "scan" else scans
-            yield from _find(body, body.outputs, inside, branch)
+                inside = {"scan": scope.in_scan(node), "cond": scope.in_branch(node, i)}
+                yield from _find(body, body.outputs, inside.get(node.kind, scope))
 
 
 def flattened(graph: Graph) -> set[tuple[int, ...]]:
@@ -183,9 +178,9 @@ def splits(
     """What an axis of some losses may have been before axes were made one, slow to fast.
 
     Args:
-      axis: of losses, or a factor of one.
-      length: number of elements along it.
-      flattened: the lengths of axes that the program makes one.
+      axis: An axis of losses, or a factor of one.
+      length: Number of elements along it.
+      flattened: The lengths of axes that the program makes one.
     """
     if not axis.on_axis:
         return []
@@ -202,8 +197,8 @@ def candidates(mark: Mark, flattened: Iterable[tuple[int, ...]]) -> list[BatchAx
     """Where a mark may hold the examples, the likeliest first.
 
     Args:
-      mark: a marked loss.
-      flattened: the lengths of axes that the program makes one.
+      mark: A marked loss.
+      flattened: The lengths of axes that the program makes one.
     """
     likely: list[BatchAxis] = []
     for axis in (*range(len(mark.shape)), *reversed(mark.scans)):

@@ -1,11 +1,10 @@
-"""Which positions of a layer are which elements of the losses, so that each may weigh as its own.
+"""Which positions of a layer are which elements of the losses: each then weighs as its own."""
 
-Losses [8, 5] of 8 sequences of 5 tokens, and a layer whose outputs are [8, 5, 4]: if token `t` of
-the layer reaches the loss of token `t` alone, then it weighs what that loss weighs, and padding
-that is masked in the loss does not count in the layer. To find out, the batchings are found once
-more, as if the tokens were the examples: where the layer's output keeps those apart, its axis is
-that of the tokens. Before attention it does not: each token of a layer reaches the loss of all.
-"""
+# Losses [8, 5] of 8 sequences of 5 tokens, and a layer whose outputs are [8, 5, 4]: if token `t` of
+# the layer reaches the loss of token `t` alone, then it weighs what that loss weighs, and padding
+# that is masked in the loss does not count in the layer. To find out, the batchings are found once
+# more, as if the tokens were the examples: where the layer's output keeps those apart, its axis is
+# that of the tokens. Before attention it does not: each token of a layer reaches the loss of all.
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -27,9 +26,9 @@ class Positions:
     """Which positions of uses are elements of the losses; found when first asked for, and kept.
 
     Args:
-      graph: of the loss.
-      marks: of the graph.
-      known: of the graph.
+      graph: The graph of the loss.
+      marks: The marks of the graph.
+      known: What is known of the graph.
     """
 
     def __init__(self, graph: Graph, marks: Sequence[Mark], known: Knowledge):

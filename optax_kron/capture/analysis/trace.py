@@ -21,11 +21,11 @@ class Traced:
     """A loss function at given arguments.
 
     Attributes:
-      function: from the graph's inputs to its outputs, the loss first.
-      analysis: its layers.
-      arrays: the graph's inputs, the parameters first.
-      result: what the function returns beside arrays.
-      structure: the parameters as abstract arrays, `None` for leaves that are not floating-point.
+      function: From the graph's inputs to its outputs, the loss first.
+      analysis: Its layers.
+      arrays: The graph's inputs, the parameters first.
+      result: What the function returns beside arrays.
+      structure: The parameters as abstract arrays, `None` for leaves that are not floating-point.
     """
 
     function: Callable[..., list[Array]]
@@ -80,14 +80,14 @@ def trace_loss(
     """Trace a loss function, and analyse it.
 
     Args:
-      loss_fn: as in `find_layers`.
-      params: its first argument.
-      args: its other arguments.
-      has_aux: whether it returns auxiliary data.
-      earlier: an analysis of perhaps the same program, which then holds for this one.
+      loss_fn: A function as `find_layers` takes it.
+      params: Its first argument.
+      args: Its other arguments.
+      has_aux: Whether it returns auxiliary data.
+      earlier: An analysis of perhaps the same program, which then holds for this one.
 
     Raises:
-      ValueError: if the loss is not a real scalar, or two parameters have one path.
+      ValueError: If the loss is not a real scalar, or two parameters have one path.
     """
     leaves, treedef = jax.tree.flatten((params, args))
     paths = list(by_path(params))
@@ -111,14 +111,15 @@ def trace_loss(
     paths = [paths[i] for i in wanted]
     # The function is traced whenever it is called, as what it closes over may have changed: an
     # analysis travels to where its program is the same.
-    if (
-        earlier is None
-        or list(earlier.leaves) != paths
-        or not equations.is_same(earlier.program, program)
-    ):
-        earlier = analyse(program, paths)
+    renewed = None
+    if earlier is not None and list(earlier.leaves) == paths:
+        renewed = equations.renewed(earlier.program, program)
+    if earlier is None or renewed is None:
+        analysis = analyse(program, paths)
+    else:
+        analysis = dataclasses.replace(earlier, renewed=renewed)
     arrays = [leaves[i] for i in inputs]
-    return Traced(flat, earlier, arrays, result, abstract(params))
+    return Traced(flat, analysis, arrays, result, abstract(params))
 
 
 def _check_loss(outputs: PyTree, has_aux: bool) -> None:

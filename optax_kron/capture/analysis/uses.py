@@ -1,16 +1,20 @@
 """Where parameters are used: a pass forwards that follows each one to what consumes it.
 
 Every use is linear in its parameter. What is not understood is a `Gap`, with the equation that
-stopped it. For `tanh(x @ w.T + b) * scale`, with w [4, 3]:
-
-    w     through transpose, a view, to dot_general: a use, whose output x @ w.T is perturbed
-    b     to add, where x @ w.T is: a bias of that use, if both are read here alone
-    scale to mul: a use with a block of one input and one output for each feature
-
-An output that no example has met yet (a constant direction times a kernel, as in forward-mode
-derivatives: `e @ w` with e [2, 3]) is pending: it is followed on, as a parameter is, until it is
-combined with batch data, and is perturbed there.
+stopped it. An output that no example has met yet (a constant direction times a kernel, as in
+forward-mode derivatives) is pending: it is followed on, as a parameter is, until it is combined
+with batch data, and is perturbed there.
 """
+
+# For `tanh(x @ w.T + b) * scale`, with x [8, 3] and w [4, 3]:
+#
+#     w       through a transpose, which is a view, to dot_general: a use, whose output [8, 4] is
+#             perturbed, and whose operand x is recorded
+#     b       to add, beside the output of that use: its bias, if both are read here alone
+#     scale   to mul: a use of 4 blocks, with one input and one output each
+#
+# `e @ w.T` with a constant e [3] is pending. In `tanh(x @ w.T) * (e @ w.T)` it meets the examples
+# where it is broadcast to [8, 4]: there the second use of w is perturbed.
 
 import dataclasses
 import math
@@ -19,7 +23,7 @@ from typing import NamedTuple
 
 from optax_kron.capture.analysis.batching import Batchings
 from optax_kron.capture.program.equations import is_reference
-from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Value
+from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Scope, Value
 from optax_kron.capture.rules import views
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate
 from optax_kron.capture.rules.contraction import (
@@ -30,7 +34,7 @@ from optax_kron.capture.rules.contraction import (
 )
 from optax_kron.capture.rules.table import record
 from optax_kron.capture.rules.views import NEW, View
-from optax_kron.layers.layer import AxisFactor, AxisFactors
+from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,12 +42,12 @@ class Use:
     """One use of a parameter.
 
     Attributes:
-      view: of the parameter.
-      contraction: how it is used.
-      node: the equation that uses it.
-      output: the value to perturb.
-      scans: the scans around it, from the outside.
-      branch: the branches around it, as (equation, number).
+      view: The view of the parameter.
+      contraction: How it is used.
+      node: The equation that uses it.
+      output: The value to perturb.
+      scans: The scans around it, from the outside.
+      branch: The branches around it, as (equation, number).
     """
 
     view: View
@@ -75,8 +79,8 @@ class MergedBias:
     """A bias that is added to a kernel's output.
 
     Attributes:
-      use: the bias as a use by itself.
-      beside: for each factor of the kernel's blocks and outputs, the bias's factors beside it.
+      use: The bias as a use by itself.
+      beside: For each factor of the kernel's blocks and outputs, the bias's factors beside it.
     """
 
     use: Use
@@ -96,9 +100,9 @@ class Consumption(NamedTuple):
     """What consumes the parameters that reach a marked loss.
 
     Attributes:
-      uses: those that are understood.
-      gaps: those that are not.
-      biases: what is added to the output of a use, and to nothing else, by use.
+      uses: Those that are understood.
+      gaps: Those that are not.
+      biases: What is added to the output of a use, and to nothing else, by use.
     """
 
     uses: list[Use]
@@ -110,9 +114,9 @@ def find_uses(graph: Graph, leaves: Iterable[Value], batchings: Batchings) -> Co
     """Follow parameters to what consumes them.
 
     Args:
-      graph: of the whole loss.
-      leaves: the parameters.
-      batchings: of the graph's values.
+      graph: The graph of the whole loss.
+      leaves: The parameters.
+      batchings: The batchings of the graph's values.
     """
     return _Pass(graph, list(leaves), batchings).found
 
@@ -131,7 +135,7 @@ class _Pass:
         self._before: dict[Value, Operand] = {}  # what a layout-only image was made from
         self._readers: dict[Value, int] = {}
         self._count_readers(graph, top=True)
-        self._visit(graph, {v: views.whole(v) for v in leaves}, (), ())
+        self._visit(graph, {v: views.whole(v) for v in leaves}, Scope())
 
     def _count_readers(self, graph: Graph, top: bool = False) -> None:
         read = [v for node in graph.nodes for v in node.values]
@@ -144,7 +148,7 @@ class _Pass:
 
     # ------------------------------------------------------------------------------- traversal
 
-    def _visit(self, graph: Graph, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+    def _visit(self, graph: Graph, env: Env, scope: Scope) -> None:
         for node in graph.nodes:
             written = [v for v in node.values if is_reference(v.aval)]
             reached = any(self._batchings[v] is not None for v in (*node.outputs, *written))
@@ -152,13 +156,13 @@ class _Pass:
             if not reached or not any(v in env for v in node.values):
                 continue
             if node.kind == "remat":
-                self._remat(node, env, scans, branch)
+                self._remat(node, env, scope)
             elif node.kind == "cond":
-                self._cond(node, env, scans, branch)
+                self._cond(node, env, scope)
             elif node.kind == "scan":
-                self._scan(node, env, scans, branch)
+                self._scan(node, env, scope)
             elif node.kind == "plain":
-                self._plain(node, env, scans, branch)
+                self._plain(node, env, scope)
             else:
                 self._stop(node, node.values, env)
 
@@ -171,24 +175,24 @@ class _Pass:
                 self._before[value] = outer
         return inner
 
-    def _remat(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+    def _remat(self, node: Node, env: Env, scope: Scope) -> None:
         (body,) = node.bodies
         inner = self._into(body, node.operands, env)
-        self._visit(body, inner, scans, branch)
+        self._visit(body, inner, scope)
         for outer, value in zip(node.outputs, body.outputs, strict=True):
             if value in inner:
                 env[outer] = inner[value]
                 self._before[outer] = value
 
-    def _cond(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+    def _cond(self, node: Node, env: Env, scope: Scope) -> None:
         index, *operands = node.operands
         self._stop(node, [index], env)
         for i, body in enumerate(node.bodies):
             inner = self._without_pending(node, self._into(body, operands, env))
-            self._visit(body, inner, scans, (*branch, (node, i)))
+            self._visit(body, inner, scope.in_branch(node, i))
             self._stop(node, body.outputs, inner)
 
-    def _scan(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+    def _scan(self, node: Node, env: Env, scope: Scope) -> None:
         (body,) = node.bodies
         first = node.loop.constants
         last = first + node.loop.carries
@@ -199,7 +203,7 @@ class _Pass:
         for value in body.inputs[last:]:
             if value in inner:
                 inner[value] = inner[value].stepped(node)
-        self._visit(body, inner, (*scans, node), branch)
+        self._visit(body, inner, scope.in_scan(node))
         self._stop(node, body.outputs, inner)
 
     def _without_pending(self, node: Node, inner: Env) -> Env:
@@ -227,7 +231,7 @@ class _Pass:
 
     # --------------------------------------------------------------------------------- equations
 
-    def _plain(self, node: Node, env: Env, scans: tuple[Node, ...], branch: Branch) -> None:
+    def _plain(self, node: Node, env: Env, scope: Scope) -> None:
         rules = record(node)
         if rules.stops:
             return
@@ -243,29 +247,23 @@ class _Pass:
             return
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
         if len(parameters) == 1 and rules.adds:
-            shown = self._add(node, *parameters[0], shown, env, scans, branch)
+            shown = self._add(node, parameters[0][0], shown, env, scope)
         elif len(parameters) == 1 and rules.layer is not None:
             ((i, view),) = parameters
             contraction = rules.layer(node, i, view)
             if contraction is not None:
-                self._note(Use(view, contraction, node, node.outputs[0], scans, branch), env)
+                self._note(Use(view, contraction, node, node.outputs[0], *scope), env)
                 shown[i] = None
         for view in shown:
             if view is not None:
                 self._gap(view, node)
 
     def _add(
-        self,
-        node: Node,
-        i: int,
-        view: View,
-        shown: list[View | None],
-        env: Env,
-        scans: tuple[Node, ...],
-        branch: Branch,
+        self, node: Node, i: int, shown: list[View | None], env: Env, scope: Scope
     ) -> list[View | None]:
         """A parameter, operand `i`, plus something else; returns the views not dealt with."""
-        output, other = node.outputs[0], shown[1 - i]
+        output, view, other = node.outputs[0], shown[i], shown[1 - i]
+        assert view is not None
         if other is not None and other.origin in self._pending:
             # Neither is combined with batch data: as what stopped one, tell of both.
             self._gap(other, node)
@@ -276,17 +274,17 @@ class _Pass:
             self._before[output] = node.operands[i]
             return [other]
         rule = record(node).layer
-        contraction = None if rule is None else rule(node, i, view)
+        contraction = rule and rule(node, i, view)
         if contraction is None:
             return shown
-        use = Use(view, contraction, node, output, scans, branch)
+        use = Use(view, contraction, node, output, *scope)
         self._merge(use, node.operands[1 - i], other)
         self._note(use, env)
         return [other]
 
     def _follow(self, node: Node, view: View, env: Env) -> None:
         rule = record(node).view
-        images = None if rule is None else rule(node, view)
+        images = rule and rule(node, view)
         if images is None:
             self._gap(view, node)
             return
@@ -319,16 +317,19 @@ class _Pass:
     def _resolve(self, view: View, point: Value) -> None:
         """A pending output meets the examples at `point`, an image of it: perturb it there."""
         use = self._pending[view.origin]
-        axes = []
-        for a, factors in enumerate(view.axes):
-            roles = _roles_of(factors, use.contraction.output_axes, ("new", a))
-            if roles is None:
-                reason = "reshaped before it is combined with batch data"
-                mixed = why_mixed(self._batchings[view.origin])
-                self._gap(view, use.node, None if mixed else reason)
-                return
-            axes.append(roles)
-        contraction = dataclasses.replace(use.contraction, output_axes=tuple(axes))
+        axes = [
+            _roles_of(factors, use.contraction.output_axes, ("new", a))
+            for a, factors in enumerate(view.axes)
+        ]
+        # All of the output is perturbed or none: the rest would get no gradient.
+        sliced = view.part != spans(view.origin.shape)
+        if sliced or None in axes:
+            reason = f"{'sliced' if sliced else 'reshaped'} before it is combined with batch data"
+            mixed = why_mixed(self._batchings[view.origin])
+            self._gap(view, use.node, None if mixed else reason)
+            return
+        output_axes = tuple(roles for roles in axes if roles is not None)
+        contraction = dataclasses.replace(use.contraction, output_axes=output_axes)
         self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
 
     def _merge(self, bias: Use, other: Operand, view: View | None) -> None:

@@ -34,6 +34,7 @@ def reference(traced: Traced, arrays: Sequence[Array]) -> ValueAndGrads:
 def disagreement(ours: ValueAndGrads, theirs: ValueAndGrads) -> list[Array]:
     """How far losses, and gradients one by one, are apart, relative to their size."""
     (loss, grads), (true_loss, true_grads) = ours, theirs
+    # Relative to the gradient of the same parameter, if that is not tiny beside the others.
     largest = [_largest(g) for g in true_grads]
     floor = _SMALL * jnp.max(jnp.stack([jnp.zeros(()), *largest]))
     scales = [jnp.maximum(x, floor) for x in largest]
@@ -65,13 +66,13 @@ def refuse(
     """Raise if the program that was read is another function.
 
     Args:
-      traced: the loss function.
-      deviations: what `disagreement` returned, as numbers.
-      losses: of the program, and of `jax.value_and_grad`.
-      tolerance: the largest deviation that rounding explains.
+      traced: The loss function.
+      deviations: What `disagreement` returned, as numbers.
+      losses: That of the program, and that of `jax.value_and_grad`.
+      tolerance: The largest deviation that rounding explains.
 
     Raises:
-      RuntimeError: with both values, and the versions of JAX and optax_kron.
+      RuntimeError: With both values, and the versions of JAX and optax_kron.
     """
     remedy = (
         f"The loss function was not read as this release of JAX means it ({_versions()}); no layer "
@@ -94,7 +95,7 @@ def refuse(
 
 def _versions() -> str:
     try:
-        own = importlib.metadata.version("optax_kron")
+        version = importlib.metadata.version("optax_kron")
     except importlib.metadata.PackageNotFoundError:  # run from its sources
-        own = "of unknown version"
-    return f"JAX {jax.__version__}, optax_kron {own}"
+        version = "of unknown version"
+    return f"JAX {jax.__version__}, optax_kron {version}"

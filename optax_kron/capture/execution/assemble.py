@@ -1,9 +1,11 @@
 """From what was recorded and pulled back to the taps of a layer.
 
-A layer has a group of uses for each batch that it meets, and a tap for each group. Uses of a group
-stand side by side as positions: a layer that reads the hidden state [8, 4] twice in one loss has a
-tap with inputs [1, 8, 2, 4].
+A layer has a group of uses for each batch that it meets, and a tap for each group.
 """
+
+# Uses of a group stand side by side as positions: a layer that reads the hidden state [8, 4] twice
+# in one loss has a tap with inputs [1, 8, 2, 4]. Used on 8 examples inside of a domain and on 6 at
+# its boundary, it has two taps, with inputs [1, 8, 1, 4] and [1, 6, 1, 4].
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,11 +30,11 @@ class Recorded(NamedTuple):
     """What was recorded in the forward pass, and pulled back.
 
     Attributes:
-      analysis: of the loss.
-      linearized: the loss at a point.
-      output_grads: cotangents [V, ...] of the outputs of the uses; of those whose moments were
+      analysis: The analysis of the loss.
+      linearized: The loss at a point.
+      output_grads: Cotangents [V, ...] of the outputs of the uses; of those whose moments were
         formed inside, of their dummies.
-      weights: of the examples in the loss.
+      weights: The weights of the examples in the loss.
     """
 
     analysis: Analysis
@@ -49,18 +51,18 @@ class _UseTap(NamedTuple):
     weights: Float[Array, "..."]
 
 
-def layer_taps(found: CapturedLayer, recorded: Recorded) -> tuple[Tap, ...]:
+def layer_taps(captured: CapturedLayer, recorded: Recorded) -> tuple[Tap, ...]:
     """The taps of one layer, one for each group of uses."""
-    return tuple(_group_tap(found, group, recorded) for group in found.groups)
+    return tuple(_group_tap(captured, group, recorded) for group in captured.groups)
 
 
-def _group_tap(found: CapturedLayer, group: Sequence[Use], recorded: Recorded) -> Tap:
+def _group_tap(captured: CapturedLayer, group: Sequence[Use], recorded: Recorded) -> Tap:
     marks = recorded.analysis.marks_of(group)
-    uses = [_use_tap(found, use, marks, recorded) for use in group]
+    uses = [_use_tap(captured, use, marks, recorded) for use in group]
     dtype = jnp.result_type(*(use.inputs for use in uses))
     weights = [use.weights for use in uses]
     grads = [use.output_grads for use in uses]
-    if found.layer.kernel is None:
+    if captured.layer.kernel is None:
         # Every use sees the same input: their gradients add up before they are squared.
         uses, grads = uses[:1], [added(grads)]
         weights = [w if w.ndim == 1 else jnp.mean(w, axis=-1, keepdims=True) for w in weights[:1]]
@@ -72,18 +74,20 @@ def _group_tap(found: CapturedLayer, group: Sequence[Use], recorded: Recorded) -
     )
 
 
-def _use_tap(found: CapturedLayer, use: Use, marks: frozenset[int], recorded: Recorded) -> _UseTap:
+def _use_tap(
+    captured: CapturedLayer, use: Use, marks: frozenset[int], recorded: Recorded
+) -> _UseTap:
     analysis, linearized, output_grads, loss_weights = recorded
     form = Canonical(use, analysis.batching(use))
     g = jax.vmap(form.output_grads)(output_grads[use])
-    if found.layer.kernel is None:
+    if captured.layer.kernel is None:
         # A bias alone has the same input, one, everywhere: its gradient is a plain sum.
         g = jnp.sum(g, axis=-2, keepdims=True)
         x = jnp.ones((*g.shape[1:4], 1), g.dtype)
     else:
         x = form.inputs(linearized.inputs[use], g.dtype)
-        if found.layer.bias is not None:
-            x = with_bias(x, use in found.biased)
+        if captured.layer.bias is not None:
+            x = with_bias(x, use in captured.biased)
     w = loss_weights.of(use, form, marks)
     taken = linearized.taken[use]
     if taken is not None:
@@ -106,23 +110,23 @@ def _side_by_side(
 
 
 def layer_moments(
-    found: CapturedLayer, recorded: Recorded, inside: Mapping[Use, InsideMoments]
+    captured: CapturedLayer, recorded: Recorded, inside: Mapping[Use, InsideMoments]
 ) -> tuple[Moments, ...]:
     """The second moments of one layer, one for each group of uses.
 
     Args:
-      found: the layer.
-      recorded: of the loss.
-      inside: the uses whose moments were formed inside.
+      captured: The layer.
+      recorded: What was recorded of the loss.
+      inside: The uses whose moments were formed inside.
     """
-    if found.groups[0][0] not in inside:
-        return tuple(moments_of(found.layer, tap) for tap in layer_taps(found, recorded))
-    return tuple(_group_moments(found, group, recorded) for group in found.groups)
+    if captured.groups[0][0] not in inside:
+        return tuple(moments_of(captured.layer, tap) for tap in layer_taps(captured, recorded))
+    return tuple(_group_moments(captured, group, recorded) for group in captured.groups)
 
 
-def _group_moments(found: CapturedLayer, group: Sequence[Use], recorded: Recorded) -> Moments:
+def _group_moments(captured: CapturedLayer, group: Sequence[Use], recorded: Recorded) -> Moments:
     analysis, linearized, output_grads, loss_weights = recorded
-    layer, marks = found.layer, analysis.marks_of(group)
+    layer, marks = captured.layer, analysis.marks_of(group)
     inputs, outputs, totals, positions = [], [], [], 0
     for use in group:
         form = Canonical(use, analysis.batching(use))

@@ -4,10 +4,12 @@ First of all, the loss and its gradients are compared with those of `jax.value_a
 facts are tested with random cotangents of the marked logits. Contracted over examples and
 positions, inputs and output-gradients give the gradient of every parameter of the layer. And with
 the cotangent of one example alone, the output-gradients of every other example vanish: then
-examples and positions have not been taken for each other. Of x [8, 5, 3] with 8 examples a form
-with N = 5 and S = 8 would pass the first test, as the sum over both is the same, but not the
-second.
+examples and positions have not been taken for each other.
 """
+
+# Inputs [8, 5, 3] of 8 examples, taken for N = 5 and S = 8, would pass the first test, as a sum
+# over both is the same. With the cotangent of example 0 alone all 5 "examples" have
+# output-gradients, and the second test fails.
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,10 +41,10 @@ class _Deviations(NamedTuple):
     """How far the taps of one layer are off.
 
     Attributes:
-      kernel: from the gradient of the kernel, relative to the largest entry of the layer's.
-      bias: from that of the bias, relative to the same.
-      leak: by which examples mix.
-      finite: whether that gradient is finite; if not, nothing can be told.
+      kernel: Off the gradient of the kernel, relative to the largest entry of the layer's.
+      bias: Off that of the bias, relative to the same.
+      leak: By how much examples mix.
+      finite: Whether that gradient is finite; if not, nothing can be told.
     """
 
     kernel: Float[Array, ""]
@@ -55,10 +57,10 @@ class _Comparison(NamedTuple):
     """What a program finds that evaluates a loss and its layers.
 
     Attributes:
-      losses: of the program that was read, and of `jax.value_and_grad`.
-      apart: how far those, and the gradients one by one, are apart.
-      layers: how far the taps of each layer are off, by name.
-      least_weights: of each mark, the least weight of a per-example loss.
+      losses: That of the program that was read, and that of `jax.value_and_grad`.
+      apart: How far those, and the gradients one by one, are apart.
+      layers: How far the taps of each layer are off, by name.
+      least_weights: The least weight of a per-example loss, of each mark.
     """
 
     losses: tuple[Array, Array]
@@ -71,9 +73,9 @@ class Verdict(NamedTuple):
     """What came of a check.
 
     Attributes:
-      analysis: without the biases that fail alone.
-      refused: names of layers whose taps are not what they should be, with the reason.
-      complete: whether all layers could be checked.
+      analysis: Without the biases that fail alone.
+      refused: Names of layers whose taps are not what they should be, with the reason.
+      complete: Whether all layers could be checked.
     """
 
     analysis: Analysis
@@ -89,8 +91,8 @@ def judge(traced: Traced) -> Verdict:
     their gradients are not finite, are kept, with a warning.
 
     Raises:
-      RuntimeError: if the program that was read is not the loss function.
-      ValueError: if a marked loss has a negative weight.
+      RuntimeError: If the program that was read is not the loss function.
+      ValueError: If a marked loss has a negative weight.
     """
     analysis = traced.analysis
     found = _compiled(traced, _compare)

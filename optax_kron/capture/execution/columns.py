@@ -36,13 +36,13 @@ def columns(
     """Cotangents of a mark's logits whose outer products sum to N times its weighted curvature.
 
     Args:
-      fisher: the estimate.
-      mark: the marked loss.
-      operands: of the mark, with the steps of scans as leading axes.
-      weights: derivative of the loss with respect to each per-example loss.
-      key: for random estimates.
-      samples: for random estimates.
-      count: the number N.
+      fisher: The estimate.
+      mark: The marked loss.
+      operands: The operands of the mark, with the steps of scans as leading axes.
+      weights: Derivative of the loss with respect to each per-example loss.
+      key: For random estimates.
+      samples: For random estimates.
+      count: The number N.
 
     Returns:
       [V, *logits.shape], at least float32. Those of "exact" belong to one per-example loss at a
@@ -58,6 +58,7 @@ def columns(
         assert key is not None
         draw = distribution.sampled if fisher == "mc" else distribution.sketched
         made = draw(key, operands, axis, samples)
+    # Columns s with sum s sᵀ = H become those of N w H: the taps of N examples are averaged later.
     scale = jnp.sqrt(count * weights.astype(made.dtype))
     return made * (scale if axis is None else jnp.expand_dims(scale, axis))[None]
 
@@ -77,9 +78,9 @@ def one_by_one(
     the first three only the losses [:, 0] are not zero.
 
     Args:
-      made: columns [V, *logits.shape].
-      mark: the marked loss.
-      ranks: for each of its examples, its number among those that are one example of a layer.
+      made: Columns [V, *logits.shape].
+      mark: The marked loss.
+      ranks: For each of its examples, its number among those that are one example of a layer.
 
     Returns:
       [V·E·R, *logits.shape], for E losses of an example and ranks below R.
@@ -96,6 +97,7 @@ def one_by_one(
         )
     where = made.ndim - 2 if has_classes(mark) else None
     shape = [n for a, n in enumerate(made.shape[1:]) if a != where]
+    # The column of each per-example loss, in the order in which they are recorded.
     numbers = np.empty(mark.elements.size, int)
     numbers[mark.elements] = ranks[:, None] * elements + np.arange(elements)
     apart = numbers.reshape(1, *shape) == jnp.arange(count).reshape(-1, *(1 for _ in shape))

@@ -3,13 +3,15 @@
 Neither is kept: a step of a scan adds its moments to those of the steps before, and a checkpoint
 recomputes what it did not save. The moment of inputs is one more output of the function. That of
 output-gradients is known only in the backward pass: it is read as the cotangent of a dummy operand,
-of a function whose derivative is declared to be that. For an output h [8, 5, 4] of a layer
-
-    watch(h, dummy [1, 4, 4]) = h
-    backward:  cotangent g [8, 5, 4]  ->  g for h,  sum of g gᵀ [1, 4, 4] for the dummy
-
-so that a scan of 100 steps adds up 100 matrices [4, 4], and keeps none.
+of a function whose derivative is declared to be that.
 """
+
+# For an output h [8, 5, 4] of a layer, B = 1,
+#
+#     forward    watch(h, dummy [1, 4, 4]) = h
+#     backward   cotangent g [8, 5, 4]  ->  g for h, and sum of g gᵀ [1, 4, 4] for the dummy
+#
+# so that a scan of 100 steps adds up 100 matrices [4, 4], and keeps none of the g.
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +40,11 @@ class InsideMoments:
     """The second moments of one use, as seen from inside all scans around it.
 
     Args:
-      layer: that the use belongs to.
-      use: of its kernel.
-      batching: where the use's output holds the examples.
-      weights: of the examples in the loss, or of their positions inside the scans.
-      biased: whether the layer's bias is added to this use.
+      layer: The layer that the use belongs to.
+      use: A use of its kernel.
+      batching: Where the use's output holds the examples.
+      weights: The weights of the examples in the loss, or of their positions inside the scans.
+      biased: Whether the layer's bias is added to this use.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""One forward pass of a loss with everything to pull back from it: the gradient and the taps.
+"""One forward pass of a loss with everything to pull back from it: the gradient and the taps."""
 
-For `loss = f(x @ w)` the function that is differentiated is
-
-    (w, zeros) -> f(x @ w + zeros), record of x
-
-of which one `jax.vjp` gives the loss, the inputs x of the layer, and a function from cotangents of
-the loss or of its logits to the gradient, that of w, and the output-gradients, those of `zeros`.
-"""
+# For `loss = f(x @ w)`, with x [8, 3] and w [3, 4], the function that is differentiated is
+#
+#     (w, zeros [8, 4]) -> f(x @ w + zeros), and x, recorded
+#
+# of which one `jax.vjp` gives the loss, the inputs x of the layer, and a function from cotangents
+# of the loss or of its logits to the gradient, that of w, and the output-gradients, those of
+# `zeros`.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +31,9 @@ class Cotangents(NamedTuple):
     """What is pulled back from a loss or its logits.
 
     Attributes:
-      params: of the parameters.
-      outputs: of the outputs of the uses.
-      losses: of each mark's per-example losses: of the loss itself, their weights in it.
+      params: The cotangents of the parameters.
+      outputs: Those of the outputs of the uses.
+      losses: Those of each mark's per-example losses: of the loss itself, their weights in it.
     """
 
     params: list[Array]
@@ -46,12 +46,12 @@ class Linearized:
     """A loss at a point, and its derivatives.
 
     Attributes:
-      outputs: what the loss function returns, flat; the loss first.
-      operands: of each mark.
-      inputs: what was recorded at each use, `None` for a bias.
-      taken: of each use inside a branch, one if the branch was taken, else zero.
-      indices: at which rows were read between the layers and the losses.
-      pull: the cotangents, from those of the loss and of each mark's logits.
+      outputs: What the loss function returns, flat; the loss first.
+      operands: The operands of each mark.
+      inputs: What was recorded at each use, `None` for a bias.
+      taken: One if the branch around a use was taken, else zero; `None` outside of branches.
+      indices: At which rows were read between the layers and the losses.
+      pull: The cotangents, from those of the loss and of each mark's logits.
     """
 
     outputs: list[Array]
@@ -81,16 +81,18 @@ def linearize(
     """Evaluate a loss, and prepare to pull cotangents back from it.
 
     Args:
-      analysis: of the loss.
-      uses: those to perturb and record.
-      arrays: the graph's inputs, the parameters first.
-      inside: the uses whose second moments are formed inside: then these are their inputs, and
-        what is pulled back to them.
-      widely: evaluate in 32 bits what the program does in fewer.
+      analysis: The analysis of the loss.
+      uses: Those to perturb and record.
+      arrays: The graph's inputs, the parameters first.
+      inside: The uses whose second moments are formed inside: then these are their inputs, and what
+        is pulled back to them.
+      widely: Evaluate in 32 bits what the program does in fewer.
     """
     probes, zeros = _probes(analysis, uses, inside or {})
+    if analysis.renewed or widely:
+        bind = bind_widely if widely else lambda node, *operands: node.bind(*operands)
+        probes.bind = lambda node, *operands: bind(node.renewed(analysis.renewed), *operands)
     if widely:
-        probes.bind = bind_widely
         arrays = [widened(x) for x in arrays]
         zeros = {key: x.astype(wide(x.dtype)) for key, x in zeros.items()}
     count, marks = len(analysis.leaves), analysis.marks
@@ -102,6 +104,7 @@ def linearize(
         logits = [records[f"mark{m}", 0] for m in range(len(marks))]
         return (outputs[0], logits), (outputs, records)
 
+    # Of one forward pass: the loss pulls back the gradient, the logits the columns of the Fisher.
     _, pullback, (outputs, records) = jax.vjp(run, list(arrays[:count]), zeros, has_aux=True)
 
     def pull(loss: Array, logits: Sequence[Array]) -> Cotangents:

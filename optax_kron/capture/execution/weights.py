@@ -5,11 +5,11 @@ losses, one for one, but for reshapes, transposes, slices and reversals on the w
 much as its own loss. Where they are not, as before attention or along the steps of a recurrent
 network, what is masked may still be seen by others, and all positions of an example count the same;
 so they do where positions change places in another way.
-
-Losses [8, 5] under `sum(where=mask) / mask.sum()` have weights [8, 5], zero where masked. A layer
-at the same 8 * 5 tokens gets them as they are, [N, S] = [8, 5]; one before attention gets their sum
-over tokens, [N] = [8].
 """
+
+# Losses [8, 5] under `sum(where=mask) / mask.sum()` have weights [8, 5], zero where masked. A layer
+# at the same 8 * 5 tokens gets them as they are, times 5, [N, S] = [8, 5]; one before attention
+# gets their sum over tokens, [N] = [8].
 
 import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -36,9 +36,9 @@ class LossWeights:
     """Per-example weights of a loss, as each layer sees them.
 
     Args:
-      analysis: of the loss.
-      weights: derivative of the loss with respect to each mark's per-example losses.
-      indices: at which rows were read between the layers and the losses.
+      analysis: The analysis of the loss.
+      weights: Derivative of the loss with respect to each mark's per-example losses.
+      indices: At which rows were read between the layers and the losses.
     """
 
     def __init__(self, analysis: Analysis, weights: Sequence[Array], indices: Mapping[Read, Array]):

@@ -12,6 +12,7 @@ Every other equation that holds a program is opaque, and bound whole, as it came
 taken for a call would run once, and give the loss of another function.
 """
 
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,6 +21,7 @@ import jax
 import jax.core
 import jax.extend as jex
 import jax.extend.core.primitives as primitives
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -107,20 +109,20 @@ def recognise(eqn: Equation) -> tuple[str, tuple[Program, ...]]:
       - "plain": it holds none.
     """
     for look in (_as_scan, _as_while, _as_cond, _as_remat, _with_rules, _as_call):
-        found = look(eqn)
-        if found is not None:
-            return found
+        recognised = look(eqn)
+        if recognised is not None:
+            return recognised
     is_name = _upgraded(eqn, "CheckpointName") is not None
     return _Recognised("opaque" if holds_program(eqn) and not is_name else "plain")
 
 
 def name(eqn: Equation) -> str:
     """Of the primitive; one of another library that bears the name of JAX's gets another."""
-    own = eqn.primitive.name
-    if own == _HOLDER and "_prim" in eqn.params:
+    given = eqn.primitive.name
+    if given == _HOLDER and "_prim" in eqn.params:
         held = type(eqn.params["_prim"]).__name__
         return held if _upgraded(eqn) is None else _UPGRADED[held]
-    return own if _SHOWN.get(own, eqn.primitive) is eqn.primitive else f"{own} (not of JAX)"
+    return given if _SHOWN.get(given, eqn.primitive) is eqn.primitive else f"{given} (not of JAX)"
 
 
 def settings(eqn: Equation) -> Params:
@@ -130,10 +132,10 @@ def settings(eqn: Equation) -> Params:
 
 def images(eqn: Equation) -> list[int] | None:
     """Which operand each output is, unchanged; `None` for equations that compute something."""
-    own = name(eqn)
-    if own == "tie":
+    primitive = name(eqn)
+    if primitive == "tie":
         return [1]
-    same = own in _PLACINGS and len(eqn.invars) == len(eqn.outvars)
+    same = primitive in _PLACINGS and len(eqn.invars) == len(eqn.outvars)
     return list(range(len(eqn.outvars))) if same else None
 
 
@@ -204,22 +206,30 @@ def bind_with(eqn: Equation, operands: Sequence[ArrayLike], settings: Params) ->
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-def is_same(first: Program, second: Program) -> bool:
-    """Whether two programs are one, equation by equation, and close over the same arrays.
+# By the `id` of an equation, what stands in its place in a later trace: an equation, of a program.
+Renewed: TypeAlias = dict[int, tuple[Equation, jex.core.Jaxpr]]
 
-    Where that can't be told, as of rules for derivatives that were traced twice, they are not.
+
+def renewed(first: Program, second: Program) -> Renewed | None:
+    """What stands in the place of each equation of a program in another trace of it.
+
+    `None` if the programs are not the same, in what an analysis looks at: equations, their settings
+    and literals, and the arrays that they close over. Of a program inside of an equation the rest
+    is not compared, as rules for derivatives are new objects in each trace: so those of the second
+    trace are to be run.
     """
-    closed_over = zip(first.consts, second.consts, strict=False)
-    return (
-        len(first.consts) == len(second.consts)
-        and all(one is other for one, other in closed_over)
-        and _is_same_jaxpr(first.jaxpr, second.jaxpr)
-    )
+    renewal: Renewed = {}
+    return renewal if _is_same(first, second, renewal) else None
 
 
-def _is_same_jaxpr(first: jex.core.Jaxpr, second: jex.core.Jaxpr) -> bool:
-    if first is second:  # as are those of functions that JAX has traced before
-        return True
+def _is_same(first: Program, second: Program, renewal: Renewed) -> bool:
+    same = len(first.consts) == len(second.consts)
+    same = same and all(map(operator.is_, first.consts, second.consts))
+    # Functions that JAX has traced before are the same object: then so is all in it.
+    return same and (first.jaxpr is second.jaxpr or _are_paired(first.jaxpr, second.jaxpr, renewal))
+
+
+def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, renewal: Renewed) -> bool:
     twins: dict[Atom, Atom] = {}  # variables of the first, and those of the second in their places
 
     def bind(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
@@ -230,33 +240,51 @@ def _is_same_jaxpr(first: jex.core.Jaxpr, second: jex.core.Jaxpr) -> bool:
         return len(ours) == len(theirs) and all(map(is_twin, ours, theirs))
 
     def is_twin(ours: Atom, theirs: Atom) -> bool:
-        if isinstance(ours, Literal):
-            return isinstance(theirs, Literal) and _is_same_setting(
-                (ours.aval, ours.val), (theirs.aval, theirs.val)
-            )
-        return twins[ours] is theirs
+        if not isinstance(ours, Literal):
+            return twins[ours] is theirs
+        equal = isinstance(theirs, Literal) and np.array_equal(ours.val, theirs.val)
+        return bool(equal and ours.aval == theirs.aval)
 
     if not bind([*first.constvars, *first.invars], [*second.constvars, *second.invars]):
         return False
     for ours, theirs in zip(first.eqns, second.eqns, strict=False):
         same = ours.primitive is theirs.primitive and agree(ours.invars, theirs.invars)
-        same = same and _is_same_setting(ours.params, theirs.params)
-        if not (same and bind(ours.outvars, theirs.outvars)):
+        if not (same and _do_same(ours, theirs, renewal) and bind(ours.outvars, theirs.outvars)):
             return False
+        renewal[id(ours)] = theirs, second
     return len(first.eqns) == len(second.eqns) and agree(first.outvars, second.outvars)
+
+
+def _do_same(first: Equation, second: Equation, renewal: Renewed) -> bool:
+    kind, bodies = recognise(first)
+    if not bodies:
+        return _is_same_setting(first.params, second.params)
+    outline = {
+        "scan": loop,
+        "while": while_constants,
+        "remat": checkpointing,
+        "mark": loss_name,
+    }.get(kind, lambda eqn: None)
+    other_kind, others = recognise(second)
+    return (
+        (kind, len(bodies)) == (other_kind, len(others))
+        and all(
+            _is_same(ours, theirs, renewal) for ours, theirs in zip(bodies, others, strict=True)
+        )
+        and _is_same_setting(outline(first), outline(second))
+    )
 
 
 def _is_same_setting(first: object, second: object) -> bool:
     if first is second:
         return True
-    if isinstance(first, jex.core.Jaxpr | _CLOSED) and isinstance(second, type(first)):
-        return is_same(_closed(first), _closed(second))
+    if _is_program(first) and _is_program(second):
+        return renewed(_closed(first), _closed(second)) is not None
     if type(first) is not type(second):
         return False
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(
-            _is_same_setting(first[name], second[name]) for name in first
-        )
+        same = first.keys() == second.keys()
+        return same and all(_is_same_setting(first[name], second[name]) for name in first)
     if isinstance(first, tuple | list) and isinstance(second, tuple | list):
         return len(first) == len(second) and all(map(_is_same_setting, first, second))
     # Arrays have no one answer: those that are not the same object count as different.
@@ -267,7 +295,7 @@ def place(*calls: Equation) -> str:
     """Where the user's code made an equation: "file.py:12 (function)", or empty.
 
     Args:
-      *calls: the equation, and the calls that it was inlined from, from the inside; a program that
+      *calls: The equation, and the calls that it was inlined from, from the inside; a program that
         is traced once for all its calls need not know where it was called.
     """
     for eqn in calls:
@@ -289,8 +317,8 @@ def place(*calls: Equation) -> str:
 
 def _is(eqn: Equation, *names: str) -> bool:
     """Whether an equation's primitive is JAX's own of one of these names."""
-    own = eqn.primitive.name
-    return own in names and _SHOWN.get(own, eqn.primitive) is eqn.primitive
+    given = eqn.primitive.name
+    return given in names and _SHOWN.get(given, eqn.primitive) is eqn.primitive
 
 
 def _as_scan(eqn: Equation) -> _Recognised | None:
@@ -301,10 +329,10 @@ def _as_scan(eqn: Equation) -> _Recognised | None:
     outer = [_shape(x) for x in eqn.invars], [_shape(x) for x in eqn.outvars]
     if [len(x) for x in inner] != [len(x) for x in outer]:
         return None
-    whole = constants + carries
-    slices = [(length, *(shape or ())) for shape in inner[0][whole:]]
+    scanned = constants + carries  # the number of the first
+    slices = [(length, *(shape or ())) for shape in inner[0][scanned:]]
     stacks = [(length, *(shape or ())) for shape in inner[1][carries:]]
-    if outer[0] != [*inner[0][:whole], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
+    if outer[0] != [*inner[0][:scanned], *slices] or outer[1] != [*inner[1][:carries], *stacks]:
         return None
     return _Recognised("scan", (body,))
 

@@ -25,14 +25,14 @@ class Probes:
     """What to perturb and to record.
 
     Attributes:
-      perturb: keys of the perturbations of a value.
-      record: keys under which a value is recorded.
-      taken: keys under which it is recorded that a branch was taken, by branch.
-      transform: what is recorded of a value, by key; the value itself if not given.
-      apply: how a perturbation enters, by key: from a value and it to a new value; added if not
+      perturb: Keys of the perturbations of a value.
+      record: Keys under which a value is recorded.
+      taken: Keys under which it is recorded that a branch was taken, by branch.
+      transform: What is recorded of a value, by key; the value itself if not given.
+      apply: How a perturbation enters, by key: from a value and it to a new value; added if not
         given.
-      stacked: for keys that scans sum up, rather than stack, the scans that do stack them.
-      bind: how an equation is evaluated that holds none of them.
+      stacked: For keys that scans sum up, rather than stack, the scans that do stack them.
+      bind: How an equation is evaluated that holds none of them.
     """
 
     perturb: dict[Value, list[Key]] = dataclasses.field(default_factory=dict)
@@ -54,10 +54,10 @@ def evaluate(
     """Evaluate a graph.
 
     Args:
-      graph: of the function.
-      arguments: one array for each input.
-      probes: what to perturb and to record.
-      perturbations: arrays by key; missing ones are zero.
+      graph: The graph of the function.
+      arguments: One array for each input.
+      probes: What to perturb and to record.
+      perturbations: Arrays by key; missing ones are zero.
 
     Returns:
       The outputs, and the records by key.

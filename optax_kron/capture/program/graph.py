@@ -4,15 +4,17 @@ Jaxprs are shared between call sites (a function that is jitted once and called 
 so that their variables don't say which call is meant. Here calls are inlined, and every other
 equation that holds jaxprs (loops, branches, checkpoints) gets copies of its own, so that a value
 stands for one place of the program.
-
-For example `f(f(x))`, with `f = jax.jit(lambda x: x @ w)`, has two equations "jit" that share one
-jaxpr, with one `dot_general` and one variable for its output. Its graph has two nodes, of different
-outputs: at each of them a layer can be found, perturbed and recorded.
 """
 
+# Of `f(f(x))`, with `f = jax.jit(lambda x: x @ w)`, the jaxpr has two equations "jit" that share
+# one inner jaxpr, with one `dot_general` and one variable for its output. The graph has two nodes,
+# with an output each: at each of them a use of w is found, perturbed and recorded.
+
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.core
@@ -88,12 +90,12 @@ class Node:
     Attributes:
       kind: "plain"; "opaque", bound whole, though its body is known; "mark", a loss of
         `optax_kron.losses`; or "scan", "while", "cond", "remat".
-      eqn: the equation.
-      jaxpr: that the equation comes from.
-      operands: values, and numbers in their places.
-      outputs: values.
-      bodies: the graphs that it holds, whose inputs and outputs are as the kind says.
-      calls: the calls that it was inlined from, from the inside.
+      eqn: The equation.
+      jaxpr: The jaxpr that the equation comes from.
+      operands: Values, and numbers in their places.
+      outputs: Values.
+      bodies: The graphs that it holds, whose inputs and outputs are as the kind says.
+      calls: The calls that it was inlined from, from the inside.
     """
 
     kind: str
@@ -148,9 +150,32 @@ class Node:
         """Evaluate the equation on arrays for its values."""
         return equations.bind(self.eqn, self.jaxpr, *arguments)
 
+    def renewed(self, renewal: equations.Renewed) -> "Node":
+        """The same node, with the equation that stands in its place in a later trace."""
+        if id(self.eqn) not in renewal:
+            return self
+        node = copy.copy(self)
+        node.eqn, node.jaxpr = renewal[id(self.eqn)]
+        return node
+
 
 # The branches around something, from the outside: equations, and the number of the branch.
 Branch = tuple[tuple[Node, int], ...]
+
+
+class Scope(NamedTuple):
+    """What is around a place of the program, from the outside."""
+
+    scans: tuple[Node, ...] = ()
+    branch: Branch = ()
+
+    def in_scan(self, scan: Node) -> "Scope":
+        """Inside of one more scan."""
+        return Scope((*self.scans, scan), self.branch)
+
+    def in_branch(self, cond: Node, number: int) -> "Scope":
+        """Inside of one more branch."""
+        return Scope(self.scans, (*self.branch, (cond, number)))
 
 
 class Broadcast(Node):

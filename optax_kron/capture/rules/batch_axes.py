@@ -9,12 +9,7 @@ loss of example `n` and of no other. Every value of the program gets a `Batching
 - `Mixed`: it touches several examples at once, as parameters do, and activations before a batch
   norm.
 
-An unknown equation mixes its operands: that is always sound. For per-example losses [8] of
-
-    h = x @ w                 x [8, 5, 3]     axis 0, as each x[n] reaches the loss of n alone
-    h = h.reshape(40, 4)      h [40, 4]       axis 0, of which h[5n + t] belongs to n: after = 5
-    h = h @ v                                 v is Mixed: all examples meet it
-    h = h - h.mean(0)                         before it h is Mixed: its mean reaches all examples
+An unknown equation mixes its operands: that is always sound.
 
 Where a program selects some of its examples, those before the selection and those after it are not
 the same. A `Link` says for each mark which elements of an axis reach which of its examples.
@@ -22,6 +17,17 @@ Elements that reach the same example of a mark, as the halves of a batch of pair
 example. An element that reaches several is one example too, to which all of these losses belong;
 one that reaches none is an example without weight.
 """
+
+# For per-example losses [8], read from below:
+#
+#     h = x @ w                 x [8, 5, 3]     Separate(axis=0): each x[n] reaches loss n alone
+#     h = h.reshape(40, 4)      h [40, 4]       Separate(axis=0, size=8, after=5): 5n + t is of n
+#     h = h @ v                 v [4, 4]        Mixed: all examples meet it
+#     h = h.reshape(8, 5, 4)    h [8, 5, 4]     Separate(axis=0)
+#     loss = l2_loss(h[:, -1].sum(-1))          where the examples are is known: axis 0 of [8]
+#
+# With `h - h.mean(0)` in between, what is before it were Mixed: its mean reaches all losses. With
+# `h[::2]` and losses [4], x [8, 5, 3] has a link: elements 0, 2, 4, 6 reach losses 0, 1, 2, 3.
 
 import dataclasses
 import functools
@@ -41,10 +47,10 @@ class BatchAxis:
     `(i // after) % N`.
 
     Attributes:
-      axis: of the value; or, if all of the value belongs to one example, the scan whose steps count
-        the examples, or `None` where there is only one.
-      before: how often the examples are repeated along the axis by a slower factor.
-      after: number of elements that each example has along the axis, in a row.
+      axis: The axis of the value; or, if all of the value belongs to one example, the scan whose
+        steps count the examples, or `None` where there is only one.
+      before: How often the examples are repeated along the axis by a slower factor.
+      after: Number of elements that each example has along the axis, in a row.
     """
 
     axis: int | Node | None = None
@@ -68,13 +74,13 @@ class Read:
     """Rows that an equation reads at indices which are known only when it runs.
 
     Attributes:
-      index: what tells reads apart: where the indices come from, and how they are used.
-      size: number of rows that there are.
-      length: number of rows that are read.
-      distinct: whether no row is read twice.
-      node: the equation.
-      operand: the one of its operands that holds the indices.
-      column: of indices [..., columns], the one that says the row; `None` if they are one scalar,
+      index: What tells reads apart: where the indices come from, and how they are used.
+      size: Number of rows that there are.
+      length: Number of rows that are read.
+      distinct: Whether no row is read twice.
+      node: The equation.
+      operand: The one of its operands that holds the indices.
+      column: Of indices [..., columns], the one that says the row; `None` if they are one scalar,
         at which the rows start.
     """
 
@@ -92,9 +98,10 @@ class Link:
     """How the elements along an axis reach the examples of a mark.
 
     Attributes:
-      reads: those between the axis and the losses, from the losses on, each with the pairs of what
-        it made and of the examples, or of the rows of the read before it; `None` for one to one.
-      pairs: of the elements, and of the examples or the rows of the last read.
+      reads: The reads between the axis and the losses, from the losses on, each with the pairs of
+        what it made and of the examples, or of the rows of the read before it; `None` for one to
+        one.
+      pairs: The pairs of the elements, and of the examples or the rows of the last read.
     """
 
     reads: tuple[tuple[Pairs | None, Read], ...] = ()
@@ -109,9 +116,9 @@ class Separate(BatchAxis):
     """A value whose elements belong to one example each.
 
     Attributes:
-      marks: numbers of the losses that it reaches.
-      size: number of elements along the axis, or along the factor of it that counts examples.
-      links: how these reach the examples of a mark, by mark; without one they are those in order.
+      marks: Numbers of the losses that it reaches.
+      size: Number of elements along the axis, or along the factor of it that counts examples.
+      links: How these reach the examples of a mark, by mark; without one they are those in order.
     """
 
     marks: frozenset[int]
@@ -187,9 +194,9 @@ class Mixed:
     """A value that several examples share.
 
     Attributes:
-      marks: numbers of the losses that it reaches.
-      node: the equation that made it so.
-      reason: what that does, if more is known than that it mixes examples.
+      marks: Numbers of the losses that it reaches.
+      node: The equation that made it so.
+      reason: What that does, if more is known than that it mixes examples.
     """
 
     marks: frozenset[int]
@@ -214,10 +221,10 @@ def linked(axis: int | Node, length: int, links: Mapping[int, Link], node: Node 
     """The batching of an axis whose elements reach the examples of marks by some links.
 
     Args:
-      axis: of the value.
-      length: of the axis.
-      links: by mark.
-      node: the equation that reads the value.
+      axis: The axis of the value.
+      length: Its length.
+      links: The links, by mark.
+      node: The equation that reads the value.
     """
     links = {m: link for m, link in links.items() if link.pairs is None or len(link.pairs)}
     if not links:

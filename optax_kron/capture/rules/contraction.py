@@ -1,14 +1,13 @@
-"""How an equation uses a parameter: which factors of its axes meet which axes of the equation.
+"""How an equation uses a parameter: which factors of its axes meet which axes of the equation."""
 
-A kernel [d_in, d_out] of `x @ kernel`, with x [N, T, d_in], makes
-
-    operand_axes = ((free,), (free,), (input,))      of x
-    output_axes  = ((free,), (free,), (output,))     of x @ kernel
-
-with one `RoleFactor` in each axis here; after a reshape an axis has several. Free factors have a
-name that operand and output share: they are the examples and the positions, which of them is which
-is found elsewhere.
-"""
+# A kernel [d_in, d_out] in `x @ kernel`, with x [N, T, d_in], has the contraction
+#
+#     operand_axes = ((free 0,), (free 1,), (input,))      of x
+#     output_axes  = ((free 0,), (free 1,), (output,))     of x @ kernel
+#
+# with one `RoleFactor` in each axis here; after a reshape of the kernel an axis has several. Free
+# factors have a name that operand and output share. They are the examples and the positions: which
+# of them is which, the batch axis of the output tells.
 
 import dataclasses
 from typing import ClassVar
@@ -29,8 +28,8 @@ class RoleFactor:
 
     Attributes:
       role: "block", "input" or "output" factors of the kernel; or "free": examples and positions.
-      key: the kernel's factor; of free ones, a name that operand and output share.
-      size: number of elements.
+      key: The kernel's factor; of free ones, a name that operand and output share.
+      size: Number of elements.
     """
 
     role: str
@@ -65,7 +64,7 @@ class DenseInputs:
     """Inputs that are recorded as they are.
 
     Attributes:
-      operand: the value to record.
+      operand: The value to record.
     """
 
     operand: Value
@@ -81,8 +80,8 @@ class PatchInputs(DenseInputs):
     """Images that a convolution meets in patches.
 
     Attributes:
-      operand: the images.
-      node: the convolution.
+      operand: The images.
+      node: The convolution.
     """
 
     node: Node
@@ -114,10 +113,10 @@ class IndexInputs:
     """Rows of a table: the input is an index, in place of a one-hot vector.
 
     Attributes:
-      operand: the indices.
-      length: number of rows of the table.
-      column: of indices [..., columns], the one that says the row; `None` if all do.
-      clips: whether indices beyond the table are brought back to its ends; else they read no row.
+      operand: The indices.
+      length: Number of rows of the table.
+      column: Of indices [..., columns], the one that says the row; `None` if all do.
+      clips: Whether indices beyond the table are brought back to its ends; else they read no row.
     """
 
     operand: Value
@@ -146,9 +145,9 @@ class Contraction:
 
     Attributes:
       kind: "dense", "conv", "embedding" or "bias": a word for tables.
-      inputs: what to record; `None` for a bias, whose input is one.
-      operand_axes: factors of each axis of the inputs (for a convolution: of its patches).
-      output_axes: factors of each axis of the output.
+      inputs: What to record; `None` for a bias, whose input is one.
+      operand_axes: Factors of each axis of the inputs (for a convolution: of its patches).
+      output_axes: Factors of each axis of the output.
     """
 
     kind: str

@@ -1,12 +1,16 @@
 """Lookups, dynamic slices and scatters: rows of a table, or examples that are selected.
 
-A lookup `x[i]` of rows i [5] in x [8, 3] may be two things:
-
-- x is a parameter: a layer, an embedding, whose inputs are the indices;
-- x holds examples: then each of the 5 rows is an example that was selected. If i is known when the
-  program is traced, as `x[::2]` is, pairs say which of the 8 reach which of the 5. If it is known
-  only when the program runs, a `Read` stands for these pairs until it does.
+A lookup `x[i]` of rows may be two things. If x is a parameter, it is a layer, an embedding, whose
+inputs are the indices. If x holds examples, each of the rows is an example that was selected: if i
+is known when the program is traced, pairs say which examples of x reach which of `x[i]`; if it is
+known only when the program runs, a `Read` stands for these pairs until it does.
 """
+
+# With x [8, 3] and 5 rows:
+#
+#     table[i], i [5]           IndexInputs(i, length=8)
+#     x[jnp.arange(0, 8, 2)]    Pairs: 0-0 2-1 4-2 6-3
+#     x[order[:5]]              Read(size=8, length=5, distinct=order is a permutation)
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -30,6 +34,7 @@ from optax_kron.capture.rules.contraction import (
     role_factors,
 )
 from optax_kron.capture.rules.pairs import Pairs
+from optax_kron.capture.rules.record import Primitive, same_axis
 from optax_kron.capture.rules.views import NEW, View
 from optax_kron.layers.layer import AxisFactor
 
@@ -38,7 +43,7 @@ _Rows = TypeVar("_Rows", np.ndarray, Array)
 # ------------------------------------------------------------------------------------------- gather
 
 
-def gather_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _gather_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of `gather`: whole axes of the table, axes of the indices, and batch axes of both."""
     numbers, ndim = node.params["dimension_numbers"], node.operands[0].ndim
     offsets, batching = numbers.offset_dims, tuple(numbers.operand_batching_dims)
@@ -59,7 +64,7 @@ def _positions(node: Node, output: Value) -> list[int]:
     return [a for a in range(output.ndim) if a not in offsets]
 
 
-def gather_layer(node: Node, i: int, view: View) -> Contraction | None:
+def _gather_layer(node: Node, i: int, view: View) -> Contraction | None:
     """Rows of a table: the input is an index, in place of a one-hot vector."""
     numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
     indices, out = node.operands[1], node.outputs[0]
@@ -116,7 +121,7 @@ def _row_factor(
     return factors[0]
 
 
-def gather_select(
+def _gather_select(
     node: Node, i: int, output: Value, batching: Separate, known: Knowledge
 ) -> Batching:
     """Rows at known indices, as the examples' own numbers are, or else one row for each example."""
@@ -246,7 +251,7 @@ def _is_distinct(known: Knowledge, value: Operand) -> bool:
 # ----------------------------------------------------------------------------------- dynamic slices
 
 
-def dynamic_slice_layer(node: Node, i: int, view: View) -> Contraction | None:
+def _dynamic_slice_layer(node: Node, i: int, view: View) -> Contraction | None:
     """One row of a table, at an index that is a scalar."""
     starts, sizes = node.operands[1:], node.params["slice_sizes"]
     indexed = _indexed(view, sizes, range(len(view.axes)))
@@ -261,7 +266,7 @@ def dynamic_slice_layer(node: Node, i: int, view: View) -> Contraction | None:
     return Contraction("embedding", inputs, ((RoleFactor("input", rows, 1),),), tuple(output))
 
 
-def dynamic_slice_select(
+def _dynamic_slice_select(
     node: Node, i: int, output: Value, batching: Separate, known: Knowledge
 ) -> Batching:
     """A run of rows, from a known start or not."""
@@ -283,7 +288,7 @@ def dynamic_slice_select(
 # ----------------------------------------------------------------------------------------- scatters
 
 
-def scatter_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _scatter_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of scatters: whole axes, batch axes, and, of the operand, all that is not overwritten."""
     if i == 0:
         return axis
@@ -310,8 +315,8 @@ def rows_of(read: Read, index: Int[Array, "..."]) -> Int[Array, " length"]:
     """The rows that were read, -1 where none was.
 
     Args:
-      read: of rows.
-      index: the values of its operand.
+      read: A read of rows.
+      index: The values of its operand.
     """
     if read.column is None:
         return jnp.clip(index, 0, read.size - read.length) + jnp.arange(read.length)
@@ -325,10 +330,10 @@ def reaching(
     """What reaches each element of an axis, summed over the examples of a mark.
 
     Args:
-      link: of the elements to the examples.
-      values: of the examples.
-      indices: the values of the operands of all reads.
-      size: number of elements.
+      link: The link of the elements to the examples.
+      values: The values of the examples.
+      indices: The values of the operands of all reads.
+      size: Number of elements.
     """
     for pairs, read in link.reads:
         values = _summed(pairs, values, read.length)
@@ -348,3 +353,17 @@ def _summed(
     if len(pairs) == size and np.array_equal(pairs.elements, np.arange(size)):
         return taken
     return jnp.zeros((size, *values.shape[1:]), values.dtype).at[pairs.elements].add(taken)
+
+
+# ------------------------------------------------------------------------------------------ records
+
+_scatter = Primitive(_scatter_axis)
+_KINDS = ("add", "sub", "mul", "min", "max")
+
+RECORDS = {
+    "gather": Primitive(_gather_axis, select=_gather_select, layer=_gather_layer),
+    "dynamic_slice": Primitive(same_axis, select=_dynamic_slice_select, layer=_dynamic_slice_layer),
+    "dynamic_update_slice": Primitive(same_axis),
+    "scatter": _scatter,
+    **{f"scatter{sign}{kind}": _scatter for sign in "-_" for kind in _KINDS},
+}

@@ -1,14 +1,16 @@
-"""Primitives that move elements and compute nothing: reshapes, transposes, slices, joins, casts.
+"""Primitives that move elements and compute nothing: reshapes, transposes, slices, joins.
 
 For each of them up to four facts stand side by side: which axis of the operand an axis of the
 output is, what is selected along it, which image of a parameter the output is, and what it makes of
-known integers. Of `x[2:4]`, with x [8, 3]:
-
-    axis      1 -> 1; 0 -> none, as it is cut
-    select    along axis 0, elements 2, 3 of x make 0, 1 of the output
-    view      rows 2:4 of a parameter
-    integers  x[2:4]
+known integers.
 """
+
+# Of `x[2:4]`, with x [8, 3]:
+#
+#     axis      1 -> 1; 0 -> none, as it is cut
+#     select    along axis 0, elements 2, 3 of x make 0, 1 of the output
+#     view      rows 2:4 of a parameter
+#     integers  x[2:4]
 
 import dataclasses
 import math
@@ -20,41 +22,12 @@ from optax_kron.capture.program.graph import Node, Operand, Value
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Batching, Link, Mixed, Separate, linked
 from optax_kron.capture.rules.pairs import Pairs
-from optax_kron.capture.rules.record import SelectRule
+from optax_kron.capture.rules.record import Primitive, SelectRule, along, same_axis
 from optax_kron.capture.rules.views import NEW, View, part_of, regroup
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
-# -------------------------------------------------------------------------------- elements in place
 
-
-def same_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
-    """Where operands have the axes of the output; whether lengths agree, the caller looks."""
-    return axis if node.operands[i].ndim == output.ndim else None
-
-
-def same_view(node: Node, view: View) -> list[View]:
-    """An output that shows the operand."""
-    return [view]
-
-
-def cast_view(node: Node, view: View) -> list[View] | None:
-    """A cast is linear between inexact numbers alone."""
-    kinds = node.operands[0].dtype.kind, node.outputs[0].dtype.kind
-    return [view] if all(kind in "fcV" for kind in kinds) else None
-
-
-def elementwise(fn: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Integers of a function of NumPy; literals are broadcast."""
-    return lambda node, *operands: np.broadcast_to(fn(*operands), node.outputs[0].shape)
-
-
-def select_integers(node: Node, which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
-    """Of `select_n`."""
-    return np.where(which, cases[1], cases[0]) if which.dtype == bool else np.choose(which, cases)
-
-
-def iota_integers(node: Node) -> np.ndarray:
-    """Of `iota`."""
+def _iota_integers(node: Node) -> np.ndarray:
     dimension, shape = node.params["dimension"], node.params["shape"]
     count = np.arange(shape[dimension])
     return np.broadcast_to(
@@ -70,16 +43,18 @@ def _reshaped(node: Node, operand: Operand) -> list[int]:
     return list(node.params.get("dimensions") or range(operand.ndim))
 
 
-def reshape_parts(node: Node, operand: Operand, output: Value, batching: Separate) -> Batching:
+def _reshape_parts(node: Node, operand: Operand, output: Value, batching: Separate) -> Batching:
     """Where the examples are before a reshape."""
     order = _reshaped(node, operand)
     shape = [operand.shape[a] for a in order]
-    moved = reshape_batching(batching, output.shape, shape)
+    moved = _reshape_batching(batching, output.shape, shape)
     moved = moved or _coarser(batching, output.shape, shape, node)
     return moved.moved(order[moved.number]) if isinstance(moved, Separate) else moved
 
 
-def reshape_batching(batching: Separate, old: Sequence[int], new: Sequence[int]) -> Separate | None:
+def _reshape_batching(
+    batching: Separate, old: Sequence[int], new: Sequence[int]
+) -> Separate | None:
     """Where the examples are after a reshape; `None` if no axis holds them any more.
 
     [8, 15] with examples along axis 0 becomes [8, 5, 3]: axis 0 again; or [120]: axis 0, of which
@@ -120,14 +95,13 @@ def _coarser(batching: Separate, old: Sequence[int], new: Sequence[int], node: N
     return Mixed(batching.marks, node)
 
 
-def reshape_view(node: Node, view: View) -> list[View] | None:
+def _reshape_view(node: Node, view: View) -> list[View] | None:
     """Factors of all axes in a row, distributed anew."""
     order = node.params.get("dimensions") or range(len(view.axes))
     return _with_axes(view, regroup([f for a in order for f in view.axes[a]], _shape(node)))
 
 
-def reshape_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `reshape` and `squeeze`."""
+def _reshape_integers(node: Node, x: np.ndarray) -> np.ndarray:
     return x.reshape(_shape(node))
 
 
@@ -139,13 +113,11 @@ def _with_axes(view: View, axes: Iterable[AxisFactors] | None) -> list[View] | N
     return None if axes is None else [dataclasses.replace(view, axes=tuple(axes))]
 
 
-def squeeze_axis(node: Node, i: int, output: Value, axis: int) -> int:
-    """Of `squeeze`."""
+def _squeeze_axis(node: Node, i: int, output: Value, axis: int) -> int:
     return _kept(node, node.operands[i].ndim)[axis]
 
 
-def squeeze_view(node: Node, view: View) -> list[View] | None:
-    """Of `squeeze`."""
+def _squeeze_view(node: Node, view: View) -> list[View] | None:
     return _with_axes(view, (view.axes[a] for a in _kept(node, len(view.axes))))
 
 
@@ -154,28 +126,24 @@ def _kept(node: Node, ndim: int) -> list[int]:
     return [a for a in range(ndim) if a not in dropped]
 
 
-def transpose_axis(node: Node, i: int, output: Value, axis: int) -> int:
-    """Of `transpose`."""
+def _transpose_axis(node: Node, i: int, output: Value, axis: int) -> int:
     return node.params["permutation"][axis]
 
 
-def transpose_view(node: Node, view: View) -> list[View] | None:
-    """Of `transpose`."""
+def _transpose_view(node: Node, view: View) -> list[View] | None:
     return _with_axes(view, (view.axes[a] for a in node.params["permutation"]))
 
 
-def transpose_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `transpose`."""
+def _transpose_integers(node: Node, x: np.ndarray) -> np.ndarray:
     return x.transpose(node.params["permutation"])
 
 
-def broadcast_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
-    """Of `broadcast_in_dim`."""
+def _broadcast_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     dimensions = list(node.params["broadcast_dimensions"])
     return dimensions.index(axis) if i == 0 and axis in dimensions else None
 
 
-def broadcast_view(node: Node, view: View) -> list[View] | None:
+def _broadcast_view(node: Node, view: View) -> list[View] | None:
     """Axes that grow have a new factor, of no axis of the origin."""
     shape, dimensions = node.params["shape"], list(node.params["broadcast_dimensions"])
     axes = []
@@ -186,8 +154,7 @@ def broadcast_view(node: Node, view: View) -> list[View] | None:
     return _with_axes(view, axes)
 
 
-def broadcast_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `broadcast_in_dim`."""
+def _broadcast_integers(node: Node, x: np.ndarray) -> np.ndarray:
     shape, dimensions = node.params["shape"], node.params["broadcast_dimensions"]
     made = [1] * len(shape)
     for axis, size in zip(dimensions, x.shape, strict=True):
@@ -198,20 +165,21 @@ def broadcast_integers(node: Node, x: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------- selections and joins
 
 
-def selecting(
+def _selecting(
     made: Callable[[Node, int, Value, int], tuple[np.ndarray, np.ndarray]],
 ) -> SelectRule:
     """The rule of a primitive that selects elements along an axis, known ones.
 
     Args:
-      made: of (node, number of the operand, output, axis): which elements of the operand make which
-        of the output, that may lie outside of it.
+      made: A function of (node, number of the operand, output, axis): which elements of the operand
+        make which of the output, that may lie outside of it.
     """
 
     def select(node: Node, i: int, output: Value, batching: Separate, known: Knowledge) -> Batching:
         operand, axis = node.operands[i], batching.number
         if not operand.ndim:  # what pads, the same for all examples
             return Mixed(batching.marks, node)
+        # What of the output lies outside of it, as after a cut, is made by no element.
         elements, numbers = made(node, i, output, axis)
         there = (numbers >= 0) & (numbers < output.shape[axis])
         pairs = Pairs(elements[there], numbers[there])
@@ -224,9 +192,8 @@ def _count(node: Node, i: int, axis: int) -> np.ndarray:
     return np.arange(node.operands[i].shape[axis])
 
 
-@selecting
-def slice_select(node: Node, i: int, output: Value, axis: int):
-    """Of `slice`."""
+@_selecting
+def _slice_select(node: Node, i: int, output: Value, axis: int):
     elements = _count(node, i, axis)[_slices(node)[axis]]
     return elements, np.arange(len(elements))
 
@@ -237,7 +204,7 @@ def _slices(node: Node) -> tuple[slice, ...]:
     return tuple(map(slice, starts, limits, strides))
 
 
-def slice_view(node: Node, view: View) -> list[View] | None:
+def _slice_view(node: Node, view: View) -> list[View] | None:
     """Runs of rows, of which each is there."""
     slices = _slices(node)
     if any(s.step != 1 for s in slices):
@@ -246,62 +213,55 @@ def slice_view(node: Node, view: View) -> list[View] | None:
     return None if image is None else [image]
 
 
-def slice_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `slice`."""
+def _slice_integers(node: Node, x: np.ndarray) -> np.ndarray:
     return x[_slices(node)]
 
 
-@selecting
-def rev_select(node: Node, i: int, output: Value, axis: int):
-    """Of `rev`."""
+@_selecting
+def _rev_select(node: Node, i: int, output: Value, axis: int):
     elements = _count(node, i, axis)
     return elements, elements[::-1]
 
 
-def rev_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
-    """Of `rev`."""
+def _rev_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     return None if axis in node.params["dimensions"] else axis
 
 
-def rev_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `rev`."""
+def _rev_integers(node: Node, x: np.ndarray) -> np.ndarray:
     return np.flip(x, node.params["dimensions"])
 
 
-@selecting
-def pad_select(node: Node, i: int, output: Value, axis: int):
+@_selecting
+def _pad_select(node: Node, i: int, output: Value, axis: int):
     """Of `pad`, also by negative widths, which cut."""
     low, _, between = node.params["padding_config"][axis]
     elements = _count(node, i, axis)
     return elements, low + elements * (between + 1)
 
 
-def pad_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _pad_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of `pad`, where it does nothing."""
     plain = tuple(node.params["padding_config"][axis]) == (0, 0, 0)
     return axis if i == 0 and plain else None
 
 
-@selecting
-def concatenate_select(node: Node, i: int, output: Value, axis: int):
-    """Of `concatenate`."""
+@_selecting
+def _concatenate_select(node: Node, i: int, output: Value, axis: int):
     elements = _count(node, i, axis)
     return elements, elements + sum(x.shape[axis] for x in node.operands[:i])
 
 
-def concatenate_integers(node: Node, *arrays: np.ndarray) -> np.ndarray:
-    """Of `concatenate`."""
+def _concatenate_integers(node: Node, *arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays, node.params["dimension"])
 
 
-@selecting
-def split_select(node: Node, i: int, output: Value, axis: int):
-    """Of `split`."""
+@_selecting
+def _split_select(node: Node, i: int, output: Value, axis: int):
     elements = _count(node, i, axis)
     return elements, elements - sum(node.params["sizes"][: node.outputs.index(output)])
 
 
-def split_view(node: Node, view: View) -> list[View] | None:
+def _split_view(node: Node, view: View) -> list[View] | None:
     """Of `split`: each output shows a run of rows."""
     axis, start, images = node.params["axis"], 0, []
     for size in node.params.get("sizes", (1,) * view.shape[axis]):
@@ -315,14 +275,13 @@ def split_view(node: Node, view: View) -> list[View] | None:
     return images
 
 
-def unstack_axis(node: Node, i: int, output: Value, axis: int) -> int:
-    """Of `unstack`."""
+def _unstack_axis(node: Node, i: int, output: Value, axis: int) -> int:
     return axis + (axis >= node.params["axis"])
 
 
-def unstack_view(node: Node, view: View) -> list[View] | None:
+def _unstack_view(node: Node, view: View) -> list[View] | None:
     """Of `unstack`: a split into rows, each without its axis."""
-    axis, images = node.params["axis"], split_view(node, view)
+    axis, images = node.params["axis"], _split_view(node, view)
     if images is None:
         return None
     return [
@@ -331,14 +290,35 @@ def unstack_view(node: Node, view: View) -> list[View] | None:
     ]
 
 
-def stack_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
-    """Of `stack`."""
+def _stack_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     made = node.params["axis"]
     return None if axis == made else axis - (axis > made)
 
 
-@selecting
-def tile_select(node: Node, i: int, output: Value, axis: int):
-    """Of `tile`."""
+@_selecting
+def _tile_select(node: Node, i: int, output: Value, axis: int):
     numbers = np.arange(output.shape[axis])
     return numbers % node.operands[i].shape[axis], numbers
+
+
+# ------------------------------------------------------------------------------------------ records
+
+RECORDS = {
+    "iota": Primitive(integers=_iota_integers),
+    "reshape": Primitive(parts=_reshape_parts, view=_reshape_view, integers=_reshape_integers),
+    "transpose": Primitive(_transpose_axis, view=_transpose_view, integers=_transpose_integers),
+    "squeeze": Primitive(_squeeze_axis, view=_squeeze_view, integers=_reshape_integers),
+    "broadcast_in_dim": Primitive(
+        _broadcast_axis, view=_broadcast_view, integers=_broadcast_integers
+    ),
+    "slice": Primitive(same_axis, select=_slice_select, view=_slice_view, integers=_slice_integers),
+    "rev": Primitive(_rev_axis, select=_rev_select, integers=_rev_integers),
+    "pad": Primitive(_pad_axis, select=_pad_select),
+    "concatenate": Primitive(
+        along("dimension"), select=_concatenate_select, integers=_concatenate_integers
+    ),
+    "split": Primitive(along("axis"), select=_split_select, view=_split_view),
+    "unstack": Primitive(_unstack_axis, view=_unstack_view),
+    "stack": Primitive(_stack_axis),
+    "tile": Primitive(same_axis, select=_tile_select),
+}

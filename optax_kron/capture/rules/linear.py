@@ -1,6 +1,5 @@
-"""Products, convolutions and sums: what they do to axes, and as layers of a parameter."""
+"""Products and convolutions: what they do to axes, and as layers of a parameter."""
 
-import dataclasses
 from typing import NamedTuple
 
 from optax_kron.capture.program.graph import Node, Value
@@ -13,6 +12,7 @@ from optax_kron.capture.rules.contraction import (
     free,
     role_factors,
 )
+from optax_kron.capture.rules.record import Primitive
 from optax_kron.capture.rules.views import NEW, View
 
 
@@ -33,20 +33,21 @@ def _dot(dimension_numbers, i: int, ndim: int) -> _Dot:
     return _Dot(contracted, batch, tuple(a for a in range(ndim) if a not in used))
 
 
-def dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of `dot_general`: batch axes of both operands, free axes of one."""
-    return _dot_axis(node.params["dimension_numbers"], node, i, output, axis)
+    return _dot_axis_of(node.params["dimension_numbers"], node, i, output, axis)
 
 
-def _dot_axis(dimension_numbers, node: Node, i: int, output: Value, axis: int) -> int | None:
-    own = _dot(dimension_numbers, i, node.operands[i].ndim)
-    if axis < len(own.batch):
-        return own.batch[axis]
-    first = len(own.batch) if i == 0 else output.ndim - len(own.free)
-    return own.free[axis - first] if 0 <= axis - first < len(own.free) else None
+def _dot_axis_of(dimension_numbers, node: Node, i: int, output: Value, axis: int) -> int | None:
+    mine = _dot(dimension_numbers, i, node.operands[i].ndim)
+    if axis < len(mine.batch):
+        return mine.batch[axis]
+    # Free axes of the left operand follow the batch axes; those of the right one are the last.
+    first = len(mine.batch) if i == 0 else output.ndim - len(mine.free)
+    return mine.free[axis - first] if 0 <= axis - first < len(mine.free) else None
 
 
-def ragged_dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _ragged_dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of `ragged_dot_general`: as of a dot, if only free rows are ragged.
 
     Which of them meet which matrix is said by integers; none meets another.
@@ -55,10 +56,10 @@ def ragged_dot_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     (left, _), (left_batch, _) = dims = numbers.dot_dimension_numbers
     if i != 0 or not set(numbers.lhs_ragged_dimensions).isdisjoint((*left, *left_batch)):
         return None
-    return _dot_axis(dims, node, 0, output, axis)
+    return _dot_axis_of(dims, node, 0, output, axis)
 
 
-def dot_layer(node: Node, i: int, view: View) -> Contraction | None:
+def _dot_layer(node: Node, i: int, view: View) -> Contraction | None:
     """A kernel: contracted axes are inputs, batch axes count blocks, free axes are outputs.
 
     Of `einsum("ntbi,bio->nbto")`, with x [8, 5, 2, 3] and a kernel [2, 3, 4]: 2 blocks of 3 inputs
@@ -69,6 +70,7 @@ def dot_layer(node: Node, i: int, view: View) -> Contraction | None:
         return None
     kernel = _dot(node.params["dimension_numbers"], i, len(view.axes))
     other = _dot(node.params["dimension_numbers"], 1 - i, x.ndim)
+    # A sum over an axis that a broadcast made is a sum of inputs, which no factor of the kernel is.
     if any(f.axis == NEW for axis in kernel.contracted for f in view.axes[axis]):
         return None
     operand_axes: list[RoleFactors] = [()] * x.ndim
@@ -89,14 +91,14 @@ def dot_layer(node: Node, i: int, view: View) -> Contraction | None:
     return Contraction("dense", DenseInputs(x), tuple(operand_axes), tuple(output_axes))
 
 
-def conv_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _conv_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of `conv_general_dilated`: the batch axis of the images."""
     numbers = node.params["dimension_numbers"]
     batch = axis == numbers.out_spec[0] and node.params["batch_group_count"] == 1
     return numbers.lhs_spec[0] if batch and i == 0 else None
 
 
-def conv_layer(node: Node, i: int, view: View) -> Contraction | None:
+def _conv_layer(node: Node, i: int, view: View) -> Contraction | None:
     """A convolution is a dense layer on patches; each group of features is a block.
 
     The patches of images [8, 10, 10, 3] under a window of 5 x 5 are [8, 75, 6, 6], and the kernel
@@ -113,6 +115,8 @@ def conv_layer(node: Node, i: int, view: View) -> Contraction | None:
     split = views.regroup(view.axes[out_axis], (groups, view.shape[out_axis] // groups))
     if split is None:
         return None
+    # Group g maps its share of the input features to its share of the output features, which come
+    # group by group: the slow factor of the output features is the group.
     blocks = role_factors("block", split[0], 0)
     inputs = [f for axis in (in_axis, *spatial) for f in role_factors("input", view.axes[axis], 0)]
     out_batch, out_feature, *out_spatial = numbers.out_spec
@@ -122,26 +126,8 @@ def conv_layer(node: Node, i: int, view: View) -> Contraction | None:
     return Contraction("conv", PatchInputs(images, node), patches, tuple(output))
 
 
-def mul_layer(node: Node, i: int, view: View) -> Contraction | None:
-    """A scale is a layer with one input and one output for every feature."""
-    x, out = node.operands[1 - i], node.outputs[0]
-    if not isinstance(x, Value) or x.shape != out.shape or view.shape != out.shape:
-        return None
-    axes = tuple(role_factors("block", factors, a) for a, factors in enumerate(view.axes))
-    return Contraction("dense", DenseInputs(x), axes, axes)
-
-
-def bias_layer(node: Node, i: int, view: View) -> Contraction:
-    """A bias by itself: the last axis of the parameter is the output, the others count blocks."""
-    last = max((f.axis for factors in view.axes for f in factors), default=0)
-
-    def roles(axis, factors):
-        made = role_factors("block", factors, axis)
-        return tuple(
-            dataclasses.replace(f, role="output")
-            if f.role == "block" and f.of_kernel.axis == last
-            else f
-            for f in made
-        )
-
-    return Contraction("bias", None, (), tuple(roles(a, f) for a, f in enumerate(view.axes)))
+RECORDS = {
+    "dot_general": Primitive(_dot_axis, layer=_dot_layer),
+    "ragged_dot_general": Primitive(_ragged_dot_axis),
+    "conv_general_dilated": Primitive(_conv_axis, layer=_conv_layer),
+}

@@ -1,10 +1,9 @@
-"""Which elements of an axis reach which examples, where equations select, repeat or join them.
+"""Which elements of an axis reach which examples, where equations select, repeat or join them."""
 
-A batch of three, of which `x[:2]` and `x[1:]` are used by the losses of two examples, is related to
-them by the pairs (0, 0), (1, 1), (1, 0), (2, 1): all three elements hang together, as one example.
-`x[0::2]` and `x[1::2]` of a batch of four give (0, 0), (2, 1), (1, 0), (3, 1): two examples, and to
-each of them two elements belong.
-"""
+# A batch of three, of which `x[:2]` and `x[1:]` are used by the losses of two examples, is related
+# to them by the pairs (0, 0), (1, 1), (1, 0), (2, 1): all three elements hang together, as one
+# example. `x[0::2]` and `x[1::2]` of a batch of four give (0, 0), (2, 1), (1, 0), (3, 1): two
+# examples, and to each of them two elements belong.
 
 from collections.abc import Sequence
 

@@ -2,8 +2,8 @@
 
 Each fact is a function of an equation. A fact that is missing is unknown, and taken for the worst:
 examples are mixed, a parameter is in no layer, integers are not known. So a record can be added
-fact by fact. `rules/table.py` lists the records; functions of one primitive stand side by side in
-`layout.py`, `linear.py`, `indexing.py` and `reductions.py`.
+fact by fact. Records stand at the end of `elementwise.py`, `layout.py`, `linear.py`, `indexing.py`
+and `reductions.py`, below the functions that they name; `table.py` looks them up.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ class Primitive:
     """What is known of one primitive.
 
     Attributes:
-      axis: which axis of an operand makes which axis of an output, one element for one.
-      parts: the same of factors of an axis, in place of `axis`.
-      select: where examples are before their axis is selected from, repeated or joined.
-      view: which images of its operand the outputs are.
-      layer: how it uses a parameter linearly.
-      integers: what it computes, of arrays that are known when the program is traced.
-      adds: whether it adds its two operands: one may be a bias.
-      stops: whether no derivative passes through it.
+      axis: Which axis of an operand makes which axis of an output, one element for one.
+      parts: The same of factors of an axis, in place of `axis`.
+      select: Where examples are before their axis is selected from, repeated or joined.
+      view: Which images of its operand the outputs are.
+      layer: How it uses a parameter linearly.
+      integers: What it computes, of arrays that are known when the program is traced.
+      adds: Whether it adds its two operands: one may be a bias.
+      stops: Whether no derivative passes through it.
     """
 
     axis: AxisRule | None = None
@@ -52,3 +52,18 @@ class Primitive:
     integers: IntegerRule | None = None
     adds: bool = False
     stops: bool = False
+
+
+def same_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+    """Where operands have the axes of the output; whether lengths agree, the caller looks."""
+    return axis if node.operands[i].ndim == output.ndim else None
+
+
+def along(setting: str, default: int | None = None) -> AxisRule:
+    """Of what works along one axis, which a setting names, and keeps the others apart."""
+
+    def rule(node: Node, i: int, output: Value, axis: int) -> int | None:
+        mine = node.params.get(setting, default)
+        return axis if mine % max(output.ndim, 1) != axis else None
+
+    return rule

@@ -5,43 +5,23 @@ from collections.abc import Callable
 import numpy as np
 
 from optax_kron.capture.program.graph import Node, Value
-from optax_kron.capture.rules.record import AxisRule
+from optax_kron.capture.rules.record import AxisRule, Primitive, along
 
 
-def along(axis_of: Callable[[Node], int]) -> AxisRule:
-    """The rule of a primitive that works along one axis, and keeps its length or not."""
-
-    def rule(node: Node, i: int, output: Value, axis: int) -> int | None:
-        return axis if axis_of(node) % max(output.ndim, 1) != axis else None
-
-    return rule
-
-
-def along_setting(name: str, default: int | None = None) -> AxisRule:
-    """The same, of the axis that a setting names."""
-    return along(lambda node: node.params.get(name, default))
-
-
-def along_last(count: Callable[[Node], int]) -> AxisRule:
-    """The rule of a primitive that works along the last axes, as many as `count` says."""
+def _leading(count: Callable[[Node], int]) -> AxisRule:
+    """Of what works along the last axes: leading ones, so many, stay apart."""
     return lambda node, i, output, axis: axis if axis < count(node) else None
 
 
-def matrices(vectors: bool = False) -> AxisRule:
-    """The rule of a function of matrices: leading axes count them.
+def _matrices(ndim: int) -> AxisRule:
+    """Of a function of arrays of `ndim` axes, which leading axes of its first operand count.
 
-    Its first operand holds matrices, or `vectors` (of pivots, of diagonals). Of the other operands
-    and the outputs, some hold a vector or a number for each matrix.
+    Of the other operands and the outputs, some hold a matrix, a vector or a number for each.
     """
-    return along_last(lambda node: max(0, node.operands[0].ndim - (1 if vectors else 2)))
+    return _leading(lambda node: max(0, node.operands[0].ndim - ndim))
 
 
-def fft_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
-    """Of `fft`."""
-    return axis if axis < output.ndim - len(node.params["fft_lengths"]) else None
-
-
-def reduce_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
+def _reduce_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     """Of all reductions: over axes, or in windows."""
     params = node.params
     if "window_dimensions" in params:
@@ -52,6 +32,23 @@ def reduce_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     return [a for a in range(node.operands[i].ndim) if a not in params["axes"]][axis]
 
 
-def cumsum_integers(node: Node, x: np.ndarray) -> np.ndarray:
-    """Of `cumsum`."""
+def _cumsum_integers(node: Node, x: np.ndarray) -> np.ndarray:
     return np.cumsum(x, node.params["axis"])
+
+
+_OF_MATRICES = """
+    cholesky eig eigh geqp3 geqrf hessenberg householder_product lu qr schur svd symmetric_product
+    triangular_solve tridiagonal
+"""
+
+REDUCTION = Primitive(_reduce_axis)
+RECORDS = {
+    **dict.fromkeys(["cumprod", "cummax", "cummin", "cumlogsumexp"], Primitive(along("axis"))),
+    "cumsum": Primitive(along("axis"), integers=_cumsum_integers),
+    "sort": Primitive(along("dimension")),
+    "top_k": Primitive(along("axis", -1)),
+    "fft": Primitive(_leading(lambda node: node.outputs[0].ndim - len(node.params["fft_lengths"]))),
+    **dict.fromkeys(_OF_MATRICES.split(), Primitive(_matrices(2))),
+    # Of vectors: of pivots, and of diagonals.
+    **dict.fromkeys(["lu_pivots_to_permutation", "tridiagonal_solve"], Primitive(_matrices(1))),
+}

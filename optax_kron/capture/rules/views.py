@@ -3,13 +3,17 @@
 A `View` says, for every axis of a value, which factors of the origin's axes it enumerates. A factor
 of an axis is `(index // stride) % size`: reshapes split and merge factors, transposes move them,
 and broadcasts add factors that belong to no axis. So a view costs nothing, whatever the size of the
-array, and every step can be undone. For a kernel [6, 4], with factors as axis:stride:size,
-
-    w                        [6, 4]       (0:1:6)          (1:1:4)
-    w.reshape(2, 3, 4)       [2, 3, 4]    (0:3:2) (0:1:3)  (1:1:4)
-    .transpose(2, 0, 1)      [4, 2, 3]    (1:1:4) (0:3:2)  (0:1:3)
-    .reshape(8, 3)           [8, 3]       (1:1:4, 0:3:2)   (0:1:3)
+array, and every step can be undone.
 """
+
+# For a kernel w [6, 4], with factors written as axis:stride:size,
+#
+#     w                        [6, 4]       (0:1:6)          (1:1:4)
+#     .reshape(2, 3, 4)        [2, 3, 4]    (0:3:2) (0:1:3)  (1:1:4)
+#     .transpose(2, 0, 1)      [4, 2, 3]    (1:1:4) (0:3:2)  (0:1:3)
+#     .reshape(8, 3)           [8, 3]       (1:1:4, 0:3:2)   (0:1:3)
+#
+# so that the rows of the last are w's columns and halves, and its columns thirds of w's rows.
 
 import dataclasses
 import math
@@ -26,10 +30,10 @@ class View:
     """A value as an image of its origin.
 
     Attributes:
-      origin: the value that it shows, a parameter or the output of a layer.
-      part: for each axis of the origin, the range of indices that is shown.
-      axes: for each axis of the value, its factors.
-      steps: factors that the steps of a scan enumerate, by scan.
+      origin: The value that it shows, a parameter or the output of a layer.
+      part: For each axis of the origin, the range of indices that is shown.
+      axes: For each axis of the value, its factors.
+      steps: Factors that the steps of a scan enumerate, by scan.
     """
 
     origin: Value
