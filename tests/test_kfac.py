@@ -13,6 +13,7 @@ from optax_kron import KronState, find_layers, losses, value_and_grad_with_taps
 from optax_kron.kernels.kfac import APPROXIMATIONS, DAMPING_RULES
 from optax_kron.layers.layer import Arrangement, AxisFactor, Layer, arrange
 from optax_kron.layers.taps import Tap, Taps
+from optax_kron.transforms import ekfac
 from optax_kron.transforms import kfac as transforms
 
 from .reference import kfac as reference
@@ -20,6 +21,7 @@ from .reference import kfac as reference
 # The natural gradient itself, without the norm constraint that is on by default.
 kfac = functools.partial(transforms.kfac, norm_constraint=None)
 scale_by_kfac = functools.partial(transforms.scale_by_kfac, norm_constraint=None)
+scale_by_ekfac = functools.partial(ekfac.scale_by_ekfac, norm_constraint=None)
 RTOL = 1e-10  # of float64 against the dense reference
 KERNEL = Layer("dense", kernel="kernel")
 DENSE = Layer("dense", kernel="kernel", bias="bias")
@@ -421,6 +423,46 @@ def test_factors_and_inverses_move_when_they_are_due():
                 )
         assert state.schedule.factor_updates == factor_updates, changes
         assert refreshed == expected, changes
+
+
+@pytest.mark.parametrize("make", [scale_by_kfac, scale_by_ekfac])
+def test_staggered_refreshes_take_turns(make, x64):
+    """While the factors are young all blocks are refreshed, then each once in so many steps."""
+    sizes, every, steps = [(3, 2)] * 4 + [(2, 2)], 3, 12
+    layers = [Layer(f"l{i}", kernel=f"l{i}") for i in range(len(sizes))]
+    params = {f"l{i}": draw(*size, seed=i) for i, size in enumerate(sizes)}
+
+    def taps(step):
+        return Taps(
+            {
+                f"l{i}": Tap(draw(6, m, seed=9 * step + i), draw(6, n, seed=9 * step + i + 400))
+                for i, (m, n) in enumerate(sizes)
+            }
+        )
+
+    # With a decay of 0.5 factors are young for two updates.
+    tx = make(layers=layers, decay=0.5, refresh_every=every, stagger=True, momentum=None)
+    state, update = tx.init(params), jax.jit(tx.update)
+
+    def made(state):
+        """What stands for the inverse of each block's output factor."""
+        stacks = [state.stacks[label].inverse for label in ("3x2", "2x2")]
+        values = [getattr(x, "output_values", getattr(x, "output", None)) for x in stacks]
+        return [np.asarray(row) for x in values for row in x]
+
+    changed = []
+    for step in range(steps):
+        before = made(state)
+        _, state = update(params, state, taps=taps(step))
+        changed.append([bool(np.any(x != y)) for x, y in zip(made(state), before, strict=True)])
+    assert all(map(all, changed[:2]))
+    for start in range(2, steps - every + 1):
+        turns = np.sum(changed[start : start + every], axis=0)
+        np.testing.assert_array_equal(turns, np.ones(len(sizes)))
+    # Five blocks in three turns: no step refreshes more than two.
+    assert max(map(sum, changed[2:])) == 2
+    assert state.refreshes == steps
+    assert state.failed_refreshes == 0
 
 
 def test_damping_may_be_a_schedule(x64):

@@ -183,6 +183,8 @@ class LayerFactors(Preconditioner):
         stacks, missed, found = self.correct_all(plan, refreshed.stacks, extra, weight, step)
         updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
         due = step.accepted & (all_due | waited)
+        if self.schedule.staggered:
+            due = refreshed.happened  # of some of the blocks
         since = schedule.since_refresh + step.accepted.astype(jnp.int32)
         schedule = FactorSchedule(
             factor_updates=schedule.factor_updates + moved.astype(jnp.int32),
