@@ -285,7 +285,7 @@ def canonical(name: str, tap: Tap | Moments) -> Tap | Moments:
             "[B, N, S, d_in] and [V, B, N, S, d_out], with the same blocks, examples and positions."
         )
     if 0 in inputs.shape[:3]:
-        raise ValueError(f"Taps: layer {name!r} has no data: inputs have shape {inputs.shape}.")
+        raise ValueError(f"Taps: layer {name!r} has no examples: inputs have shape {inputs.shape}.")
     weights = tap.weights
     sizes = inputs.shape[:3]
     if weights is not None and jnp.shape(weights) not in (sizes, sizes[1:], sizes[1:2]):

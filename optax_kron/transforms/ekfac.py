@@ -177,7 +177,7 @@ def scale_by_ekfac(
 
     As `scale_by_kfac`, each layer has factors `A` and `G`. Of these it takes the eigenvectors `Q_a`
     and `Q_g`; the eigenvalues λ [d_in, d_out] are estimated for themselves, at every step, in
-    the bases that there are, from the gradient of each datum, summed over its positions and then
+    the bases that there are, from the gradient of each example, summed over its positions and then
     squared. The update of a layer's parameters X [d_in, d_out] is
 
         Q_a ((Q_aᵀ X Q_g) / (λ + δ)) Q_gᵀ.

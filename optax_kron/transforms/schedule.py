@@ -71,7 +71,7 @@ class RefreshSchedule:
           sizes: The number of elements of a block, by label. If staggered, large ones go first.
           count: The number of steps so far, which tells whose turn it is if staggered.
           due: Whether the interval has ended; not looked at if staggered.
-          all_due: Whether all blocks are due, whosever turn it is.
+          all_due: Whether all blocks are due, also those whose turn it is not.
           allowed: Whether anything may be refreshed.
         """
         none = jnp.zeros([], jnp.int32)

@@ -175,7 +175,7 @@ def test_some_of_the_layers_may_be_asked_for():
         ((2, 5, 1, 4), (1, 2, 5, 1, 2), r"have 2 blocks.*expected 1"),
         ((5, 4), (6, 2), r"expected \[N, d_in\] and \[N, d_out\]"),
         ((5,), (5, 2), r"expected \[N, d_in\] and \[N, d_out\]"),
-        ((0, 4), (0, 2), r"'dense' has no data"),
+        ((0, 4), (0, 2), r"'dense' has no examples"),
     ],
 )
 def test_taps_of_a_wrong_shape(optimizer, inputs, grads, message):
