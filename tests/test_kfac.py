@@ -973,7 +973,7 @@ BAD_TAPS = [
         {"dense": Tap(jnp.ones((2, 6, 1, 4)), jnp.ones((1, 2, 6, 1, 2)))},
         r"'dense'.*2 blocks.*expected 1",
     ),
-    ({"dense": Tap(jnp.ones((0, 4)), jnp.ones((0, 2)))}, r"'dense' has no data"),
+    ({"dense": Tap(jnp.ones((0, 4)), jnp.ones((0, 2)))}, r"'dense' has no examples"),
     ({"dense": Tap(jnp.ones((5, 4)), jnp.ones((6, 2)))}, r"'dense'.*same blocks, examples"),
     ({"dense": Tap(1j * TAP.inputs, TAP.output_grads)}, r"'dense'.*complex64; expected real"),
 ]
