@@ -103,7 +103,7 @@ class Layers:
         elif not self.checked:
             lines += [
                 "",
-                "not verified numerically yet: traced with abstract shapes, or not finite",
+                "not verified numerically yet: check=False, abstract shapes, or numbers not finite",
             ]
         return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from optax_kron.transforms.preconditioner import (
     Seen,
     Step,
 )
-from optax_kron.transforms.stacks import for_each_stack, select
+from optax_kron.transforms.stacks import for_each_stack, for_tree, select
 
 
 class Before(NamedTuple):
@@ -179,14 +179,16 @@ class Frame:
         def stack(label):
             return self.method.init(plan.count(label), plan.stacks[label], self.factor_dtype)
 
-        usual = None
-        if self.outlier_clip is not None:
-            usual = {name: outliers.start_stacks(plan) for name in self.method.bounded}
-            usual["rest"] = {path: outliers.start(1) for path in self.layout.rest_paths(plan)}
+        def usual_norms():
+            rest = {path: outliers.start(1) for path in self.layout.rest_paths(plan)}
+            return {name: outliers.start_stacks(plan) for name in self.method.bounded} | {
+                "rest": rest
+            }
+
         # Each counter is a buffer of its own, so that the state can be donated.
         return KronState(
             **{name: jnp.zeros([], jnp.int32) for name in _COUNTERS},
-            usual_norms=usual,
+            usual_norms=None if self.outlier_clip is None else for_tree(plan, usual_norms),
             stacks=for_each_stack(plan, stack),
             schedule=self.method.init_schedule(),
             key=self.method.init_key(),

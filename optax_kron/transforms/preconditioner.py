@@ -133,6 +133,13 @@ class Preconditioner:
     refreshes_first: ClassVar[bool] = True
     keeps_squares: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **options: PyTree) -> None:
+        """Refuse a class whose refreshes would never be seen."""
+        super().__init_subclass__(**options)
+        defines = cls.refresh is not Preconditioner.refresh
+        if defines and not cls.refreshed:
+            raise TypeError(f"{cls.__name__} defines `refresh`: name its fields in `refreshed`.")
+
     @property
     def bounded(self) -> Sequence[str]:
         """See above."""
@@ -167,7 +174,10 @@ class Preconditioner:
 
     def rescale(self, stack: AnyStack, past: Float[Array, " N"]) -> AnyStack:
         """The stack that gradients would have given that were `past` times as large."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no `rescale`, which outlier_clip needs: define it, or pass "
+            "outlier_clip=None."
+        )
 
     def at(self, state: KronState) -> "Preconditioner":
         """The settings of one step: values where there are schedules."""
@@ -193,7 +203,7 @@ class Preconditioner:
 
     def refresh(self, stack: AnyStack, step: Step) -> tuple[AnyStack, Bool[Array, " N"]]:
         """Make anew what is expensive to make, of a stack or some rows of it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names `refreshed`, but has no `refresh`.")
 
     def correct(
         self, stack: AnyStack, seen: Seen, step: Step

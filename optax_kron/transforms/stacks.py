@@ -44,12 +44,17 @@ class Plan(Protocol):
         ...
 
 
+def for_tree(plan: Plan, make: Callable[[], Made]) -> Made | Array:
+    """`make()`, the initial value of a part of a state, or one array for a tree without leaves.
+
+    `optax.tree.map_params` initializes with a tree of a placeholder, and asks for such an array.
+    """
+    return make() if plan.leaves else jnp.zeros([])
+
+
 def for_each_stack(plan: Plan, make: Callable[[str], Made]) -> dict[str, Made] | Array:
-    """`make(label)` for every stack of a plan, by label: the initial value of a part of a state."""
-    if not plan.leaves:
-        # optax.tree.map_params initializes with a tree of one placeholder, and asks for an array.
-        return jnp.zeros([])
-    return {label: make(label) for label in plan.stacks}
+    """`for_tree` of `make(label)` for every stack of a plan, by label."""
+    return for_tree(plan, lambda: {label: make(label) for label in plan.stacks})
 
 
 class Change(NamedTuple):

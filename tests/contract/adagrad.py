@@ -51,14 +51,33 @@ class Adagrad(Preconditioner):
         return seen.direction / (jnp.sqrt(stack.squares) + eps)
 
 
-def scale_by_adagrad(*, eps=1e-8, momentum=0.9, outlier_clip=10.0, blocking=BLOCKING, **dtypes):
+def scale_by_adagrad(
+    *,
+    eps=1e-8,
+    momentum=0.9,
+    outlier_clip=10.0,
+    blocking=BLOCKING,
+    factor_dtype=None,
+    momentum_dtype=None,
+):
     """Scale gradients by AdaGrad."""
     validation.check_range("adagrad", "eps", eps)
-    layout = Blockwise(blocking, momentum, dtypes.get("momentum_dtype"))
-    return transformation("adagrad", Adagrad(eps), layout, outlier_clip, dtypes.get("factor_dtype"))
+    layout = Blockwise(blocking, momentum, momentum_dtype)
+    return transformation("adagrad", Adagrad(eps), layout, outlier_clip, factor_dtype)
 
 
-def adagrad(learning_rate=None, *, weight_decay=0.0, mask=None, **settings):
-    """AdaGrad."""
-    added = {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask}
-    return validation.complete("adagrad", scale_by_adagrad, settings | added)
+def adagrad(
+    learning_rate=None,
+    *,
+    eps=1e-8,
+    momentum=0.9,
+    outlier_clip=10.0,
+    weight_decay=0.0,
+    mask=None,
+    blocking=BLOCKING,
+    factor_dtype=None,
+    momentum_dtype=None,
+):
+    """AdaGrad: with a learning rate a complete optimizer."""
+    arguments = dict(locals())
+    return validation.complete("adagrad", scale_by_adagrad, arguments)

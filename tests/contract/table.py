@@ -383,7 +383,6 @@ _HAND = {
 _STACK_TUNABLE = {
     "learning_rate": 0.02,
     "momentum": 0.5,
-    "decay": 0.5,
     "weight_decay": 0.1,
 }
 
@@ -433,7 +432,7 @@ ROWS = (
         "eigh",
         # More damping than rounding makes of the null space of a few gradients.
         settings={"refresh_every": 1, "relative_damping": 1e-4},
-        tunable={"relative_damping": 0.1, "start_step": 5, "refresh_every": 2},
+        tunable={"decay": 0.5, "relative_damping": 0.1, "start_step": 5, "refresh_every": 2},
         core=True,
     ),
     _blockwise("shampoo", "newton", settings={"root_method": "newton", "stagger": True}),
@@ -444,7 +443,7 @@ ROWS = (
         # Sums grow, and steps shrink with their roots.
         targets={name: Target(0.1, 4000, 0.02) for name in TARGETS if name not in ("rosenbrock",)},
     ),
-    _blockwise("soap", "soap", tunable={"eps": 1.0}, core=True),
+    _blockwise("soap", "soap", tunable={"b2": 0.5, "eps": 1.0}, core=True),
     _blockwise("soap", "eigh", settings={"basis": "eigh", "stagger": True}),
     _blockwise("soap", "kl_shampoo", settings={"variant": "kl_shampoo"}),
     _blockwise("soap", "kl_soap", settings={"variant": "kl_soap"}),
