@@ -177,3 +177,7 @@ def test_files_and_functions_are_short(path):
             documented = node.body[0].end_lineno - node.body[0].lineno + 1
             length = node.end_lineno - node.lineno + 1
             assert length - (documented if len(body) < len(node.body) else 0) <= 60, node.name
+
+
+def test_an_optimizer_takes_one_short_file():
+    assert len((PACKAGE.parent / "tests/contract/adagrad.py").read_text().splitlines()) < 80

@@ -16,8 +16,6 @@ from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.preconditioner import Preconditioner
 from optax_kron.transforms.stacks import Change, guarded, largest_of_blocks, times
 
-BLOCKING = ok.Blocking()
-
 
 class AdagradStack(NamedTuple):
     """What is kept of N blocks."""
@@ -47,8 +45,7 @@ class Adagrad(Preconditioner):
         return guarded(stack, Change(fields, step.accepted & nonzero))
 
     def precondition(self, stack, seen, step):
-        eps = jnp.asarray(self.eps, stack.squares.dtype)
-        return seen.direction / (jnp.sqrt(stack.squares) + eps)
+        return seen.direction / (jnp.sqrt(stack.squares) + self.eps)
 
 
 def scale_by_adagrad(
@@ -56,7 +53,7 @@ def scale_by_adagrad(
     eps=1e-8,
     momentum=0.9,
     outlier_clip=10.0,
-    blocking=BLOCKING,
+    blocking=ok.Blocking(),
     factor_dtype=None,
     momentum_dtype=None,
 ):
@@ -74,7 +71,7 @@ def adagrad(
     outlier_clip=10.0,
     weight_decay=0.0,
     mask=None,
-    blocking=BLOCKING,
+    blocking=ok.Blocking(),
     factor_dtype=None,
     momentum_dtype=None,
 ):
