@@ -1,7 +1,4 @@
-"""Diagonal AdaGrad: what a new optimizer takes, one file through the frame of all others.
-
-`docs/extending.md` goes through it.
-"""
+"""Diagonal AdaGrad: what a new optimizer takes. `docs/extending.md` goes through it."""
 
 import dataclasses
 from typing import NamedTuple
