@@ -1071,10 +1071,11 @@ def test_hidden_parameters_hide_no_others_of_a_similar_path(hidden, seen):
     assert float(jnp.max(jnp.abs(updates["attn"][seen]))) < 0.5  # and not the gradient, which is 1
 
 
+@pytest.mark.parametrize("stagger", [False, True])
 @pytest.mark.parametrize("count", [1, 2], ids=["refreshed", "between"])
-def test_an_update_has_derivatives_in_both_directions(x64, count):
-    layer = Layer("dense", kernel="")
-    tx = scale_by_kfac(layers=[layer], refresh_every=2, decay=0.5, factor_dtype=jnp.float64)
+def test_an_update_has_derivatives_in_both_directions(x64, count, stagger):
+    settings = {"refresh_every": 2, "decay": 0.5, "factor_dtype": jnp.float64, "stagger": stagger}
+    tx = scale_by_kfac(layers=[Layer("dense", kernel="")], **settings)
     draw = np.random.default_rng(0).normal
     params, inputs, grads = jnp.zeros((3, 2)), draw(size=(5, 3)), draw(size=(5, 2))
     state = tx.init(params)

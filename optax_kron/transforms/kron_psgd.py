@@ -134,6 +134,7 @@ class KronPsgd(base.Preconditioner):
         if not self.is_newton:
             return None
         hvp_fn = validation.checked_hvp_fn(self.owner, extra_args.get("hvp_fn"))
+        validation.check_state(self.owner, jax.eval_shape(self.init_schedule), state.schedule)
         key = jax.random.fold_in(_update_key(state), 1)
         probe = functools.partial(probed_product, self.owner, key, updates, hvp_fn)
         if not program.is_concrete((updates, state)):

@@ -1,6 +1,7 @@
 """When blocks are refreshed: all of them now and then, or some of them at every step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ class RefreshSchedule:
         first = jnp.where(all_due, 0, turn)
         last = jnp.where(allowed, jnp.where(all_due, every, turn + 1), first)
 
-        def take_turn(turn, carry):
+        def take_turn(turn, carry, reads):
             old, failures = carry
             stacks, operands = reads
             new = {}
@@ -125,10 +126,32 @@ class RefreshSchedule:
                 failures += failed
             return new, failures
 
-        new, failures = flow.fori_loop(first, last, take_turn, carry)
+        new, failures = _take_turns(take_turn, every, first, last, carry, reads)
         counts = {label: _count(stack) for label, stack in reads[0].items()}
         busy = np.array([any(t[i, 0] < counts[x] for x, t in turns.items()) for i in range(every)])
         return new, failures, allowed & (all_due | jnp.asarray(busy)[turn])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _take_turns(take_turn, every, first, last, carry, reads):
+    """`take_turn(turn, carry, reads)` for the turns from the first to before the last.
+
+    A loop whose bounds are not known has no derivative backwards: that of a scan over all turns is
+    taken, which leaves out those that are not due.
+    """
+    return flow.fori_loop(first, last, lambda i, carry: take_turn(i, carry, reads), carry)
+
+
+@_take_turns.defjvp
+def _take_turns_jvp(take_turn, every, primals, tangents):
+    def scan(first, last, carry, reads):
+        def step(carry, i):
+            due = (i >= first) & (i < last)
+            return flow.cond(due, take_turn, lambda i, carry, _: carry, i, carry, reads), None
+
+        return flow.scan(step, carry, jnp.arange(every))[0]
+
+    return jax.jvp(scan, primals, tangents)
 
 
 def _fields(stacks, like):

@@ -31,7 +31,8 @@ _PACKAGE = str(pathlib.Path(__file__).parents[2])
 
 Equation: TypeAlias = jex.core.JaxprEqn
 Literal: TypeAlias = jex.core.Literal
-Program: TypeAlias = "jex.core.ClosedJaxpr"  # with the arrays that it closes over
+# With the arrays that it closes over: `ClosedJaxpr`, or since JAX 0.11 `Jaxpr`, the only class.
+Program: TypeAlias = Any
 Atom: TypeAlias = "jex.core.Var | Literal"
 # Settings of primitives, of types that are JAX's own affair.
 Params: TypeAlias = Mapping[str, Any]
