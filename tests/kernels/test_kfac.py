@@ -144,7 +144,7 @@ def test_damped_inverse_is_that_of_the_dense_kronecker_product(rule, sizes, diag
     if diagonal:
         A = np.diag(np.diag(A))
     a, g, x = jnp.asarray(np.diag(A) if diagonal else A), jnp.asarray(G), jnp.asarray(X)
-    if rule == "eigen":
+    if rule == "exact":
         (Q_a, a_values), (Q_g, g_values) = kfac.eigenbasis(a), kfac.eigenbasis(g)
         got = kfac.apply_eigen(Q_a, Q_g, jnp.outer(a_values, g_values), x, 0.3)
     else:
