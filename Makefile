@@ -19,6 +19,9 @@ PEER_PINS := psgd-jax==0.2.9 jax==0.4.38 jaxlib==0.4.38 optax==0.2.4 flax==0.10.
 # kfac-jax 0.0.8 works with JAX 0.8.0 and 0.9.0, and fails on a dense layer with 0.10.
 KFAC_PINS := kfac-jax==0.0.8 jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 scikit-learn
 
+# A file stays with one worker, as its tests share what they have compiled.
+WORKERS := -n 2 --dist loadfile
+
 # What the oldest supported JAX is tested with.
 OLDEST_PARTS := tests/capture tests/contract tests/kernels tests/operators
 # JAX 0.12 turns these on one day; an older one does not look at them. jax_scan3 has no gradient yet.
@@ -53,13 +56,13 @@ tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an exampl
 	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/tournament.py $* --out out/tournament-$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(call within,2700) $(RUN) -m pytest -n 2 $(PARTS) $(ARGS)
+	$(call within,2700) $(RUN) -m pytest $(WORKERS) $(PARTS) $(ARGS)
 
 test-oldest: ## Run capture, contract, kernels and operators on the oldest supported JAX
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt PARTS="$(OLDEST_PARTS)"
 
 test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
-	$(UPGRADES) $(call within,2700) $(RUN) -m pytest -n 2 tests/capture $(ARGS)
+	$(UPGRADES) $(call within,2700) $(RUN) -m pytest $(WORKERS) tests/capture $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .
