@@ -42,18 +42,6 @@ def by_branches(task: Task, layer: str, branches, rates, colour, **settings) -> 
     )
 
 
-def against_kron_psgd(task: Task | None) -> Contestants:
-    """AdamW and kron_psgd, as a preconditioner that is chained with the learning rate."""
-
-    def make(schedule):
-        return optax.chain(ok.kron_psgd(seed=task.seed), optax.scale_by_learning_rate(schedule))
-
-    return {
-        "adamw": lambda: adamw(1e-2, 3e-2, 1e-1),
-        "kron_psgd": lambda: Contestant(make, (3e-3, 1e-2, 3e-2), BLUE),
-    }
-
-
 def digits(task: Task | None) -> Contestants:
     """AdamW and kron_psgd, as a preconditioner that is chained with the learning rate."""
 

@@ -848,8 +848,10 @@ def test_odd_leaves_beside_layers():
 def test_without_layers_everything_is_left_over_and_no_taps_are_needed():
     tx = scale_by_kfac(layers=[], momentum=None)
     grads = {"w": jnp.ones((2, 3))}
-    with pytest.warns(UserWarning, match="no parameter belongs to a layer.*layers is empty"):
+    message = "no parameter belongs to a layer.*layers is empty"
+    with pytest.warns(UserWarning, match=message) as caught:
         state = tx.init(grads)
+    assert caught[0].filename == __file__  # the line of the user
     updates, state = tx.update(grads, state)
     chex.assert_trees_all_equal(updates, grads)
     assert state.stacks == {}

@@ -185,6 +185,17 @@ def matmul_exact(
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """The largest magnitude of a real or imaginary part: zero, finite or not just as the array.
+
+    One reduction, where `isfinite` and `all` would be several; NaN carries through a maximum.
+    """
+    magnitude = jnp.abs(x)
+    if jnp.iscomplexobj(x):
+        magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+    return jnp.max(magnitude, axis=axis, initial=0)
+
+
 def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`|x|²`, elementwise and real."""
     # jnp.abs would take a square root that squaring undoes.

@@ -150,7 +150,7 @@ def refit(
       precision: Precision of the matrix products.
     """
     real = contract.real_dtype(gradient.dtype)
-    largest = jnp.max(_magnitude(gradient), initial=0)
+    largest = contract.largest_magnitude(gradient)
     # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
     floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
     damping = jnp.maximum(jnp.asarray(damping, real), floor)
@@ -184,13 +184,6 @@ def square_factors(factors: Factors, *, precision: contract.Precision = None) ->
 def cache_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of a cached P: that of the factors, but float32 where float16 would overflow."""
     return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
-
-
-def _magnitude(x: contract.Tensor) -> Float[Array, "..."]:
-    """The larger of the magnitudes of real and imaginary part."""
-    if jnp.iscomplexobj(x):
-        return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
-    return jnp.abs(x)
 
 
 def update_factors(

@@ -97,7 +97,7 @@ class Blockwise(Layout):
                 label: m.astype(contract.complex_like(compute, jnp.iscomplexobj(m))) / divisor
                 for label, m in average.items()
             }
-        return Before(limited, direction, finite, average)
+        return Before(given, limited, direction, finite, average)
 
     def after(
         self,

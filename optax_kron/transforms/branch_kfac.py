@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
 from optax_kron.transforms import outliers, program, validation
-from optax_kron.transforms.stacks import all_finite, largest_magnitude, select
+from optax_kron.transforms.stacks import all_finite, select
 
 
 class ScaleByBranchKfacState(NamedTuple):
@@ -321,7 +321,7 @@ def _checked_branches(owner: str, branches: object, blocks: ArrayLike) -> Array 
 
 def _norm(leaves: list[Array]) -> Array:
     """Euclidean norm of all leaves, float32; squares neither overflow nor vanish."""
-    largest = [largest_magnitude(x).astype(jnp.float32) for x in leaves]
+    largest = [contract.largest_magnitude(x).astype(jnp.float32) for x in leaves]
     unit = jnp.max(jnp.stack([*largest, jnp.zeros([], jnp.float32)]))
     safe = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
     total = jnp.zeros([], jnp.float32)

@@ -34,6 +34,7 @@ from optax_kron.transforms.preconditioner import (
     Stacks,
     Step,
     any_block,
+    real_dtype,
     total,
 )
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
@@ -86,6 +87,7 @@ class LayerFactors(Preconditioner):
       decay: Of the moving averages.
       bias_correction: Whether the first taps count for no more than later ones.
       damping: Of the factors.
+      damping_rule: How it is added to them, or to their eigenvalues.
       factor_every: Steps from one update of the factors to the next.
       schedule: Of the refreshes, once the factors have settled.
       outlier_clip: How many times its usual root of the trace a second moment may have.
@@ -159,9 +161,7 @@ class LayerFactors(Preconditioner):
         step: Step,
     ) -> Advanced:
         """See `Preconditioner`: factors take in taps, which may turn out not to be finite."""
-        schedule, dtype = state.schedule, jnp.float32
-        for x in seen.values():
-            dtype = x.gradient.dtype
+        schedule, dtype = state.schedule, real_dtype(seen)
         rate = jnp.clip(jnp.asarray(self.decay, dtype), 0, 1)
         moving = step.accepted & (state.count % validation.interval(self.factor_every) == 0)
         weight = _ema_weight(rate, schedule.factor_updates) if self.bias_correction else rate

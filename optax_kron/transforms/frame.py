@@ -37,7 +37,8 @@ from optax_kron.transforms.stacks import for_each_stack, for_tree, select
 class Before(NamedTuple):
     """What a layout makes of gradients before they are preconditioned."""
 
-    gradients: outliers.Limited  # by block, outliers scaled down
+    given: Blocks  # gradients
+    gradients: outliers.Limited  # the same, outliers scaled down
     direction: Blocks  # what is preconditioned
     finite: Bool[Array, ""]
     momentum: PyTree  # that of the next state, where the layout averages gradients

@@ -156,8 +156,7 @@ class KronPsgd(base.Preconditioner):
             stale = step.accepted & ~due & ~state.schedule.cached
             stacks = flow.cond(stale, self._form_cache, lambda x: x, stacks)
         shapes = [(s.shape, s.is_complex) for s in plan.stacks.values()]
-        dtypes = [contract.real_dtype(x.gradient.dtype) for x in seen.values()]
-        dtype = dtypes[0] if dtypes else jnp.float32
+        dtype = base.real_dtype(seen)
         drawn = probes.draw_if(due, _update_key(state), shapes, dtype, noise=not self.is_newton)
         usual = None if state.usual_norms is None else state.usual_norms.get("products")
         balance_due = state.refreshes % _BALANCE_EVERY == _BALANCE_EVERY - 1
@@ -230,7 +229,7 @@ class KronPsgd(base.Preconditioner):
             sizes=sizes,
             precision=self.precision,
         )
-        nonzero = blocks.largest_magnitude(gradient) != 0  # also if it is not finite
+        nonzero = contract.largest_magnitude(gradient) != 0  # also if it is not finite
         new, failed = blocks.guarded(
             block, blocks.Change({"factors": factors, "bounds": bounds}, nonzero)
         )

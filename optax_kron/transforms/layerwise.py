@@ -144,8 +144,10 @@ class Layerwise(Layout):
 
     def before(self, plan: LayerPlan, frame: Frame, updates: PyTree, state: KronState) -> Before:
         """See `Layout`: the gradients themselves are preconditioned."""
-        limited = frame.limit(_blocks(plan, updates, frame.compute_dtype), state, "gradients")
-        return Before(limited, limited.blocks, all_finite(updates), momentum=None)
+        leaves, dtype = by_path(updates), frame.compute_dtype
+        given = plan.take({path: _widened(leaves[path], dtype) for path in plan.owned}, dtype)
+        limited = frame.limit(given, state, "gradients")
+        return Before(given, limited, limited.blocks, all_finite(updates), momentum=None)
 
     def after(
         self,
@@ -161,7 +163,7 @@ class Layerwise(Layout):
     ) -> After:
         """See `Layout`: the norm constraint, then the velocity, then what the fallback has made."""
         dtype, taps = frame.compute_dtype, extra
-        differ = plan.scales_differ(_blocks(plan, updates, dtype), taps)
+        differ = plan.scales_differ(before.given, taps)
         gradients = {path: _widened(g, dtype) for path, g in by_path(updates).items()}
         weight, most = loss_weight(taps, dtype)
         # A loss that weighs more than it did, once, must not lift the bound of that step.
@@ -308,11 +310,6 @@ def _largest(x: Array) -> Array:
 
 def _over(x: Array, unit: Array) -> Array:
     return x / unit.astype(contract.real_dtype(x.dtype))
-
-
-def _blocks(plan: LayerPlan, updates: PyTree, dtype: jnp.dtype) -> dict[str, Array]:
-    leaves = by_path(updates)
-    return plan.take({path: _widened(leaves[path], dtype) for path in plan.owned}, dtype)
 
 
 def _masked(tree: PyTree, leaves: Mapping[str, Array], *, cast: bool = False) -> PyTree:

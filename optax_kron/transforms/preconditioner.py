@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
+from optax_kron.kernels import contract
 from optax_kron.transforms import program
 from optax_kron.transforms.schedule import Refreshed, RefreshSchedule
 
@@ -318,6 +319,12 @@ class Preconditioner:
         """`refresh` of some stacks, or some rows of one, and which blocks have failed."""
         done = {label: self.refresh(stack, step) for label, stack in stacks.items()}
         return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+
+
+def real_dtype(seen: Mapping[str, Seen]) -> jnp.dtype:
+    """The real dtype of the arithmetic: that of the gradients' blocks."""
+    dtypes = [contract.real_dtype(x.gradient.dtype) for x in seen.values()]
+    return dtypes[0] if dtypes else jnp.dtype(jnp.float32)
 
 
 def total(failed: Iterable[Bool[Array, " N"]]) -> Int[Array, ""]:

@@ -22,7 +22,6 @@ from optax_kron.transforms.stacks import (
     ema_weight,
     finite_blocks,
     guarded,
-    largest_magnitude,
     largest_of_blocks,
     map_blocks,
     norms,
@@ -163,7 +162,7 @@ class Shampoo(Preconditioner):
                 S = contract.widen(block.statistics[axis])
                 if diagonal != (S.ndim == 1):
                     continue
-                largest = largest_magnitude(S)
+                largest = contract.largest_magnitude(S)
                 finite = jnp.isfinite(largest)
                 # Where gradients have all but vanished, there is nothing to take a root of.
                 wanted &= ~(largest < 4 * jnp.finfo(largest.dtype).tiny)
@@ -171,7 +170,7 @@ class Shampoo(Preconditioner):
                 S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
                 root, residual = roots.inverse_root(S, order, damping, method=self.root_method)
                 root = root.astype(new[axis].dtype)  # where it may overflow
-                finite &= jnp.isfinite(largest_magnitude(root))
+                finite &= jnp.isfinite(contract.largest_magnitude(root))
                 accurate &= finite & (residual <= _LARGEST_RESIDUAL)
                 new[axis] = root
             block, failed = guarded(block, Change({"roots": tuple(new)}, wanted, accurate))

@@ -146,9 +146,9 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
         if leaf.ndim < 2:
             vectors[leaf.dtype].append(leaf.ravel())
         else:
-            checks.append(largest_magnitude(leaf))
+            checks.append(contract.largest_magnitude(leaf))
     # Vectors together, as one kernel is quicker to compile than many, and to run.
-    checks += [largest_magnitude(jnp.concatenate(group)) for group in vectors.values()]
+    checks += [contract.largest_magnitude(jnp.concatenate(group)) for group in vectors.values()]
     return jnp.all(jnp.stack([jnp.isfinite(x) for x in checks])) if checks else jnp.asarray(True)
 
 
@@ -159,24 +159,13 @@ def finite_blocks(arrays: Iterable[Array]) -> Bool[Array, " N"]:
 
 def finite_rows(rows: Sequence[Array]) -> list[Bool[Array, " N"]]:
     """Whether every row of arrays [N, d] is finite, [N] for each array."""
-    finite = jnp.isfinite(largest_magnitude(contract.ragged_rows(rows), axis=1))
+    finite = jnp.isfinite(contract.largest_magnitude(contract.ragged_rows(rows), axis=1))
     return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
-
-
-def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """The largest magnitude of a real or imaginary part: zero, finite or not just as the array.
-
-    One reduction, where `isfinite` and `all` would be several; NaN carries through a maximum.
-    """
-    magnitude = jnp.abs(x)
-    if jnp.iscomplexobj(x):
-        magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
-    return jnp.max(magnitude, axis=axis, initial=0)
 
 
 def largest_of_blocks(x: Array) -> Float[Array, " N"]:
     """The largest magnitude of every block [N, ...]."""
-    return largest_magnitude(x, axis=tuple(range(1, x.ndim)))
+    return contract.largest_magnitude(x, axis=tuple(range(1, x.ndim)))
 
 
 def norms(x: Array) -> Float[Array, " N"]:

@@ -207,7 +207,7 @@ def warn_without_layers(owner: str, layers: Sequence[Unchecked], fallback: Unche
     warnings.warn(
         f"{owner}: no parameter belongs to a layer, so all get {get}: {reason}. "
         "print(ok.find_layers(...)) says why parameters are in no layer.",
-        stacklevel=4,
+        stacklevel=5,  # the caller of `tx.init`
     )
 
 
