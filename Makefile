@@ -56,13 +56,13 @@ tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an exampl
 	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/tournament.py $* --out out/tournament-$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(call within,2700) $(RUN) -m pytest $(WORKERS) $(PARTS) $(ARGS)
+	$(call within,3600) $(RUN) -m pytest $(WORKERS) $(PARTS) $(ARGS)
 
 test-oldest: ## Run capture, contract, kernels and operators on the oldest supported JAX
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt PARTS="$(OLDEST_PARTS)"
 
 test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
-	$(UPGRADES) $(call within,2700) $(RUN) -m pytest $(WORKERS) tests/capture $(ARGS)
+	$(UPGRADES) $(call within,3600) $(RUN) -m pytest $(WORKERS) tests/capture $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .

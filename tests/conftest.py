@@ -61,14 +61,29 @@ def pytest_report_header():
     ]
 
 
+def _group(item):
+    """Tests that share compiled programs: of one row of the contract's table, or of one file."""
+    parameters = getattr(item, "callspec", None)
+    row = parameters.params.get("row") if parameters else None
+    return item.nodeid.split("::")[0] if row is None else f"row {row}"
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of one row of the contract's table run side by side: they share a compiled update."""
+    """Tests of one group run side by side, and in one worker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=_group)
 
-    def row_name(item):
-        parameters = getattr(item, "callspec", None)
-        return str(parameters.params.get("row", "")) if parameters else ""
 
-    items.sort(key=row_name)
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs go with their group.
+
+    Each takes some mappings of memory, of which Linux allows a process 65,530. All of the suite's
+    are more, and a compilation that gets none ends the process.
+    """
+    if nextitem is None or _group(item) != _group(nextitem):
+        jax.clear_caches()
 
 
 @contextlib.contextmanager

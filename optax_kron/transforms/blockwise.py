@@ -1,6 +1,7 @@
 """Blocks of parameters: their momentum, and caps on the size of each parameter's update."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -116,6 +117,25 @@ class Blockwise(Layout):
         caps = self.rms_clip, self.max_abs_clip
         blocks = clip_leaves(plan, advanced.updates, before.finite, *caps)
         return After(plan.join(blocks, like=updates), before.momentum, before.finite)
+
+
+def blockwise(
+    owner: str,
+    blocking: Blocking,
+    momentum: ArrayLike | None,
+    momentum_dtype: DTypeLike | None,
+    rms_clip: ArrayLike | None = None,
+    max_abs_clip: ArrayLike | None = None,
+) -> Blockwise:
+    """The layout, with its settings checked."""
+    if not isinstance(blocking, Blocking):
+        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
+    check = functools.partial(validation.check_range, owner)
+    check("momentum", momentum, most=1, open_right=True, optional=True)
+    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
+    check("rms_clip", rms_clip, open_left=True, optional=True)
+    check("max_abs_clip", max_abs_clip, open_left=True, optional=True)
+    return Blockwise(blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
 
 
 def _squares_fit(gradients: Mapping[str, Array]) -> Bool[Array, ""]:

@@ -17,7 +17,7 @@ from optax_kron.kernels import contract, flow, probes, psgd
 from optax_kron.transforms import outliers, program, validation
 from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import stacks as blocks
-from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.schedule import (
     KronSchedule,
@@ -349,17 +349,12 @@ def scale_by_kron_psgd(
     """
     owner = "kron_psgd"
     check = functools.partial(validation.check_range, owner)
-    check("momentum", momentum, most=1, open_right=True, optional=True)
     check("precond_lr", precond_lr, most=1, open_left=True, open_right=True, schedule=True)
     validation.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
     validation.check_choice(owner, "criterion", criterion, CRITERIA)
     check("update_probability", update_probability, most=1, optional=True, schedule=True)
     check("damping", damping)
     check("init_scale", init_scale, open_left=True, optional=True)
-    check("rms_clip", rms_clip, open_left=True, optional=True)
-    check("max_abs_clip", max_abs_clip, open_left=True, optional=True)
-    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
-    validation.check_blocking(owner, blocking)
     validation.check_seed(owner, seed)
     if update_probability is None:
         update_probability = update_probability_schedule()
@@ -377,7 +372,7 @@ def scale_by_kron_psgd(
         precision=precision,
         seed=seed,
     )
-    layout = Blockwise(blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
+    layout = blockwise(owner, blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
     return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 

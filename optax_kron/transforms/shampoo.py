@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Inexact, PyTree
 from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, roots
 from optax_kron.transforms import program, validation
-from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.preconditioner import Preconditioner, Seen, Step
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
@@ -301,7 +301,6 @@ def scale_by_shampoo(
     """
     owner = "shampoo"
     check = validation.check_range
-    check(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     check(owner, "decay", decay, most=1, open_right=True, optional=True)
     order = validation.whole_number(root_order)
     if root_order is not None and (order is None or order < 1):
@@ -315,8 +314,6 @@ def scale_by_shampoo(
     validation.check_choice(owner, "grafting", grafting, GRAFTS, optional=True)
     check(owner, "b2", b2, most=1, open_right=True)
     check(owner, "eps", eps)
-    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
-    validation.check_blocking(owner, blocking)
     method = Shampoo(
         schedule=refresh_schedule(owner, refresh_every, stagger),
         decay=decay,
@@ -330,7 +327,7 @@ def scale_by_shampoo(
         eps=eps,
         precision=precision,
     )
-    layout = Blockwise(blocking, momentum, momentum_dtype)
+    layout = blockwise(owner, blocking, momentum, momentum_dtype)
     return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 

@@ -17,7 +17,7 @@ from optax_kron.kernels import soap as kernels
 from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import program, validation
 from optax_kron.transforms import stacks as blocks
-from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
 
@@ -365,15 +365,12 @@ def scale_by_soap(
     """
     owner = "soap"
     check = validation.check_range
-    check(owner, "momentum", momentum, most=1, open_right=True, optional=True)
     validation.check_choice(owner, "variant", variant, VARIANTS)
     check(owner, "decay", decay, most=1, open_right=True)
     check(owner, "b2", b2, most=1, open_right=True)
     check(owner, "eps", eps)
     check(owner, "relative_damping", relative_damping, most=1)
     validation.check_choice(owner, "basis", basis, BASES)
-    validation.check_dtype(owner, "momentum_dtype", momentum_dtype)
-    validation.check_blocking(owner, blocking)
     method = Soap(
         schedule=refresh_schedule(owner, refresh_every, stagger),
         variant=variant,
@@ -384,7 +381,7 @@ def scale_by_soap(
         basis=basis,
         precision=precision,
     )
-    layout = Blockwise(blocking, momentum, momentum_dtype)
+    layout = blockwise(owner, blocking, momentum, momentum_dtype)
     return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
 

@@ -14,8 +14,6 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from optax_kron.blocking import Blocking
-
 Unchecked = Any  # whatever a user has passed for a setting or an argument
 
 _KEY_IMPL = "threefry2x32"  # of the keys in states, whatever the default
@@ -133,12 +131,6 @@ def check_state(owner: str, made: Unchecked, state: Unchecked) -> None:
             f"{owner}: the state was made by another optimizer, or with other settings; start from "
             "tx.init(params)."
         )
-
-
-def check_blocking(owner: str, blocking: Unchecked) -> None:
-    """Raise unless a setting is an `ok.Blocking`."""
-    if not isinstance(blocking, Blocking):
-        raise ValueError(f"{owner}: blocking must be an ok.Blocking; got {blocking!r}.")
 
 
 def _known_dtype(dtype: Unchecked) -> jnp.dtype | None:

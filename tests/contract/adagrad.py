@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax_kron as ok
 from optax_kron.kernels import contract
 from optax_kron.transforms import program, validation
-from optax_kron.transforms.blockwise import Blockwise
+from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.preconditioner import Preconditioner
 from optax_kron.transforms.stacks import Change, guarded, largest_of_blocks, times
@@ -56,7 +56,7 @@ def scale_by_adagrad(
 ):
     """Scale gradients by AdaGrad."""
     validation.check_range("adagrad", "eps", eps)
-    layout = Blockwise(blocking, momentum, momentum_dtype)
+    layout = blockwise("adagrad", blocking, momentum, momentum_dtype)
     return transformation("adagrad", Adagrad(eps), layout, outlier_clip, factor_dtype)
 
 
