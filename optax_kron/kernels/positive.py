@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from optax_kron.kernels import flow
+from optax_kron.kernels import contract, flow
 from optax_kron.kernels.contract import matmul_exact
 
 # A worked example, for stacks [3, 520, 520] and [8, 130, 130]:
@@ -70,7 +70,7 @@ def inverses(
             for n, members in enumerate(levels)
         ]
         for members, pool in zip(levels, _invert(pools), strict=True):
-            largest = jnp.max(jnp.abs(pool), axis=(1, 2))
+            largest = contract.largest_magnitude(pool, axis=(1, 2))
             start = 0
             for i in members:
                 count, length, _ = stacks[i].shape

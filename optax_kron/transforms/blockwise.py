@@ -179,7 +179,7 @@ def _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip):
     tiny = jnp.finfo(real).tiny
 
     magnitude = jnp.abs(stack)
-    largest = _per_leaf(jnp.max(magnitude, axis=axes), owners, "max")
+    largest = _per_leaf(contract.largest_magnitude(magnitude, axis=axes), owners, "max")
     scale = jnp.ones_like(largest)
     if rms_clip is not None:
         # Relative to the largest entry, squares neither overflow nor vanish.
