@@ -1,6 +1,6 @@
 """Kronecker-factored second-order optimizers as plain Optax gradient transformations."""
 
-from optax_kron import losses, operators
+from optax_kron import losses, operators, sharding
 from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
@@ -48,6 +48,7 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",
+    "sharding",
     "soap",
     "update_probability_schedule",
     "value_and_grad_with_taps",

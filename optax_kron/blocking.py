@@ -226,6 +226,7 @@ class BlockPlan:
     leaves: tuple[LeafPlan | None, ...]  # `None` for an empty one
     # The signatures by label, in order of first appearance.
     stacks: Mapping[str, Signature] = dataclasses.field(hash=False)
+    multiple: int = 1  # the number of blocks in each stack is one of this
 
     def members(self, label: str) -> list[tuple[int, LeafPlan]]:
         """The leaves in a stack, in order, with their position in the tree."""
@@ -235,16 +236,23 @@ class BlockPlan:
             if leaf is not None and leaf.signature.label == label
         ]
 
+    def filled(self, label: str) -> int:
+        """Number of blocks in a stack that belong to a leaf; those behind them are padding."""
+        return sum(leaf.count for _, leaf in self.members(label))
+
     def count(self, label: str) -> int:
         """Number of blocks in a stack."""
-        return sum(leaf.count for _, leaf in self.members(label))
+        return -(-self.filled(label) // self.multiple) * self.multiple
 
     def sizes(self, label: str) -> tuple[Int[np.ndarray, " N"], ...] | None:
         """Valid extents along each axis; `None` if no block is padded."""
         sizes = np.concatenate([leaf.sizes() for _, leaf in self.members(label)])
         if (sizes == np.array(self.stacks[label].shape)).all():
             return None
-        return tuple(sizes.T)
+        return tuple(np.pad(sizes, [(0, self._padding(label)), (0, 0)], "edge").T)
+
+    def _padding(self, label: str) -> int:
+        return self.count(label) - self.filled(label)
 
     def mask(self, label: str) -> Bool[np.ndarray, "N ..."] | None:
         """Where the blocks of a stack hold elements; `None` if everywhere.
@@ -278,6 +286,9 @@ class BlockPlan:
                 stacks[label] = _split_vectors(members, signature.size)
             else:
                 stacks[label] = jnp.concatenate([plan.split(leaf) for plan, leaf in members])
+            if padding := self._padding(label):
+                rest = [(0, 0)] * len(signature.shape)
+                stacks[label] = jnp.pad(stacks[label], [(0, padding), *rest])
         return stacks
 
     def join(self, stacks: Mapping[str, Inexact[Array, "N ..."]], like: PyTree) -> PyTree:
@@ -297,12 +308,14 @@ class BlockPlan:
         return self.treedef.unflatten(leaves)
 
 
-def plan_blocks(tree: PyTree, blocking: Blocking) -> BlockPlan:
+def plan_blocks(tree: PyTree, blocking: Blocking, multiple: int = 1) -> BlockPlan:
     """Plan how the leaves of a tree become stacks of blocks.
 
     Args:
       tree: Arrays or `jax.ShapeDtypeStruct`s; `None` and masked nodes are no leaves.
       blocking: The settings.
+      multiple: Of what the number of blocks in each stack is to be a multiple, so that so many
+        devices can share them; blocks of zeros fill it up.
 
     Raises:
       ValueError: For a leaf that is not floating-point or complex, by path.
@@ -314,7 +327,7 @@ def plan_blocks(tree: PyTree, blocking: Blocking) -> BlockPlan:
     ]
     plans = _pad_vectors(plans)
     stacks = {plan.signature.label: plan.signature for plan in plans if plan is not None}
-    return BlockPlan(jax.tree.structure(tree), tuple(plans), stacks)
+    return BlockPlan(jax.tree.structure(tree), tuple(plans), stacks, multiple)
 
 
 def _plan_leaf(

@@ -22,6 +22,7 @@ ROOMS = [
     "capture",
     "operators",
     "transforms",
+    "sharding",
     "__init__",
 ]
 # Of capture, lowest first: its phases, and the functions on top of them.

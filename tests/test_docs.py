@@ -19,7 +19,7 @@ MODULES = [
 ]
 
 # What other functions make, and modules, each of whose functions has an example.
-WITHOUT_EXAMPLE = ["Layers", "losses", "operators"]
+WITHOUT_EXAMPLE = ["Layers", "losses", "operators", "sharding"]
 LOSSES = [
     name
     for name, value in vars(optax_kron.losses).items()
@@ -36,6 +36,7 @@ PAGES = [
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
+    "docs/scale.md",
     "docs/extending.md",
 ]
 # A block that imports one of these runs where it is installed.

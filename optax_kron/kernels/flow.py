@@ -46,6 +46,24 @@ def varying_like(tree: PyTree, *references: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _widened(x, axes), tree)
 
 
+def zeros_like_type(
+    kind: jax.core.ShapedArray | jax.ShapeDtypeStruct, leading: Sequence[int] = ()
+) -> Array:
+    """Zeros of an abstract array, its sharding included, with further axes in front.
+
+    Args:
+      kind: The shape, dtype, explicit sharding, and along which mesh axes it varies.
+      leading: Lengths of the axes in front, which are not sharded.
+    """
+    shape = (*leading, *kind.shape)
+    spec = getattr(getattr(kind, "sharding", None), "spec", ())
+    if any(axis is not None for axis in spec):
+        whole = (None,) * len(leading)
+        sharded = jax.sharding.PartitionSpec(*whole, *spec)
+        return jnp.zeros(shape, kind.dtype, out_sharding=sharded)
+    return varying_like(jnp.zeros(shape, kind.dtype), kind)
+
+
 def while_loop(
     condition: Callable[[PyTree], Bool[Array, ""]],
     step: Callable[[PyTree], PyTree],

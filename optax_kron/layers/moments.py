@@ -156,5 +156,6 @@ def combined(moments: Sequence[Moments]) -> Moments:
 
 def with_bias(x: Shaped[Array, "*batch d"], biased: bool) -> Shaped[Array, "*batch d+1"]:
     """Inputs with a column more, the input of the bias: one, or zero for a use without it."""
-    column = jnp.full((*x.shape[:-1], 1), 1 if biased else 0, x.dtype)
+    # Like a column of the inputs, which may be sharded.
+    column = jnp.full_like(x[..., :1], 1 if biased else 0)
     return jnp.concatenate([x, column], axis=-1)

@@ -66,6 +66,7 @@ class LayerPlan:
       stacks: Layers by the label of their signature, in order.
       owned: Parts of parameters that belong to layers, by path.
       names: Names of all layers, hidden ones too.
+      multiple: The number of blocks in each stack is one of this.
     """
 
     owner: str
@@ -73,10 +74,21 @@ class LayerPlan:
     stacks: Mapping[str, Sequence[Member]]
     owned: Mapping[str, Sequence[Box]]
     names: Sequence[str]
+    multiple: int = 1
+
+    def filled(self, label: str) -> int:
+        """Number of blocks in a stack that belong to a layer; those behind them fill it up."""
+        return sum(m.layer.blocks for m in self.stacks[label])
 
     def count(self, label: str) -> int:
         """Number of blocks in a stack."""
-        return sum(m.layer.blocks for m in self.stacks[label])
+        return -(-self.filled(label) // self.multiple) * self.multiple
+
+    def stacked(self, label: str, parts: Sequence[Array]) -> Array:
+        """What there is of each layer of a stack, [B, ...], with zeros behind the last."""
+        padding = self.count(label) - self.filled(label)
+        rest = [jnp.zeros((padding, *parts[0].shape[1:]), parts[0].dtype)] if padding else []
+        return jnp.concatenate([*parts, *rest])
 
     @property
     def members(self) -> list[Member]:
@@ -131,7 +143,7 @@ class LayerPlan:
         """Stacks of a tree like the parameters, given by path."""
         cast = {path: leaves[path].astype(dtype) for path in self.owned}
         return {
-            label: jnp.concatenate([m.layer.take(cast) for m in members])
+            label: self.stacked(label, [m.layer.take(cast) for m in members])
             for label, members in self.stacks.items()
         }
 
@@ -253,7 +265,7 @@ def check_layers(owner: str, layers: object) -> tuple[Layer, ...]:
     return tuple(checked)
 
 
-def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
+def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree, multiple: int = 1) -> LayerPlan:
     """Plan how layers own the parameters of a tree.
 
     Parameters that a wrapper such as `optax.masked` hides (`None`, masked nodes) are left out of
@@ -264,6 +276,8 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
       owner: Name of the optimizer, for messages.
       layers: Layers with names of their own.
       tree: Arrays or `jax.ShapeDtypeStruct`s.
+      multiple: Of what the number of blocks in each stack is to be a multiple, so that so many
+        devices can share them; blocks of zeros fill it up.
 
     Raises:
       ValueError: For a parameter that is not floating-point or complex, for layers that do not
@@ -306,6 +320,7 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree) -> LayerPlan:
         stacks=stacks,
         owned={path: [box for box, _ in boxes] for path, boxes in owned.items()},
         names=[layer.name for layer in layers],
+        multiple=multiple,
     )
 
 

@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, PyTree
 from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
 from optax_kron.kernels import contract
 from optax_kron.transforms import program, validation
-from optax_kron.transforms.frame import After, Before, Frame, Layout
-from optax_kron.transforms.preconditioner import Advanced, KronState
+from optax_kron.transforms.frame import Frame
+from optax_kron.transforms.layout import After, Before, Layout
+from optax_kron.transforms.mesh import Share
+from optax_kron.transforms.preconditioner import Advanced, Blocks, KronState
 from optax_kron.transforms.stacks import (
     all_finite,
     ema_weight,
@@ -45,11 +47,12 @@ class Blockwise(Layout):
     max_abs_clip: ArrayLike | None = None
 
     source: ClassVar[str] = "blocking"
+    cuts_momentum: ClassVar[bool] = True
 
-    def plan(self, owner: str, tree: PyTree) -> BlockPlan:
+    def plan(self, owner: str, tree: PyTree, multiple: int) -> BlockPlan:
         """See `Layout`."""
         del owner
-        return plan_blocks(tree, self.blocking)
+        return plan_blocks(tree, self.blocking, multiple)
 
     def sizes(self, plan: BlockPlan, label: str) -> tuple[np.ndarray, ...] | None:
         """See `Layout`."""
@@ -72,10 +75,20 @@ class Blockwise(Layout):
         momentum = None if self.momentum is None else for_each_stack(plan, zeros)
         return {"momentum": momentum, "layers": None}
 
-    def before(self, plan: BlockPlan, frame: Frame, updates: PyTree, state: KronState) -> Before:
+    def split(self, plan: BlockPlan, updates: PyTree, dtype: jnp.dtype) -> Blocks:
+        """See `Layout`."""
+        return plan.split(updates, dtype)
+
+    def before(
+        self,
+        plan: BlockPlan,
+        frame: Frame,
+        given: Blocks,
+        state: KronState,
+        finite: Bool[Array, ""],
+    ) -> Before:
         """See `Layout`: the momentum `m ← βm + (1 − β)g`, and `m / (1 − βᵗ)` as the direction."""
         compute = frame.compute_dtype
-        given = plan.split(updates, compute)
         limited = frame.limit(given, state, "gradients")
         gradients, decay = limited.blocks, self.momentum
         average = None
@@ -90,6 +103,7 @@ class Blockwise(Layout):
         finite = all_finite(shown)
         if frame.method.keeps_squares:
             finite &= _squares_fit(given)
+        finite = frame.share.all(finite)
         direction = gradients
         if decay is not None and average is not None and not validation.is_off(decay):
             count = state.count + finite.astype(jnp.int32)
@@ -99,6 +113,11 @@ class Blockwise(Layout):
                 for label, m in average.items()
             }
         return Before(given, limited, direction, finite, average)
+
+    def bound(self, plan: BlockPlan, frame: Frame, before: Before, updates: Blocks) -> Blocks:
+        """See `Layout`: the updates of each parameter keep to the caps."""
+        caps = self.rms_clip, self.max_abs_clip
+        return clip_leaves(plan, frame.share, updates, before.finite, *caps)
 
     def after(
         self,
@@ -112,11 +131,9 @@ class Blockwise(Layout):
         rest: Mapping[str, Array],
         others: Mapping[str, Array],
     ) -> After:
-        """See `Layout`: the updates of each parameter keep to the caps."""
+        """See `Layout`."""
         del frame, state, extra, rest, others
-        caps = self.rms_clip, self.max_abs_clip
-        blocks = clip_leaves(plan, advanced.updates, before.finite, *caps)
-        return After(plan.join(blocks, like=updates), before.momentum, before.finite)
+        return After(plan.join(advanced.updates, like=updates), before.momentum, before.finite)
 
 
 def blockwise(
@@ -146,6 +163,7 @@ def _squares_fit(gradients: Mapping[str, Array]) -> Bool[Array, ""]:
 
 def clip_leaves(
     plan: BlockPlan,
+    share: Share,
     stacks: Mapping[str, Array],
     valid: Bool[Array, ""],
     rms_clip: ArrayLike | None,
@@ -155,6 +173,7 @@ def clip_leaves(
 
     Args:
       plan: How the blocks belong to parameters.
+      share: Which of the blocks are on this device.
       stacks: Blocks of updates [N, ...] by signature, zero in the padding.
       valid: Whether there is to be an update at all.
       rms_clip: Cap on the root mean square over each parameter, or `None`.
@@ -165,40 +184,47 @@ def clip_leaves(
       `valid`.
     """
     return {
-        label: _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip)
+        label: _clip_stack(plan, share, label, stack, valid, rms_clip, max_abs_clip)
         for label, stack in stacks.items()
     }
 
 
-def _clip_stack(plan, label, stack, valid, rms_clip, max_abs_clip):
+def _clip_stack(plan, share, label, stack, valid, rms_clip, max_abs_clip):
     members = [leaf for _, leaf in plan.members(label)]
     owners = np.repeat(np.arange(len(members)), [leaf.count for leaf in members])
-    elements = np.array([max(np.prod(leaf.shape), 1) for leaf in members])
+    # What fills a stack up is zero, whichever parameter it is counted for.
+    owners = np.pad(owners, (0, plan.count(label) - len(owners)), "edge")
+    elements = np.array([max(np.prod(leaf.shape), 1) for leaf in members])[owners]
+    elements = share.own(elements)
+    of_leaf = functools.partial(_of_leaf, share, share.own(owners), len(members))
+    if len(members) == plan.filled(label):  # each has one block
+        of_leaf = lambda values, reduction: values  # noqa: E731
     axes = tuple(range(1, stack.ndim))
     real = contract.real_dtype(stack.dtype)
     tiny = jnp.finfo(real).tiny
 
     magnitude = jnp.abs(stack)
-    largest = _per_leaf(contract.largest_magnitude(magnitude, axis=axes), owners, "max")
+    largest = of_leaf(contract.largest_magnitude(magnitude, axis=axes), "max")
     scale = jnp.ones_like(largest)
     if rms_clip is not None:
         # Relative to the largest entry, squares neither overflow nor vanish.
         unit = jnp.maximum(largest, tiny)
-        relative = magnitude / contract.along_axis(unit[owners], 0, stack.ndim)
-        squares = _per_leaf(jnp.sum(jnp.square(relative), axis=axes), owners, "sum")
+        relative = magnitude / contract.along_axis(unit, 0, stack.ndim)
+        squares = of_leaf(jnp.sum(jnp.square(relative), axis=axes), "sum")
         rms = unit * jnp.sqrt(squares / elements.astype(real))
         scale = jnp.minimum(scale, rms_clip / rms)
     if max_abs_clip is not None:
         scale = jnp.minimum(scale, max_abs_clip / jnp.maximum(largest, tiny))
-    scale = contract.along_axis(scale.astype(real)[owners], 0, stack.ndim)
-    kept = contract.along_axis((valid & jnp.isfinite(largest))[owners], 0, stack.ndim)
+    scale = contract.along_axis(scale.astype(real), 0, stack.ndim)
+    kept = contract.along_axis(valid & jnp.isfinite(largest), 0, stack.ndim)
     return jnp.where(kept, stack * scale, 0)
 
 
-def _per_leaf(values: Array, owners: np.ndarray, reduction: str) -> Array:
-    """Reduce values [N] of blocks to one per leaf."""
-    leaves = int(owners[-1]) + 1
-    if leaves == len(owners):
-        return values
+def _of_leaf(
+    share: Share, owners: np.ndarray | Array, leaves: int, values: Array, reduction: str
+) -> Array:
+    """Reduce values [N] of blocks over those of each leaf, [N] again."""
     reduced = jnp.zeros(leaves, values.dtype).at[owners]
-    return reduced.max(values) if reduction == "max" else reduced.add(values)
+    if reduction == "sum":
+        return share.sum(reduced.add(values))[owners]
+    return share.max(reduced.max(values))[owners]

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
-from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms import mesh, outliers, program, validation
 from optax_kron.transforms.stacks import all_finite, select
 
 
@@ -138,7 +138,7 @@ def scale_by_branch_kfac(
         known = None if branches is None else _checked_branches(owner, branches, blocks)
         strength = damping(state.count) if callable(damping) else damping
         return program.once(
-            _update, updates, state, known, strength, blocks, outlier_clip, bool(redraw)
+            _update_globally, updates, state, known, strength, blocks, outlier_clip, bool(redraw)
         )
 
     return program.transformation(init, update)
@@ -210,6 +210,12 @@ def branch_kfac(
         )
     complete = validation.complete(owner, scale_by_branch_kfac, arguments)
     return complete if clip is None else optax.chain(complete, _within(owner, clip))
+
+
+def _update_globally(updates: PyTree, *operands: PyTree) -> tuple[PyTree, ScaleByBranchKfacState]:
+    """One step, on a mesh too: no part of it belongs to a device."""
+    share = mesh.ambient()
+    return share.globally(_update, updates, *operands, out=(share.shardings(updates), mesh.WHOLE))
 
 
 def _update(

@@ -5,7 +5,7 @@ changes they are carried over, as the diagonal of the same matrix in the new bas
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from optax_kron.kernels import contract
 from optax_kron.kernels import ekfac as kernels
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.plan import LayerPlan, Member
+from optax_kron.layers.plan import LayerPlan
 from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import outliers, program, validation
@@ -47,6 +47,8 @@ class Ekfac(LayerFactors):
     """How factors and eigenvalues are estimated and applied; the settings of `scale_by_ekfac`."""
 
     averages: ClassVar[int] = 3
+
+    looks_twice: ClassVar[bool] = True  # at taps, in the bases that they have led to
 
     def init_inverse(self, layer: Layer, count: int, dtype: jnp.dtype) -> Spectrum:
         """See `LayerFactors`."""
@@ -78,19 +80,37 @@ class Ekfac(LayerFactors):
             return None
         return jnp.matmul(new.T, contract.widen(old), precision=self.precision)
 
+    def look(
+        self, plan: LayerPlan, inverses: Mapping[str, Spectrum], taps: Taps, dtype: jnp.dtype
+    ) -> Mapping[str, tuple[Float[Array, "N d_in d_out"], Bool[Array, " N"]]]:
+        """See `LayerFactors`: λ of what layers saw, in their bases; and which have seen any."""
+        return {
+            label: self._moments(plan, label, taps, inverses[label], dtype) for label in plan.stacks
+        }
+
+    def _moments(self, plan, label, taps, spectrum, dtype):
+        lambdas, seen = [], []
+        for member, rows in plan.slices(label):
+            bases = [
+                None if basis is None else basis[rows].astype(dtype)
+                for basis in (spectrum.input_basis, spectrum.output_basis)
+            ]
+            given: Sequence[Tap] = taps[member.layer.name]
+            lambdas.append(
+                eigenvalues_of_member(
+                    self.owner, member, given, *bases, dtype=dtype, precision=self.precision
+                )
+            )
+            seen.append(seen_blocks(member, given))
+        return plan.stacked(label, lambdas), plan.stacked(label, seen)
+
     def correct_all(
-        self,
-        plan: LayerPlan,
-        stacks: Stacks,
-        taps: Taps,
-        decay: Float[Array, ""],
-        step: Step,
+        self, stacks: Stacks, looked: PyTree, decay: Float[Array, ""], step: Step
     ) -> tuple[Stacks, Int[Array, ""], Bool[Array, ""]]:
         """See `LayerFactors`: the eigenvalues take in what the layers saw."""
         corrected, failed, strange = dict(stacks), [], []
-        for label, members in plan.stacks.items():
+        for label, (values, seen) in looked.items():
             stack, old = stacks[label], stacks[label].inverse
-            values, seen = self._moments(members, taps, old, decay)
             rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
             before, values, last, found = outliers.limit_moments(
                 old.values,
@@ -110,27 +130,6 @@ class Ekfac(LayerFactors):
             failed.append(missed)
             strange.append(moved & found)
         return corrected, total(failed), any_block(strange)
-
-    def _moments(
-        self, members: Sequence[Member], taps: Taps, spectrum: Spectrum, decay: Float[Array, ""]
-    ) -> tuple[Float[Array, "N d_in d_out"], Bool[Array, " N"]]:
-        """λ of what layers saw, in the bases of their stack; and which blocks have seen any."""
-        lambdas, seen, start = [], [], 0
-        for member in members:
-            rows = slice(start, start + member.layer.blocks)
-            bases = [
-                None if basis is None else basis[rows].astype(decay.dtype)
-                for basis in (spectrum.input_basis, spectrum.output_basis)
-            ]
-            given: Sequence[Tap] = taps[member.layer.name]
-            lambdas.append(
-                eigenvalues_of_member(
-                    self.owner, member, given, *bases, dtype=decay.dtype, precision=self.precision
-                )
-            )
-            seen.append(seen_blocks(member, given))
-            start = rows.stop
-        return jnp.concatenate(lambdas), jnp.concatenate(seen)
 
     def precondition(
         self, stack: KfacStack, seen: Seen, step: Step

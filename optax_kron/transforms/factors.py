@@ -10,7 +10,7 @@ without, and two blocks, 5 to 7:
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import moments_of_member
 from optax_kron.layers.plan import LayerPlan, Member, factor_shape
 from optax_kron.layers.taps import Tap, Taps
-from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms import mesh, outliers, program, validation
+from optax_kron.transforms.mesh import Share
 from optax_kron.transforms.preconditioner import (
     Advanced,
     KronState,
@@ -42,6 +43,7 @@ from optax_kron.transforms.stacks import (
     Change,
     all_finite,
     blend,
+    finite_blocks,
     finite_rows,
     guarded,
     largest_of_blocks,
@@ -67,6 +69,15 @@ class FactorSchedule(NamedTuple):
     since_refresh: Int[Array, ""]  # accepted steps since inverses or bases were made
 
 
+class Observed(NamedTuple):
+    """Second moments of a step's taps, by stack."""
+
+    moments: Mapping[str, tuple[Array, Array]]  # of inputs and output-gradients, like the factors
+    seen: Mapping[str, Bool[Array, " N"]]  # whether the layer has seen any example
+    finite: Mapping[str, Bool[Array, " N"]]  # whether its moments are
+    taps_finite: Bool[Array, ""]  # whether all taps are
+
+
 class Taken(NamedTuple):
     """The stacks after a step's taps."""
 
@@ -74,6 +85,17 @@ class Taken(NamedTuple):
     failures: Int[Array, ""]  # blocks whose new factors were not finite, and that kept the old
     finite: Bool[Array, ""]  # whether the taps were; if not, the stacks are the old ones
     outliers: Bool[Array, ""]  # whether there were any among them
+
+
+class Learned(NamedTuple):
+    """What comes of a step before gradients are preconditioned."""
+
+    stacks: Stacks
+    failures: Int[Array, ""]  # blocks that kept what they had
+    refreshed: Bool[Array, ""]
+    outliers: Bool[Array, ""]  # among the taps
+    schedule: FactorSchedule
+    step: Step  # accepted if the taps were finite, too
 
 
 @program.settings
@@ -151,22 +173,73 @@ class LayerFactors(Preconditioner):
         del updates, state
         return plan.read_taps(extra_args.get("taps"))
 
+    def spread(
+        self,
+        plan: LayerPlan,
+        share: Share,
+        extra: Taps,
+        updates: PyTree,
+        state: KronState,
+        dtype: jnp.dtype,
+    ) -> Observed:
+        """See `Preconditioner`: moments, each device its share."""
+        del updates
+
+        def make(taps, due):
+            observe = functools.partial(self.observe, plan, taps, dtype)
+            if self._takes_every_step or not plan.stacks:
+                return observe()
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(observe))
+            return flow.cond(due, observe, lambda: nothing._replace(taps_finite=~due))
+
+        due = state.count % validation.interval(self.factor_every) == 0
+        return share.globally(make, extra, due, out=self.spread_as(share))
+
+    def spread_as(self, share: Share) -> Observed:
+        """See `Preconditioner`."""
+        return Observed(share.cut, share.cut, share.cut, mesh.WHOLE)
+
+    @property
+    def _takes_every_step(self) -> bool:
+        return isinstance(self.factor_every, int | np.integer) and self.factor_every == 1
+
     def advance(
         self,
         plan: LayerPlan,
         state: KronState,
         stacks: Stacks,
         seen: Mapping[str, Seen],
-        extra: Taps,
+        extra: Taps | Observed,
         step: Step,
     ) -> Advanced:
         """See `Preconditioner`: factors take in taps, which may turn out not to be finite."""
+        learned = self.learn(plan, state, stacks, seen, extra, step)
+        looked = None
+        if self.looks_twice:
+            assert isinstance(extra, Taps), "those of a mesh were looked at by `look_from`"
+            looked = self.look(plan, _inverses(learned.stacks), extra, real_dtype(seen))
+        return self.finish(state, learned, seen, looked)
+
+    def learn(
+        self,
+        plan: LayerPlan,
+        state: KronState,
+        stacks: Stacks,
+        seen: Mapping[str, Seen],
+        extra: Taps | Observed,
+        step: Step,
+    ) -> Learned:
+        """Factors take in taps, and what is made of them is made anew where it is due."""
         schedule, dtype = state.schedule, real_dtype(seen)
         rate = jnp.clip(jnp.asarray(self.decay, dtype), 0, 1)
         moving = step.accepted & (state.count % validation.interval(self.factor_every) == 0)
         weight = _ema_weight(rate, schedule.factor_updates) if self.bias_correction else rate
-        take = functools.partial(self._take, plan, extra, weight, moving)
-        if isinstance(self.factor_every, int | np.integer) and self.factor_every == 1:
+
+        def observe():
+            return extra if isinstance(extra, Observed) else self.observe(plan, extra, dtype)
+
+        take = functools.partial(self._take, observe, weight, moving)
+        if self._takes_every_step:
             taken = take(stacks)  # a branch copies the state
         else:
             no, yes = jnp.zeros([], bool), jnp.ones([], bool)
@@ -179,9 +252,6 @@ class LayerFactors(Preconditioner):
         age = (1 - rate) * schedule.factor_updates.astype(dtype)
         all_due = (state.refreshes == 0) | (moved & (age < 1) & (rate < 1))
         refreshed = self.refresh_due(taken.stacks, seen, step, all_due=all_due, due=waited)
-        weight = _ema_weight(rate, state.count) if self.bias_correction else rate
-        stacks, missed, found = self.correct_all(plan, refreshed.stacks, extra, weight, step)
-        updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
         due = step.accepted & (all_due | waited)
         if self.schedule.staggered:
             due = refreshed.happened  # of some of the blocks
@@ -190,115 +260,146 @@ class LayerFactors(Preconditioner):
             factor_updates=schedule.factor_updates + moved.astype(jnp.int32),
             since_refresh=jnp.where(due, 0, since),
         )
-        failures = taken.failures + refreshed.failures + missed
-        strange = taken.outliers | found
-        return Advanced(stacks, updates, failures, due, step.accepted, schedule, strange)
+        failures = step.share.sum(taken.failures + refreshed.failures)
+        strange = step.share.any(taken.outliers)
+        return Learned(refreshed.stacks, failures, due, strange, schedule, step)
+
+    def finish(
+        self,
+        state: KronState,
+        learned: Learned,
+        seen: Mapping[str, Seen],
+        looked: PyTree,
+    ) -> Advanced:
+        """What else is learned from the taps, with what was made anew, and the updates."""
+        step, dtype = learned.step, real_dtype(seen)
+        rate = jnp.clip(jnp.asarray(self.decay, dtype), 0, 1)
+        weight = _ema_weight(rate, state.count) if self.bias_correction else rate
+        stacks, missed, found = self.correct_all(learned.stacks, looked, weight, step)
+        updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
+        failures = learned.failures + step.share.sum(missed)
+        strange = learned.outliers | found
+        return Advanced(
+            stacks, updates, failures, learned.refreshed, step.accepted, learned.schedule, strange
+        )
+
+    @staticmethod
+    def learned_as(share: Share) -> Learned:
+        """How what is learned is spread over a mesh."""
+        return Learned(share.cut, *[mesh.WHOLE] * 5)
+
+    def look_from(
+        self, plan: LayerPlan, share: Share, stacks: Stacks, taps: Taps, dtype: jnp.dtype
+    ) -> PyTree:
+        """`look` on a mesh, where every device sees its part of the batch, and all blocks."""
+
+        def make(taps, inverses):
+            return self.look(plan, share.gathered(inverses), taps, dtype)
+
+        return share.globally(make, taps, _inverses(stacks), out=share.cut)
+
+    def look(
+        self, plan: LayerPlan, inverses: Mapping[str, PyTree], taps: Taps, dtype: jnp.dtype
+    ) -> PyTree:
+        """What `correct_all` takes of the taps, with what was made anew, by stack."""
+        raise NotImplementedError
 
     def correct_all(
-        self,
-        plan: LayerPlan,
-        stacks: Stacks,
-        taps: Taps,
-        decay: Float[Array, ""],
-        step: Step,
+        self, stacks: Stacks, looked: PyTree, decay: Float[Array, ""], step: Step
     ) -> tuple[Stacks, Int[Array, ""], Bool[Array, ""]]:
-        """What else is learned from the taps of a step, with the new inverses: nothing.
+        """What else is learned from the taps of a step: nothing.
 
         Args:
-          plan: Of the layers.
-          stacks: Factors and inverses.
-          taps: Groups by layer, in canonical form.
+          stacks: Factors, and what was made of them.
+          looked: What `look` returned.
           decay: Of averages over steps.
           step: Whether it is accepted.
 
         Returns:
           The new stacks; how many blocks have failed; whether there were outliers.
         """
-        del plan, taps, decay, step
+        del looked, decay, step
         return stacks, jnp.zeros([], jnp.int32), jnp.zeros([], bool)
 
-    def _take(
-        self,
-        plan: LayerPlan,
-        taps: Taps,
-        decay: Float[Array, ""],
-        allowed: Bool[Array, ""],
-        stacks: Stacks,
-    ) -> Taken:
-        """Average what the layers saw into the factors."""
-        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        if not plan.stacks:
-            return Taken(stacks, none, jnp.ones([], bool), no)
+    def observe(self, plan: LayerPlan, taps: Taps, dtype: jnp.dtype) -> Observed:
+        """Second moments of taps in canonical form, in one dtype."""
         # Of the layers that are here, others may be masked.
-        used = {
-            m.layer.name: taps[m.layer.name] for members in plan.stacks.values() for m in members
-        }
-        blended = {
-            label: self._blend(stacks[label], members, used, decay)
-            for label, members in plan.stacks.items()
-        }
-        checks = finite_rows([row for x in blended.values() for row in x.suspects])
-        finite = dict(zip(blended, map(jnp.logical_and, checks[::2], checks[1::2]), strict=True))
+        used = {m.layer.name: taps[m.layer.name] for m in plan.members}
+        settings = {"approx": self.approx, "dtype": dtype, "precision": self.precision}
+        moments, seen, rows = {}, {}, []
+        for label, members in plan.stacks.items():
+            pairs = [
+                moments_of_member(self.owner, m, used[m.layer.name], **settings) for m in members
+            ]
+            *both, weight = (plan.stacked(label, x) for x in zip(*pairs, strict=True))
+            moments[label], seen[label] = tuple(both), weight > 0
+            given = [tap for m in members for tap in used[m.layer.name]]
+            if all(isinstance(tap, Tap) for tap in given):
+                # No entry of a second moment is larger than those on its diagonal.
+                rows += [kfac.diagonal_rows(x) for x in both]
+            else:
+                rows += [largest_of_blocks(x)[:, None] for x in both]
+        checks = finite_rows(rows)
+        finite = dict(zip(moments, map(jnp.logical_and, checks[::2], checks[1::2]), strict=True))
         # Taps that are not finite show in their moments; where these are, they need not be read.
         taps_finite = flow.cond(
             jnp.all(jnp.concatenate(list(finite.values()))),
             lambda: jnp.ones([], bool),
             lambda: all_finite(used),
         )
+        return Observed(moments, seen, finite, taps_finite)
+
+    def _take(
+        self,
+        observe: Callable[[], Observed],
+        decay: Float[Array, ""],
+        allowed: Bool[Array, ""],
+        stacks: Stacks,
+    ) -> Taken:
+        """Average what the layers saw into the factors."""
+        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        if not stacks:
+            return Taken(stacks, none, jnp.ones([], bool), no)
+        observed = observe()
         new, failed, strange = {}, [], []
-        for label, x in blended.items():
-            stack = stacks[label]
-            wanted = allowed & taps_finite & x.seen
-            new[label], missed = guarded(stack, Change(x.fields, wanted, finite[label]))
+        for label, stack in stacks.items():
+            fields, finite, outlying = self._blend(stack, label, observed, decay)
+            wanted = allowed & observed.taps_finite & observed.seen[label]
+            new[label], missed = guarded(stack, Change(fields, wanted, finite))
             moved = wanted & ~missed
             new[label] = new[label]._replace(initialized=stack.initialized | moved)
             failed.append(missed)
-            strange.append(moved & x.outliers)
-        return Taken(new, total(failed), taps_finite, any_block(strange))
+            strange.append(moved & outlying)
+        return Taken(new, total(failed), observed.taps_finite, any_block(strange))
 
     def _blend(
-        self,
-        stack: KfacStack,
-        members: Sequence[Member],
-        taps: Mapping[str, Sequence[Tap]],
-        decay: Float[Array, ""],
-    ) -> "_Blended":
-        """The factors of one stack after the taps of a step."""
-        settings = {"approx": self.approx, "dtype": decay.dtype, "precision": self.precision}
-        pairs = [moments_of_member(self.owner, m, taps[m.layer.name], **settings) for m in members]
-        *moments, weight = map(jnp.concatenate, zip(*pairs, strict=True))
+        self, stack: KfacStack, label: str, observed: Observed, decay: Float[Array, ""]
+    ) -> tuple[dict[str, PyTree], Bool[Array, " N"], Bool[Array, " N"]]:
+        """The factors of one stack after a step; which are finite, and which saw an outlier."""
+        moments, finite = observed.moments[label], observed.finite[label]
         rate = jnp.where(stack.initialized, decay, 0)  # the first moments are taken as they are
         factors, usual = [], list(stack.usual or ())
         strange = jnp.zeros(len(rate), bool)
         for i, (old, moment) in enumerate(zip(stack[:2], moments, strict=True)):
             trace = jnp.sum(kfac.diagonal_rows(moment), axis=1)
             before = None if stack.usual is None else stack.usual[i]
-            old, moments[i], after, found = outliers.limit_moments(
+            old, moment, after, found = outliers.limit_moments(
                 old, moment, trace, before, self.outlier_clip
             )
-            factors.append(blend(old, moments[i], rate))
+            factors.append(blend(old, moment, rate))
             if after is not None:
                 usual[i] = after
             strange |= found
-        given = [tap for m in members for tap in taps[m.layer.name]]
-        if stack.input_factor.dtype == decay.dtype and all(isinstance(t, Tap) for t in given):
-            # No entry of a second moment is larger than those on its diagonal.
-            suspects = [kfac.diagonal_rows(x) for x in moments]
-        else:
-            suspects = [largest_of_blocks(x)[:, None] for x in factors]
+        if stack.input_factor.dtype != decay.dtype:  # in which they may overflow
+            finite &= finite_blocks(factors)
         fields = {"input_factor": factors[0], "output_factor": factors[1]}
         if stack.usual is not None:
             fields["usual"] = tuple(usual)
-        return _Blended(fields, suspects, weight > 0, strange)
+        return fields, finite, strange
 
 
-class _Blended(NamedTuple):
-    """One stack after the taps of a step."""
-
-    fields: dict[str, PyTree]  # the factors, and the usual norms
-    suspects: list[Array]  # rows that are finite if the factors are, [N, d]
-    seen: Bool[Array, " N"]  # whether the layer has seen any example
-    outliers: Bool[Array, " N"]
+def _inverses(stacks: Stacks) -> dict[str, PyTree]:
+    return {label: stack.inverse for label, stack in stacks.items()}
 
 
 def _ema_weight(decay: Float[Array, ""], updates: Int[Array, ""]) -> Float[Array, ""]:

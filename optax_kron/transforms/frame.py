@@ -11,17 +11,18 @@ new values are not finite keeps its old ones (`stacks.guarded`).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
-from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms import mesh, outliers, program, validation
+from optax_kron.transforms.layout import After, Before, Layout
+from optax_kron.transforms.mesh import ALONE, WHOLE, Share, Spec
 from optax_kron.transforms.preconditioner import (
     Advanced,
     AnyPlan,
@@ -32,116 +33,6 @@ from optax_kron.transforms.preconditioner import (
     Step,
 )
 from optax_kron.transforms.stacks import for_each_stack, for_tree, select
-
-
-class Before(NamedTuple):
-    """What a layout makes of gradients before they are preconditioned."""
-
-    given: Blocks  # gradients
-    gradients: outliers.Limited  # the same, outliers scaled down
-    direction: Blocks  # what is preconditioned
-    finite: Bool[Array, ""]
-    momentum: PyTree  # that of the next state, where the layout averages gradients
-
-
-class After(NamedTuple):
-    """What a layout makes of what is preconditioned."""
-
-    updates: PyTree  # like the gradients
-    momentum: PyTree  # that of the next state
-    accepted: Bool[Array, ""]
-    layers: PyTree = None
-
-
-class Layout:
-    """How gradients become blocks, and what becomes of these: `Blockwise` or `Layerwise`.
-
-    Attributes:
-      source: What decides on the blocks, beside the gradients.
-      has_fallback: Whether what is in no block has a transformation of its own.
-    """
-
-    source: ClassVar[str]
-
-    @property
-    def has_fallback(self) -> bool:
-        """See above."""
-        return False
-
-    def plan(self, owner: str, tree: PyTree) -> AnyPlan:
-        """How a tree becomes stacks."""
-        raise NotImplementedError
-
-    def init(self, plan: AnyPlan, params: PyTree) -> Mapping[str, PyTree]:
-        """The fields of the state that are the layout's, `momentum` and `layers`."""
-        raise NotImplementedError
-
-    def sizes(self, plan: AnyPlan, label: str) -> tuple[np.ndarray, ...] | None:
-        """For each axis its length without padding, int [N]; `None` where nothing is padded."""
-        del plan, label
-
-    def at(self, state: KronState) -> "Layout":
-        """The settings of one step: values where there are schedules."""
-        del state
-        return self
-
-    def init_fallback(self, plan: AnyPlan, params: PyTree) -> PyTree:
-        """The state of the fallback."""
-        del plan, params
-
-    def fall_back(
-        self,
-        plan: AnyPlan,
-        updates: PyTree,
-        rest: Mapping[str, Array],
-        state: KronState,
-        params: PyTree | None,
-        extra_args: Mapping[str, PyTree],
-    ) -> tuple[Mapping[str, Array], PyTree]:
-        """What the fallback makes of the rest, by path, and its new state."""
-        raise NotImplementedError
-
-    def rest_paths(self, plan: AnyPlan) -> Sequence[str]:
-        """Paths of what is in no block."""
-        del plan
-        return ()
-
-    def rest(self, plan: AnyPlan, updates: PyTree, dtype: jnp.dtype) -> Mapping[str, Array]:
-        """Gradients of what is in no block, by path."""
-        del plan, updates, dtype
-        return {}
-
-    def before(self, plan: AnyPlan, frame: "Frame", updates: PyTree, state: KronState) -> Before:
-        """The blocks of gradients, and what is to be preconditioned."""
-        raise NotImplementedError
-
-    def after(
-        self,
-        plan: AnyPlan,
-        frame: "Frame",
-        updates: PyTree,
-        state: KronState,
-        extra: PyTree,
-        before: Before,
-        advanced: Advanced,
-        rest: Mapping[str, Array],
-        others: Mapping[str, Array],
-    ) -> After:
-        """Bounds, the velocity, and the way back to a tree.
-
-        Args:
-          plan: How the tree is laid out.
-          frame: The settings.
-          updates: The gradients.
-          state: That of before.
-          extra: What the method has read.
-          before: What `before` returned.
-          advanced: What the method has made of it.
-          rest: Gradients of what is in no block, by path.
-          others: What the fallback has made of those.
-        """
-        raise NotImplementedError
-
 
 _COUNTERS = ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
 
@@ -157,6 +48,7 @@ class Frame:
       layout: How gradients become blocks.
       outlier_clip: How many times a block's usual norm is an outlier, or `None`.
       factor_dtype: Real dtype of the factors.
+      share: Which blocks are on a device.
     """
 
     owner: str
@@ -164,6 +56,7 @@ class Frame:
     layout: Layout
     outlier_clip: ArrayLike | None
     factor_dtype: jnp.dtype
+    share: Share = ALONE
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -173,8 +66,15 @@ class Frame:
     def init(self, params: PyTree) -> KronState:
         """The state before the first step."""
         params = program.as_arrays(params)
-        plan = self.layout.plan(self.owner, params)
-        return self._init(plan, params)._replace(fallback=self.layout.init_fallback(plan, params))
+        now = dataclasses.replace(self, share=mesh.ambient())
+        plan = now.plan(params)
+        make = functools.partial(now._init, plan)
+        state = now.share.globally(make, params, out=now._specs(jax.eval_shape(make, params)))
+        return state._replace(fallback=self.layout.init_fallback(plan, params))
+
+    def plan(self, tree: PyTree) -> AnyPlan:
+        """How a tree becomes stacks."""
+        return self.layout.plan(self.owner, tree, self.share.devices)
 
     def _init(self, plan: AnyPlan, params: PyTree) -> KronState:
         def stack(label):
@@ -204,13 +104,14 @@ class Frame:
         if params is not None:
             validation.check_like(self.owner, updates, params)
         updates = program.as_arrays(updates)
-        plan = self.layout.plan(self.owner, updates)
+        share = mesh.ambient()
+        plan = self.layout.plan(self.owner, updates, share.devices)
         stacks = getattr(state, "stacks", None)
         validation.check_stacks(self.owner, plan, stacks, self.layout.source)
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         method, layout = self.method.at(state), self.layout.at(state)
-        now = dataclasses.replace(self, method=method, layout=layout)
+        now = dataclasses.replace(self, method=method, layout=layout, share=share)
         extra = method.read(plan, updates, state, extra_args)
         rest, others, fallback = None, {}, state.fallback
         if layout.has_fallback:
@@ -226,7 +127,7 @@ class Frame:
 
     def _rest(self, updates: PyTree, state: KronState) -> outliers.Limited:
         """Gradients of what is in no block, by path, scaled down where they are outliers."""
-        plan = self.layout.plan(self.owner, updates)
+        plan = self.plan(updates)
         made = jax.eval_shape(lambda: self._init(plan, updates))
         kept = state._replace(fallback=None)
         made, kept = (x._replace(stacks=self.method.needed(x.stacks)) for x in (made, kept))
@@ -250,28 +151,31 @@ class Frame:
         fallback: PyTree,
     ) -> tuple[PyTree, KronState]:
         """One step, with what the fallback has made of the rest, and its new state."""
-        plan = self.layout.plan(self.owner, updates)
+        plan = self.plan(updates)
         rest = self._rest(updates, state) if rest is None else rest
-        before = self.layout.before(plan, self, updates, state)
-        gradients = before.gradients
-        step = Step(state.count + before.finite.astype(jnp.int32), before.finite)
-        seen = {
-            label: Seen(
-                x, before.direction[label], self.layout.sizes(plan, label), jnp.zeros(len(x), bool)
-            )
-            for label, x in gradients.blocks.items()
-        }
-        stacks = state.stacks
-        if self.method.keeps_gradients:
-            stacks = gradients.rescaled_stacks(self.method, stacks, step.accepted)
-        done = self.method.advance(plan, state, stacks, seen, extra, step)
-        after = self.layout.after(
-            plan, self, updates, state, extra, before, done, rest.blocks, others
+        split = functools.partial(self.layout.split, plan, dtype=self.compute_dtype)
+        share = self.share
+        given = share.globally(split, updates, out=share.cut)
+        before, done = self._move(plan, given, updates, state, extra)
+        like = share.shardings((updates, state.momentum))
+        momentum = share.cut if self.layout.cuts_momentum else like[1]
+        after = share.globally(
+            Frame._after,
+            self,
+            plan,
+            updates,
+            state,
+            extra,
+            before,
+            done,
+            rest.blocks,
+            others,
+            out=After(like[0], momentum, WHOLE, WHOLE),
         )
         accepted = after.accepted
         one = accepted.astype(jnp.int32)
-        found = gradients.found | rest.found | done.outliers
-        usual = {"gradients": gradients.usual, "rest": rest.usual, **done.usual_norms}
+        found = rest.found | done.outliers
+        usual = {"gradients": before.gradients.usual, "rest": rest.usual, **done.usual_norms}
         new_state = KronState(
             count=state.count + one,
             refreshes=state.refreshes + done.refreshed.astype(jnp.int32),
@@ -289,6 +193,103 @@ class Frame:
             fallback=select(accepted, fallback, state.fallback),
         )
         return after.updates, new_state
+
+    def _after(self, plan, updates, state, extra, before, done, rest, others):
+        done = done._replace(updates=self.share.gathered(done.updates))
+        return self.layout.after(plan, self, updates, state, extra, before, done, rest, others)
+
+    def _move(
+        self, plan: AnyPlan, given: Blocks, updates: PyTree, state: KronState, extra: PyTree
+    ) -> tuple[Before, Advanced]:
+        """What comes of the blocks, on every device of its own."""
+        share, cut, dtype = self.share, self.share.cut, self.compute_dtype
+        method: PyTree = self.method  # with what `looks_twice` asks for, if it does
+        finite = self.layout.is_finite(updates)
+        state = self.layout.of_blocks(state._replace(fallback=None, layers=None))
+        taken = extra
+        if not share.is_alone:
+            taken = method.spread(plan, share, extra, updates, state, dtype)
+        specs, before_specs, done_specs = self._specs(state), *_specs_of_blocks(cut)
+        operands = given, state, taken, finite
+        kinds = cut, specs, method.spread_as(share), WHOLE
+        if share.is_alone or not method.looks_twice:
+            out = before_specs, done_specs
+            return self._on_devices(Frame._move_own, plan, operands, kinds, out)
+        learned_specs = method.learned_as(share)
+        out = before_specs, learned_specs
+        before, learned = self._on_devices(Frame._learn_own, plan, operands, kinds, out)
+        looked = method.look_from(plan, share, learned.stacks, extra, dtype)
+        operands = before, state, learned, looked
+        kinds = before_specs, specs, learned_specs, cut
+        return before, self._on_devices(Frame._finish_own, plan, operands, kinds, done_specs)
+
+    def _on_devices(self, function, plan, operands, kinds, out):
+        """A method of the frame on every device; its arguments spread as `kinds` says."""
+        arrays, rebuild = program.parts(self)
+
+        def run(arrays, *operands):
+            return function(rebuild(arrays), plan, *operands)
+
+        return self.share.run(run, (arrays, *operands), (WHOLE, *kinds), out)
+
+    def _move_own(self, plan, given, state, taken, finite):
+        before, step, seen = self._begin(plan, given, state, finite)
+        stacks = state.stacks
+        if self.method.keeps_gradients:
+            stacks = before.gradients.rescaled_stacks(self.method, stacks, step.accepted)
+        done = self.method.advance(plan, state, stacks, seen, taken, step)
+        return before, self._bound(plan, before, done)
+
+    def _learn_own(self, plan, given, state, taken, finite):
+        before, step, seen = self._begin(plan, given, state, finite)
+        method: PyTree = self.method
+        return before, method.learn(plan, state, state.stacks, seen, taken, step)
+
+    def _finish_own(self, plan, before, state, learned, looked):
+        _, seen = self._see(plan, before, state)
+        method: PyTree = self.method
+        return self._bound(plan, before, method.finish(state, learned, seen, looked))
+
+    def _begin(self, plan, given, state, finite):
+        before = self.layout.before(plan, self, given, state, finite)
+        found = self.share.any(before.gradients.found)
+        before = before._replace(gradients=before.gradients._replace(found=found))
+        return before, *self._see(plan, before, state)
+
+    def _see(self, plan, before, state):
+        """What holds of a step, and what the blocks see of it."""
+        share = self.share
+        step = Step(state.count + before.finite.astype(jnp.int32), before.finite, share)
+
+        def see(label, x):
+            sizes = self.layout.sizes(plan, label)
+            own = None if sizes is None else tuple(map(share.own, sizes))
+            newly = jnp.zeros(len(x), bool)
+            return Seen(x, before.direction[label], own, newly, plan.filled(label))
+
+        return step, {label: see(label, x) for label, x in before.gradients.blocks.items()}
+
+    def _bound(self, plan, before, done):
+        """The updates bounded, and whether there was an outlier on any device."""
+        updates = self.layout.bound(plan, self, before, done.updates)
+        found = before.gradients.found | self.share.any(jnp.asarray(done.outliers))
+        return done._replace(updates=updates, outliers=found)
+
+    def _specs(self, state: KronState) -> KronState:
+        """How the parts of a state are spread over a mesh."""
+        cut, whole = self.share.cut, jax.tree.map(lambda _: WHOLE, state)
+        usual = state.usual_norms
+        if isinstance(usual, Mapping):
+            usual = {name: WHOLE if name == "rest" else cut for name in usual}
+        momentum = cut if self.layout.cuts_momentum else self.share.shardings(state.momentum)
+        return whole._replace(stacks=cut, usual_norms=usual, momentum=momentum)
+
+
+def _specs_of_blocks(cut: Spec) -> tuple[Before, Advanced]:
+    """How what comes of the blocks is spread over a mesh."""
+    limited = outliers.Limited(blocks=cut, past=cut, usual=cut, found=WHOLE)
+    before = Before(cut, limited, cut, finite=WHOLE, momentum=cut)
+    return before, Advanced(cut, cut, *[WHOLE] * 5, usual_norms=cut)
 
 
 def transformation(

@@ -45,9 +45,7 @@ class KronPsgd(base.Preconditioner):
 
     Factors are updated, and applied, block by block in one pass. At steps between, a cached
     `P = QᴴQ` is applied, which is formed at the first of them. A block [768, 3072], say, has
-
-        factors Q_1 [768, 768], Q_2 [3072, 3072]    bounds [2]    P_1, P_2 as the factors
-
+    factors Q_1 [768, 768] and Q_2 [3072, 3072], bounds [2], and P_1, P_2 as the factors.
     """
 
     owner: str
@@ -148,8 +146,17 @@ class KronPsgd(base.Preconditioner):
         due, _ = is_update_due(state.schedule, self.update_probability, state.count)
         return blocks.all_finite(updates) & due
 
+    def spread(self, plan, share, extra, updates, state, dtype) -> PyTree:
+        """See `Preconditioner`: blocks of a probe and of its product with the Hessian."""
+        if not self.is_newton:
+            return None
+        if callable(extra):
+            due, _ = is_update_due(state.schedule, self.update_probability, state.count)
+            extra = flow.cond(due, extra, lambda: (updates, updates))
+        return tuple(share.globally(plan.split, x, dtype, out=share.cut) for x in extra)
+
     def advance(self, plan, state, stacks, seen, extra, step) -> base.Advanced:
-        """See `Preconditioner`: factors are updated and applied, or what is cached is applied."""
+        """See `Preconditioner`: factors are updated and applied, or what is cached is."""
         due, pending = is_update_due(state.schedule, self.update_probability, state.count)
         due = step.accepted & due
         if self.cache:
@@ -164,17 +171,16 @@ class KronPsgd(base.Preconditioner):
         def update(stacks):
             rows = probes.rows(drawn, shapes)
             if not self.is_newton:
-                masks = map(plan.mask, plan.stacks)
+                masks = [step.share.own(plan.mask(label)) for label in plan.stacks]
                 noise = dict(zip(plan.stacks, probes.noise(drawn, shapes, masks), strict=True))
                 return *self._update(plan, stacks, seen, noise, rows, balance_due), (None, False)
             given: PyTree = extra() if callable(extra) else extra
-            probe, product = (plan.split(tree, dtype) for tree in given)
+            alone = step.share.is_alone  # else they are blocks already
+            probe, product = (plan.split(x, dtype) if alone else x for x in given)
             limited = outliers.limit(product, usual, self.outlier_clip)
             stacks = limited.rescaled_stacks(self, stacks, due)
-            seen_of = {
-                label: x._replace(gradient=limited.blocks[label]) for label, x in seen.items()
-            }
-            done = self._update(plan, stacks, seen_of, probe, rows, balance_due)
+            fits = {k: x._replace(gradient=limited.blocks[k]) for k, x in seen.items()}
+            done = self._update(plan, stacks, fits, probe, rows, balance_due)
             return *done, (limited.usual, limited.found)
 
         def keep(stacks):
@@ -187,7 +193,8 @@ class KronPsgd(base.Preconditioner):
             cached=blocks.select(step.accepted, ~due, state.schedule.cached),
         )
         norms = {"products": usual} if self.is_newton else {}
-        return base.Advanced(stacks, updates, failures, due, step.accepted, schedule, found, norms)
+        failed = step.share.sum(failures)
+        return base.Advanced(stacks, updates, failed, due, step.accepted, schedule, found, norms)
 
     def _update(self, plan, stacks, seen, all_probes, rows, balance_due):
         """The stacks after one update, how many blocks have failed, and `P·m`."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from optax_kron.kernels import contract
 from optax_kron.layers.layer import Layer
@@ -23,8 +23,9 @@ from optax_kron.layers.paths import by_path, map_by_path
 from optax_kron.layers.plan import LayerPlan, check_layers, plan_layers
 from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms import program, validation
-from optax_kron.transforms.frame import After, Before, Frame, Layout
-from optax_kron.transforms.preconditioner import Advanced, KronState
+from optax_kron.transforms.frame import Frame
+from optax_kron.transforms.layout import After, Before, Layout
+from optax_kron.transforms.preconditioner import Advanced, Blocks, KronState
 from optax_kron.transforms.stacks import all_finite, norms
 
 # Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
@@ -69,15 +70,16 @@ class Layerwise(Layout):
     fallback: optax.GradientTransformation | None
 
     source: ClassVar[str] = "layers"
+    cuts_momentum: ClassVar[bool] = False
 
     @property
     def has_fallback(self) -> bool:
         """See `Layout`."""
         return self.fallback is not None
 
-    def plan(self, owner: str, tree: PyTree) -> LayerPlan:
+    def plan(self, owner: str, tree: PyTree, multiple: int) -> LayerPlan:
         """See `Layout`."""
-        return plan_layers(owner, self.layers, tree)
+        return plan_layers(owner, self.layers, tree, multiple)
 
     def at(self, state: KronState) -> "Layerwise":
         """See `Layout`."""
@@ -90,7 +92,7 @@ class Layerwise(Layout):
     def init(self, plan: LayerPlan, params: PyTree) -> Mapping[str, PyTree]:
         """See `Layout`: a velocity of zero, masked where a fallback has the leaf."""
         velocity = {
-            path: jnp.zeros(leaf.shape, self.momentum_dtype or leaf.dtype)
+            path: jnp.zeros_like(leaf, self.momentum_dtype or leaf.dtype)
             for path, leaf in by_path(params).items()
             if self.fallback is None or path in plan.owned
         }
@@ -142,12 +144,30 @@ class Layerwise(Layout):
         # Of a parameter that is covered in part, to what is not.
         return {path: plan.without_owned(path, u) for path, u in by_path(others).items()}, new
 
-    def before(self, plan: LayerPlan, frame: Frame, updates: PyTree, state: KronState) -> Before:
+    def split(self, plan: LayerPlan, updates: PyTree, dtype: jnp.dtype) -> Blocks:
+        """See `Layout`."""
+        leaves = by_path(updates)
+        return plan.take({path: _widened(leaves[path], dtype) for path in plan.owned}, dtype)
+
+    def is_finite(self, updates: PyTree) -> Bool[Array, ""]:
+        """See `Layout`: parameters in no layer count too."""
+        return all_finite(updates)
+
+    def of_blocks(self, state: KronState) -> KronState:
+        """See `Layout`: the velocity is that of parameters."""
+        return state._replace(momentum=None)
+
+    def before(
+        self,
+        plan: LayerPlan,
+        frame: Frame,
+        given: Blocks,
+        state: KronState,
+        finite: Bool[Array, ""],
+    ) -> Before:
         """See `Layout`: the gradients themselves are preconditioned."""
-        leaves, dtype = by_path(updates), frame.compute_dtype
-        given = plan.take({path: _widened(leaves[path], dtype) for path in plan.owned}, dtype)
         limited = frame.limit(given, state, "gradients")
-        return Before(given, limited, limited.blocks, all_finite(updates), momentum=None)
+        return Before(given, limited, limited.blocks, finite, momentum=None)
 
     def after(
         self,
@@ -163,7 +183,7 @@ class Layerwise(Layout):
     ) -> After:
         """See `Layout`: the norm constraint, then the velocity, then what the fallback has made."""
         dtype, taps = frame.compute_dtype, extra
-        differ = plan.scales_differ(before.given, taps)
+        differ = plan.scales_differ(self.split(plan, updates, dtype), taps)
         gradients = {path: _widened(g, dtype) for path, g in by_path(updates).items()}
         weight, most = loss_weight(taps, dtype)
         # A loss that weighs more than it did, once, must not lift the bound of that step.

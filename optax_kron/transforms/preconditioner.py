@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from optax_kron.kernels import contract
 from optax_kron.transforms import program
+from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.schedule import Refreshed, RefreshSchedule
 
 # A `BlockPlan` or a `LayerPlan`, and a NamedTuple of an optimizer's own: each has methods that take
@@ -87,6 +88,7 @@ class Step(NamedTuple):
     # Accepted steps, this one included.
     count: Int[Array, ""]  # pyright: ignore
     accepted: Bool[Array, ""]  # whether the gradients are finite: else nothing may change
+    share: Share = ALONE  # which of the blocks are on this device
 
 
 class Seen(NamedTuple):
@@ -94,12 +96,13 @@ class Seen(NamedTuple):
 
     gradient: Inexact[Array, "N ..."]
     direction: Inexact[Array, "N ..."]  # the momentum without bias, or the gradient
-    sizes: tuple[np.ndarray, ...] | None  # of each axis its length without padding, int [N]
+    sizes: tuple[np.ndarray | Array, ...] | None  # each axis's length without padding, int [N]
     newly: Bool[Array, " N"]  # whether it is the first gradient other than zero
+    filled: int = 1  # how many blocks there are on all devices, without those that fill up
 
 
 class Advanced(NamedTuple):
-    """What a step makes of stacks and gradients."""
+    """What a step makes of stacks and gradients; numbers are those of all devices."""
 
     stacks: Stacks
     updates: Blocks
@@ -125,6 +128,8 @@ class Preconditioner:
       refreshed: The fields of a stack that a refresh replaces.
       refreshes_first: Whether refreshes come before the update of their step, or after it.
       keeps_squares: Whether what is kept is made of squares of gradients, which must be finite.
+      looks_twice: Whether what is refreshed decides what `advance` takes of the extra arguments; it
+        then comes in two parts, `learn` and `finish`, with `look` between, as in `LayerFactors`.
       bounded: What `outlier_clip` bounds, beside gradients in no block.
       keeps_gradients: Whether what is kept is made of gradients, and not of anything else.
     """
@@ -133,6 +138,7 @@ class Preconditioner:
     refreshed: ClassVar[tuple[str, ...]] = ()
     refreshes_first: ClassVar[bool] = True
     keeps_squares: ClassVar[bool] = True
+    looks_twice: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: PyTree) -> None:
         """Refuse a class whose refreshes would never be seen."""
@@ -193,6 +199,23 @@ class Preconditioner:
         A function, of no arguments, is called when it is known that it is needed.
         """
         del plan, updates, state, extra_args
+
+    def spread(
+        self,
+        plan: AnyPlan,
+        share: Share,
+        extra: PyTree,
+        updates: PyTree,
+        state: KronState,
+        dtype: jnp.dtype,
+    ) -> PyTree:
+        """On a mesh, what `advance` takes of what `read` has returned, as arrays."""
+        del plan, share, updates, state, dtype
+        return extra
+
+    def spread_as(self, share: Share) -> PyTree:
+        """How that is spread: a tree or a prefix of one, of `share.cut` and `mesh.WHOLE`."""
+        return share.cut
 
     # ----------------------------------------------------------------------------------- the verbs
 
@@ -257,6 +280,7 @@ class Preconditioner:
         seen = {label: x._replace(newly=newly[label]) for label, x in seen.items()}
         if self.refreshes_first:
             due = any_block(newly[k] for k, stack in stacks.items() if self.can_refresh(stack))
+            due = step.share.any(due)
             refreshed = self.refresh_due(taken, seen, step, all_due=due)
             stacks, updates, missed = self._apply_all(refreshed.stacks, seen, step)
             happened = refreshed.happened
@@ -266,8 +290,8 @@ class Preconditioner:
             later = step._replace(accepted=step.accepted & (step.count > 1))
             refreshed = self.refresh_due(stacks, seen, later, all_due=jnp.zeros([], bool))
             stacks, missed = refreshed.stacks, missed + late
-            happened = refreshed.happened | any_block(newly.values())
-        failures = total(failed) + missed + refreshed.failures
+            happened = refreshed.happened | step.share.any(any_block(newly.values()))
+        failures = step.share.sum(total(failed) + missed + refreshed.failures)
         return Advanced(stacks, updates, failures, happened, step.accepted)
 
     def begin_all(
@@ -307,8 +331,9 @@ class Preconditioner:
             chosen,
             self.refreshed,
             (arrays, step),
-            {label: x.direction[0].size for label, x in seen.items()},
+            {label: (x.filled, x.direction[0].size) for label, x in seen.items()},
             step.count,
+            share=step.share,
             due=self.schedule.is_due(step.count) if due is None else due,
             all_due=all_due,
             allowed=step.accepted,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from optax_kron.kernels import flow
 from optax_kron.transforms import program, validation
+from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.stacks import cond_in_place
 
 # From stacks by label, or some rows of one, and operands that they share: the stacks refreshed, and
@@ -26,7 +27,7 @@ class Refreshed(NamedTuple):
     """What becomes of stacks at a step of a schedule."""
 
     stacks: Mapping[str, NamedTuple]
-    failures: Int[Array, ""]  # blocks that kept what they had
+    failures: Int[Array, ""]  # blocks that kept what they had, of those on this device
     happened: Bool[Array, ""]  # whether any block was refreshed
 
 
@@ -54,9 +55,10 @@ class RefreshSchedule:
         stacks: Mapping[str, NamedTuple],
         fields: tuple[str, ...],
         operands: PyTree,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, tuple[int, int]],
         count: Int[Array, ""],
         *,
+        share: Share = ALONE,
         due: Bool[Array, ""],
         all_due: Bool[Array, ""],
         allowed: Bool[Array, ""],
@@ -69,8 +71,10 @@ class RefreshSchedule:
           stacks: What is refreshed, by label.
           fields: The fields of a stack that a refresh replaces. The others are only read.
           operands: The last argument of `refresh`.
-          sizes: The number of elements of a block, by label. If staggered, large ones go first.
+          sizes: The number of blocks on all devices, and that of elements of a block, by label. If
+            staggered, large ones go first.
           count: The number of steps so far, which tells whose turn it is if staggered.
+          share: Which of the blocks are on this device.
           due: Whether the interval has ended; not looked at if staggered.
           all_due: Whether all blocks are due, also those whose turn it is not.
           allowed: Whether anything may be refreshed.
@@ -84,9 +88,9 @@ class RefreshSchedule:
         read = {label: stack._replace(**dict.fromkeys(fields)) for label, stack in stacks.items()}
         carry, reads = (old, none), (read, operands)
         if self.staggered:
-            turns = _deal(read, sizes, int(np.asarray(self.every)))
+            sizes = {label: sizes[label] for label in stacks}
             new, failures, happened = self._run_in_turns(
-                refresh, carry, reads, turns, count, all_due, allowed
+                refresh, carry, reads, sizes, share, count, all_due, allowed
             )
         else:
             happened = allowed & (all_due | due)
@@ -106,8 +110,11 @@ class RefreshSchedule:
 
         return cond_in_place(refresh_all, due, carry, reads)
 
-    def _run_in_turns(self, refresh, carry, reads, turns, count, all_due, allowed):
+    def _run_in_turns(self, refresh, carry, reads, sizes, share, count, all_due, allowed):
         every = int(np.asarray(self.every))
+        turns = _deal(sizes, every)
+        busy = np.any([rows[:, 0] < sizes[label][0] for label, rows in turns.items()], axis=0)
+        turns = {k: _of_device(rows, _count(reads[0][k]), share) for k, rows in turns.items()}
         turn = count % every
         # All turns in one step where all blocks are due, none where nothing is allowed.
         first = jnp.where(all_due, 0, turn)
@@ -115,7 +122,7 @@ class RefreshSchedule:
 
         def take_turn(turn, carry, reads):
             old, failures = carry
-            stacks, operands = reads
+            stacks, operands, turns = reads
             new = {}
             for label in old:
                 rows = jnp.asarray(turns[label])[turn]
@@ -126,9 +133,7 @@ class RefreshSchedule:
                 failures += failed
             return new, failures
 
-        new, failures = _take_turns(take_turn, every, first, last, carry, reads)
-        counts = {label: _count(stack) for label, stack in reads[0].items()}
-        busy = np.array([any(t[i, 0] < counts[x] for x, t in turns.items()) for i in range(every)])
+        new, failures = _take_turns(take_turn, every, first, last, carry, (*reads, turns))
         return new, failures, allowed & (all_due | jnp.asarray(busy)[turn])
 
 
@@ -181,9 +186,7 @@ def _refresh_rows(refresh, label, old, stack, operands, rows):
     return flow.cond(rows[0] < count, some, none, (old, stack, operands))
 
 
-def _deal(
-    stacks: Mapping[str, NamedTuple], sizes: Mapping[str, int], turns: int
-) -> dict[str, np.ndarray]:
+def _deal(sizes: Mapping[str, tuple[int, int]], turns: int) -> dict[str, np.ndarray]:
     """Whose turn is when: for each stack the rows [turns, n], filled up with a row beyond it.
 
     The blocks are dealt one by one, the largest first, so that all turns cost about as much. Of two
@@ -192,13 +195,21 @@ def _deal(
         A [[0], [1], [2]]    B [[0], [1], [2]]    (row 2 of B is beyond it)
     """
     table, dealt = {}, 0
-    for label in sorted(stacks, key=lambda label: -sizes[label]):
-        count = _count(stacks[label])
+    for label in sorted(sizes, key=lambda label: -sizes[label][1]):
+        count, _ = sizes[label]
         rows = np.full((turns, -(-count // turns)), count, np.int32)
         for row in range(count):
             rows[(dealt + row) % turns, row // turns] = row
         table[label], dealt = rows, dealt + count
     return table
+
+
+def _of_device(rows: np.ndarray, count: int, share: Share) -> np.ndarray | Array:
+    """The table of a stack, for the `count` rows of this device, filled up with a row beyond it."""
+    owned = [[row[row // count == i] % count for row in rows] for i in range(share.devices)]
+    longest = max(len(row) for device in owned for row in device)
+    table = [[np.pad(x, (0, longest - len(x)), constant_values=count) for x in y] for y in owned]
+    return share.own(np.array(table, np.int32))[0]
 
 
 def refresh_schedule(owner: str, refresh_every: ArrayLike, stagger: bool) -> RefreshSchedule:

@@ -6,7 +6,6 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
@@ -277,7 +276,7 @@ def _extents(seen: base.Seen) -> Float[Array, "N k"]:
     if seen.sizes is None:
         count, *shape = seen.gradient.shape
         return jnp.tile(jnp.asarray(shape, float), (count, 1))
-    return jnp.asarray(np.stack(seen.sizes, axis=1), float)
+    return jnp.stack(list(map(jnp.asarray, seen.sizes)), axis=1).astype(float)
 
 
 def scale_by_soap(

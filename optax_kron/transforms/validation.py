@@ -120,7 +120,8 @@ def check_stacks(owner: str, plan: Unchecked, stacks: Unchecked, source: str) ->
     if got != expected:
         raise ValueError(
             f"{owner}: the gradients do not match the state: they give stacks of blocks {got}, "
-            f"init made {expected}. Pass gradients of the parameters, and the {source}, of init."
+            f"init made {expected}. Pass gradients of the parameters, and the {source}, of init. "
+            "On a mesh, or coming from one, ok.sharding.resize_state brings a state there."
         )
 
 

@@ -168,7 +168,7 @@ def _zeros(value: Value, scans: Sequence[Node]) -> Array:
     their cotangents.
     """
     steps = tuple(scan.loop.length for scan in scans)
-    return flow.varying_like(jnp.zeros((*steps, *value.shape), value.dtype), value.aval)
+    return flow.zeros_like_type(value.aval, steps)
 
 
 def _operands(m: int, mark: Mark, records: Mapping[Key, Array]) -> list[Array]:

@@ -1,0 +1,109 @@
+"""Where the state of an optimizer lives on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from optax_kron.transforms.mesh import spec_of
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: PyTree, mesh: Mesh | AbstractMesh
+) -> PyTree[NamedSharding]:
+    """How the state of an optimizer is spread over a mesh, before there is any.
+
+    What is kept of blocks is cut along its first axis, everything else is on all devices, but for
+    what Optax keeps like the parameters: it has their shardings, as far as these are given.
+
+    Args:
+      tx: A transformation of this library, or a chain or wrapper around some.
+      params: The parameters, or `jax.ShapeDtypeStruct`s; their shardings are looked at if they are
+        on this mesh.
+      mesh: The mesh of `jax.set_mesh`.
+
+    Returns:
+      A tree like the state, of `NamedSharding`s: for `out_shardings` of `jax.jit`, for
+      `jax.device_put`, or, beside the shapes of `jax.eval_shape(tx.init, params)`, to restore a
+      checkpoint. Nothing is computed.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+      >>> shardings = ok.sharding.state_shardings(ok.soap(1e-3), params, mesh)
+      >>> with jax.set_mesh(mesh):
+      ...     state = jax.jit(ok.soap(1e-3).init, out_shardings=shardings)(
+      ...         {"kernel": jnp.zeros((64, 32))}
+      ...     )
+    """
+    # With explicit axes types tell the shardings, and types are known without any array.
+    explicit = (AxisType.Explicit,) * len(mesh.axis_names)
+    typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=explicit)
+
+    def abstract(x):
+        sharding, spec = getattr(x, "sharding", None), PartitionSpec()
+        if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
+            spec = sharding.spec
+        shape, dtype = jnp.shape(x), jnp.result_type(x)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(typed, spec))
+
+    with jax.sharding.use_abstract_mesh(typed):
+        state = jax.eval_shape(tx.init, jax.tree.map(abstract, params))
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), state)
+
+
+def resize_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
+    """A state that was made on another mesh, or on none, for the mesh of `jax.set_mesh`, or none.
+
+    Stacks of blocks are filled up to a multiple of the devices, so that their lengths depend on the
+    mesh. What fills them up is added or dropped; all else stays as it is, bit by bit.
+
+    Args:
+      tx: The transformation that made it.
+      state: Arrays that are on the devices of this mesh, or on the host, as restored from a
+        checkpoint.
+      params: The parameters, or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The state, of the shapes and with the shardings of `tx.init(params)`.
+
+    Raises:
+      ValueError: If it is no state of such parameters.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> tx, params = ok.soap(1e-3), jnp.ones((3, 2))
+      >>> with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+      ...     state = ok.sharding.resize_state(tx, tx.init(params), params)
+    """
+    made = jax.eval_shape(tx.init, params)
+    if jax.tree.structure(made) != jax.tree.structure(state):
+        raise ValueError(
+            "resize_state: the state has another structure than tx.init(params) gives: it was made "
+            "by another transformation, or with other settings."
+        )
+    resized = jax.tree_util.tree_map_with_path(_resized, state, made)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return resized
+    specs = jax.tree.map(lambda x: x.spec, state_shardings(tx, params, mesh))
+    return jax.jit(lambda x: x, out_shardings=specs)(resized)
+
+
+def _resized(path, x, like):
+    if x.shape == like.shape:
+        return x
+    if not like.shape or x.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"resize_state: {jax.tree_util.keystr(path)} has shape {x.shape}; expected "
+            f"{like.shape}, or more or fewer rows. Pass the parameters that the state was made for."
+        )
+    rows = jnp.asarray(x)[: like.shape[0]]
+    missing = like.shape[0] - len(rows)
+    return jnp.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)])

@@ -1,0 +1,169 @@
+"""Blocks on a mesh: each device owns some rows of every stack, and works on those alone.
+
+Inside of `jax.set_mesh(mesh)` the first axis of every stack is cut, after it was padded to a
+multiple of the devices with blocks that never see a gradient. Gradients, however they are sharded,
+become stacks by one exchange, each device does what one device does with its own rows, and a second
+exchange brings updates back to where the gradients were. Of 17 blocks, on a mesh of 2×4 devices:
+
+    gradients → stack [24, 64, 64], 3 rows on each of the 8 devices → updates
+
+Between the exchanges devices agree on single numbers alone, such as whether all is finite.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Bool, PyTree, Shaped
+
+from optax_kron.transforms import program
+
+Spec = Any  # a PartitionSpec, in trees that have arrays in its place
+WHOLE: Spec = PartitionSpec()  # the same on all devices
+ANY: Spec = PartitionSpec(PartitionSpec.UNCONSTRAINED)  # as the compiler likes
+
+# Of NumPy, as it is known without a mesh; on one the rows of a device are an array of JAX.
+Table = TypeVar("Table", bound=np.ndarray | None)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which rows of a stack a device owns; without a mesh it owns all of them.
+
+    Attributes:
+      axes: Names of the mesh axes that cut stacks.
+      devices: How many devices these count.
+      automatic: Whether the compiler chooses shardings, rather than types of arrays.
+    """
+
+    axes: tuple[str, ...] = ()
+    devices: int = 1
+    automatic: bool = True
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no mesh to think of."""
+        return not self.axes
+
+    @property
+    def cut(self) -> Spec:
+        """The sharding of a stack."""
+        return WHOLE if self.is_alone else PartitionSpec(self.axes)
+
+    # ------------------------------------------------------------------------ from the whole mesh
+
+    def globally(self, make: Callable[..., PyTree], *operands: PyTree, out: PyTree) -> PyTree:
+        """`make(*operands)`, on all of every array, with the result spread as `out` says.
+
+        The compiler finds how to make it, whatever the types of arrays say of their shardings.
+
+        Args:
+          make: Of pytrees of arrays.
+          *operands: Those, and what else it takes.
+          out: A tree, or a prefix of one, of shardings: `cut`, `WHOLE`, those of `shardings`, or
+            `ANY`. What is cut has a number of rows that is a multiple of the devices.
+        """
+        if self.is_alone:
+            return make(*operands)
+        arrays, rebuild = program.parts(operands)
+
+        def spread(arrays):
+            made = make(*rebuild(arrays))
+            specs = jax.tree.broadcast(out, made, is_leaf=_is_spec)
+            return jax.tree.map(_constrained, made, specs)
+
+        if self.automatic:
+            return spread(arrays)
+        return jax.sharding.auto_axes(spread, out_sharding=out)(arrays)
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """Those of the leaves of a tree, where their types tell; else `ANY`."""
+        if self.automatic:
+            return jax.tree.map(lambda _: ANY, tree)
+        return jax.tree.map(spec_of, tree)
+
+    def gathered(self, stacks: PyTree) -> PyTree:
+        """Stacks with all rows on every device, inside of what is made `globally`.
+
+        One collective for each. Left alone, the compiler takes one for every use of their rows.
+        """
+        if self.is_alone:
+            return stacks
+        return jax.tree.map(lambda x: _constrained(x, WHOLE), stacks)
+
+    def run(self, function: Callable[..., PyTree], operands: tuple, cut: tuple, out: PyTree):
+        """`function(*operands)`, on every device with its own rows.
+
+        Args:
+          function: Of pytrees of arrays.
+          operands: Those.
+          cut: For each of them, or parts of them, `self.cut` or `WHOLE`.
+          out: The same for the result.
+        """
+        if self.is_alone:
+            return function(*operands)
+        return jax.shard_map(function, in_specs=cut, out_specs=out)(*operands)
+
+    # ------------------------------------------------------------------------ from a single device
+
+    def own(self, table: Table) -> Table:
+        """Of a table of all rows of a stack, [N, ...] or `None`, the device's own."""
+        if self.is_alone or table is None:
+            return table
+        count = len(table) // self.devices
+        first = jax.lax.axis_index(self.axes) * count
+        rows: PyTree = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), first, count)
+        return rows
+
+    def any(self, condition: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        """Whether something holds on any device."""
+        if self.is_alone:
+            return condition
+        return jax.lax.psum(condition.astype(jnp.int32), self.axes) > 0
+
+    def all(self, condition: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        """Whether something holds on all devices."""
+        return condition if self.is_alone else ~self.any(~condition)
+
+    def sum(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        """The sum over devices."""
+        return x if self.is_alone else jax.lax.psum(x, self.axes)
+
+    def max(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        """The largest of numbers that are not NaN."""
+        return x if self.is_alone else jax.lax.pmax(x, self.axes)
+
+
+ALONE = Share()  # without a mesh
+
+
+def ambient() -> Share:
+    """The share of a device of the mesh of `jax.set_mesh`.
+
+    Inside of `jax.shard_map` a program is that of one device, which owns all that it sees.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = any(kind == AxisType.Explicit for kind in mesh.axis_types)
+    # Of a single device too, explicit axes are in the types of arrays.
+    if mesh.empty or mesh.manual_axes or (mesh.size == 1 and not explicit):
+        return ALONE
+    return Share(tuple(mesh.axis_names), mesh.size, automatic=not explicit)
+
+
+def spec_of(x: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
+    """The sharding that the type of an array tells, of those on an explicit mesh."""
+    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
+    return WHOLE if sharding is None else sharding.spec
+
+
+def _is_spec(x: object) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _constrained(x: Array, spec: PartitionSpec) -> Array:
+    return x if spec is ANY else jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,108 @@
+"""On a mesh of eight devices every optimizer does what it does on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_kron as ok
+
+from ..contract.table import ROWS, Problem, largest_difference, random_like, updater
+
+# Compiled otherwise, programs differ in rounding, which some optimizers blow up at first.
+jax.config.update("jax_enable_x64", True)
+
+KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+SPECS = {"automatic": PartitionSpec(), "explicit": PartitionSpec(None, ("x", "y"))}
+# One for each kind of state, of extra argument and of schedule.
+TO_RUN = (
+    "kron_psgd-EQ",
+    "kron_psgd-newton",
+    "shampoo-eigh",
+    "soap-kl_soap",
+    "kfac-captured",
+    "ekfac-captured",
+    "branch_kfac",
+    "adagrad",
+)
+CHOSEN = [row for row in ROWS if row.name in TO_RUN]
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2, 4), ("x", "y"), axis_types=(KINDS[kind],) * 2)
+
+
+@functools.cache
+def problem():
+    """Three layers of one shape, one with a bias, a scale; 16 examples.
+
+    All are square: of a longer axis the statistics have no unique eigenvectors at first.
+    """
+    rng = np.random.default_rng(0)
+    shapes = {"a": (8, 8), "b": (8, 8), "c": (8, 8), "out": (8, 8), "bias": (8,), "scale": ()}
+    params = {k: jnp.asarray(rng.normal(size=s)) * 0.3 for k, s in shapes.items()}
+    x, y = (jnp.asarray(rng.normal(size=s)) for s in ((16, 8), (16, 8)))
+
+    def loss(params, x, y):
+        for name in "abc":
+            x = jnp.tanh(x @ params[name])
+        out = params["scale"] * (x @ params["out"]) + params["bias"][None]
+        return jnp.mean(jnp.sum(ok.losses.squared_error(out, y), axis=-1))
+
+    return Problem(params, loss, (x, y))
+
+
+def place(mesh, tree, spec):
+    """The arrays of a tree on the mesh, matrices with one sharding and all else replicated."""
+
+    def put(x):
+        return jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec()))
+
+    return jax.tree.map(put, tree)
+
+
+@functools.cache
+def trained(row, mesh=None, spec=None, steps=5):
+    """Updates and the state of some steps, the fourth with a gradient that is not finite."""
+    known = problem()
+    double = {} if row.name == "branch_kfac" else {"factor_dtype": jnp.float64}
+    tx = row.make(known, **double)
+    params = known.params if mesh is None else place(mesh, known.params, spec)
+    state, every = tx.init(params), []
+    types = jax.tree.map(jax.typeof, state)
+
+    @jax.jit
+    def step(grads, params, state):
+        updates, state = updater(row, tx, known)(grads, state, params)
+        return updates, optax.apply_updates(params, updates), state
+
+    for count in range(steps):
+        grads = random_like(known.params, count, scale=np.nan if count == 3 else 1.0)
+        grads = grads if mesh is None else place(mesh, grads, spec)
+        updates, params, state = step(grads, params, state)
+        every.append(jax.device_get(updates))
+        assert jax.tree.map(jax.typeof, state) == types
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+    return every, state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", CHOSEN, ids=str)
+def test_updates_are_those_of_one_device(row, kind):
+    expected, one = trained(row)
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        got, state = trained(row, mesh, SPECS[kind])
+    scale = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected))
+    assert largest_difference(got, expected) < 1e-10 * scale
+    for name in ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps"):
+        counters = (optax.tree.get_all_with_path(s, name) for s in (one, state))
+        for (_, mine), (_, other) in zip(*counters, strict=True):
+            assert mine == other, name
+    if row.name != "branch_kfac":  # which keeps nothing of blocks
+        rows = jax.tree.leaves(optax.tree.get(state, "stacks"))
+        assert all(len(x) == 8 * len(x.addressable_shards[0].data) for x in rows)

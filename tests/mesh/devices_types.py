@@ -1,0 +1,117 @@
+"""Types of states and updates, shardings included, stay what they are on an explicit mesh."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_kron as ok
+from optax_kron.kernels import psgd
+from optax_kron.transforms.mesh import spec_of
+
+from ..contract.table import quick_jit
+
+DENSE = [ok.Layer("dense", kernel="", block_axes=(0,))]
+
+
+def taps(params):
+    """By hand, of a layer whose kernel is [2, 8, 4]."""
+    inputs, grads = jnp.ones((2, 3, 1, 8)), jnp.ones((1, 2, 3, 1, 4))
+    return {"taps": ok.Taps({"dense": ok.Tap(inputs, grads)})}
+
+
+OPTIMIZERS = {
+    **{f"kron_psgd {x}": (ok.kron_psgd(1.0, geometry=x), None) for x in psgd.GEOMETRIES},
+    "kron_psgd newton": (
+        ok.kron_psgd(1.0, criterion="newton"),
+        lambda params: {"hvp_fn": lambda v: v},
+    ),
+    **{x: (ok.soap(1.0, variant=x), None) for x in ("soap", "kl_soap", "kl_shampoo")},
+    "soap eigh": (ok.soap(1.0, basis="eigh", refresh_every=2, stagger=True), None),
+    "shampoo": (ok.shampoo(1.0), None),
+    "shampoo newton": (ok.shampoo(1.0, root_method="newton", grafting=None), None),
+    "kfac": (ok.kfac(1.0, layers=DENSE), taps),
+    "ekfac": (ok.ekfac(1.0, layers=DENSE), taps),
+    "branch_kfac": (ok.branch_kfac(1.0), lambda params: {"branches": jnp.ones((6, 4))}),
+}
+SPECS = {
+    "middle": PartitionSpec(None, "x"),
+    "first": PartitionSpec("x"),
+    "replicated": PartitionSpec(),
+}
+
+
+@pytest.fixture
+def mesh():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+def abstract_types(tree):
+    """Of what `jax.eval_shape` returns."""
+
+    def kind(x):
+        axes = [*spec_of(x), *[None] * x.ndim]
+        return x.shape, x.dtype, axes[: x.ndim]
+
+    return jax.tree.map(kind, tree)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_types_are_stable(name, spec, mesh):
+    tx, extras = OPTIMIZERS[name]
+    shape = (8, 8, 4) if spec == "first" and extras is not taps else (2, 8, 4)
+    spec = SPECS["middle" if spec == "first" and extras is taps else spec]
+    params = jnp.ones(shape, jnp.float16, out_sharding=NamedSharding(mesh, spec))
+    given = {} if extras is None else extras(params)
+    state = tx.init(params)
+    # Without compiling: types are known as soon as a program is traced.
+    expected = abstract_types(jax.eval_shape(lambda *x: x, params, state))
+    assert abstract_types(jax.eval_shape(tx.init, params)) == expected[1]
+    update = jax.eval_shape(lambda g, s, p: tx.update(g, s, p, **given), params, state, params)
+    assert abstract_types(update) == expected
+    assert jax.tree.structure(tx.init(jax.ShapeDtypeStruct(shape, jnp.float16)))
+
+
+@pytest.mark.parametrize("name", ["kron_psgd EQ", "soap", "kfac"])
+def test_types_are_stable_with_and_without_jit(name, mesh):
+    tx, extras = OPTIMIZERS[name]
+    sharding = NamedSharding(mesh, SPECS["middle"])
+    params = jnp.ones((2, 8, 4), jnp.float16, out_sharding=sharding)
+    given = {} if extras is None else extras(params)
+    state = tx.init(params)
+    assert types(jax.jit(tx.init)(params)) == types(state)
+    update = quick_jit(lambda grads, state: tx.update(grads, state, params, **given))
+    assert types(update(params, state)) == types((params, state))
+    assert types(tx.update(params, state, params, **given)) == types((params, state))
+
+
+WRAPPED = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"a": True, "b": False}),
+    "partition": lambda tx: optax.partition(
+        {"own": tx, "other": optax.adam(1.0)}, {"a": "own", "b": "other"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(ok.soap)(
+        learning_rate=optax.linear_schedule(1.0, 0.1, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_keep_working(name, mesh):
+    tx = WRAPPED[name](ok.soap(1.0))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    params = {k: jnp.ones((8, 4), out_sharding=sharding) for k in "ab"}
+    state = tx.init(params)
+    expected = abstract_types(jax.eval_shape(lambda *x: x, params, state))
+    assert abstract_types(jax.eval_shape(tx.update, params, state, params)) == expected
