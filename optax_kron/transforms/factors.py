@@ -187,7 +187,7 @@ class LayerFactors(Preconditioner):
 
         def make(taps, due):
             observe = functools.partial(self.observe, plan, taps, dtype)
-            if self._takes_every_step or not plan.stacks:
+            if self._takes_every_step:
                 return observe()
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(observe))
             return flow.cond(due, observe, lambda: nothing._replace(taps_finite=~due))
@@ -323,6 +323,8 @@ class LayerFactors(Preconditioner):
 
     def observe(self, plan: LayerPlan, taps: Taps, dtype: jnp.dtype) -> Observed:
         """Second moments of taps in canonical form, in one dtype."""
+        if not plan.stacks:
+            return Observed({}, {}, {}, jnp.ones([], bool))
         # Of the layers that are here, others may be masked.
         used = {m.layer.name: taps[m.layer.name] for m in plan.members}
         settings = {"approx": self.approx, "dtype": dtype, "precision": self.precision}
@@ -357,9 +359,6 @@ class LayerFactors(Preconditioner):
         stacks: Stacks,
     ) -> Taken:
         """Average what the layers saw into the factors."""
-        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        if not stacks:
-            return Taken(stacks, none, jnp.ones([], bool), no)
         observed = observe()
         new, failed, strange = {}, [], []
         for label, stack in stacks.items():

@@ -278,6 +278,8 @@ class Frame:
     def _specs(self, state: KronState) -> KronState:
         """How the parts of a state are spread over a mesh."""
         cut, whole = self.share.cut, jax.tree.map(lambda _: WHOLE, state)
+        if not isinstance(state.stacks, Mapping):  # there are no leaves
+            return whole
         usual = state.usual_norms
         if isinstance(usual, Mapping):
             usual = {name: WHOLE if name == "rest" else cut for name in usual}

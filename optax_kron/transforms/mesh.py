@@ -11,6 +11,7 @@ Between the exchanges devices agree on single numbers alone, such as whether all
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -148,11 +149,14 @@ def ambient() -> Share:
     Inside of `jax.shard_map` a program is that of one device, which owns all that it sees.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = any(kind == AxisType.Explicit for kind in mesh.axis_types)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     # Of a single device too, explicit axes are in the types of arrays.
     if mesh.empty or mesh.manual_axes or (mesh.size == 1 and not explicit):
         return ALONE
-    return Share(tuple(mesh.axis_names), mesh.size, automatic=not explicit)
+    # Types tell of explicit axes alone: where there are any, others take no part.
+    axes = explicit or tuple(mesh.axis_names)
+    return Share(axes, math.prod(mesh.shape[name] for name in axes), automatic=not explicit)
 
 
 def spec_of(x: Array | jax.ShapeDtypeStruct) -> PartitionSpec:

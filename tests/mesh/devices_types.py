@@ -10,7 +10,7 @@ import optax_kron as ok
 from optax_kron.kernels import psgd
 from optax_kron.transforms.mesh import spec_of
 
-from ..contract.table import quick_jit
+from ..contract.table import largest_difference, quick_jit
 
 DENSE = [ok.Layer("dense", kernel="", block_axes=(0,))]
 
@@ -115,3 +115,29 @@ def test_wrappers_keep_working(name, mesh):
     state = tx.init(params)
     expected = abstract_types(jax.eval_shape(lambda *x: x, params, state))
     assert abstract_types(jax.eval_shape(tx.update, params, state, params)) == expected
+
+
+@pytest.mark.parametrize("name", ["kron_psgd EQ", "soap", "shampoo", "kfac"])
+def test_trees_without_leaves(name, mesh):
+    tx, _ = OPTIMIZERS[name]
+    if name == "kfac":
+        tx = ok.kfac(1.0, layers=[])
+    for params in ({}, {"empty": jnp.zeros((0, 8))}):
+        updates, state = tx.update(params, tx.init(params), params)
+        assert types(updates) == types(params)
+        assert optax.tree.map_params(tx, lambda x: x, state) is not None
+
+
+def test_of_explicit_and_automatic_axes_the_explicit_ones_take_part():
+    kinds = AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=kinds)
+    params = {k: jnp.ones((4, 4)) for k in "abc"}
+    tx = ok.soap(1.0)
+    expected, _ = tx.update(params, tx.init(params))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec("x")))
+        state = tx.init(params)
+        updates, state = tx.update(params, state)
+        assert types(updates) == types(params)
+    assert {len(x) for x in jax.tree.leaves(optax.tree.get(state, "stacks"))} == {4}
+    assert largest_difference(jax.device_get(updates), expected) < 1e-6
