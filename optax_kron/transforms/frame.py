@@ -153,9 +153,9 @@ class Frame:
         """One step, with what the fallback has made of the rest, and its new state."""
         plan = self.plan(updates)
         rest = self._rest(updates, state) if rest is None else rest
-        split = functools.partial(self.layout.split, plan, dtype=self.compute_dtype)
         share = self.share
-        given = share.globally(split, updates, out=share.cut)
+        split = functools.partial(self.layout.split, plan)
+        given = share.split(split, updates, self.compute_dtype)
         before, done = self._move(plan, given, updates, state, extra)
         like = share.shardings((updates, state.momentum))
         momentum = share.cut if self.layout.cuts_momentum else like[1]

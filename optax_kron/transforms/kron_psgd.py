@@ -153,7 +153,7 @@ class KronPsgd(base.Preconditioner):
         if callable(extra):
             due, _ = is_update_due(state.schedule, self.update_probability, state.count)
             extra = flow.cond(due, extra, lambda: (updates, updates))
-        return tuple(share.globally(plan.split, x, dtype, out=share.cut) for x in extra)
+        return tuple(share.split(plan.split, x, dtype) for x in extra)
 
     def advance(self, plan, state, stacks, seen, extra, step) -> base.Advanced:
         """See `Preconditioner`: factors are updated and applied, or what is cached is."""

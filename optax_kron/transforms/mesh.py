@@ -82,6 +82,21 @@ class Share:
             return spread(arrays)
         return jax.sharding.auto_axes(spread, out_sharding=out)(arrays)
 
+    def split(self, make: Callable[..., PyTree], tree: PyTree, *settings: PyTree) -> PyTree:
+        """Stacks `make(tree, *settings)`, cut, of arrays that are sharded in any way.
+
+        One exchange for each stack. Where nothing is known to be sharded, all rows are put together
+        on every device first, which gathers those that are: left alone, the compiler would send the
+        rows one by one, also those that every device has.
+        """
+        sharded = not self.automatic and any(any(spec_of(x)) for x in jax.tree.leaves(tree))
+
+        def together(tree, *settings):
+            made = make(tree, *settings)
+            return made if sharded else self.gathered(made)
+
+        return self.globally(together, tree, *settings, out=self.cut)
+
     def shardings(self, tree: PyTree) -> PyTree:
         """Those of the leaves of a tree, where their types tell; else `ANY`."""
         if self.automatic:
