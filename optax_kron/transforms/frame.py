@@ -132,6 +132,10 @@ class Frame:
         kept = state._replace(fallback=None)
         made, kept = (x._replace(stacks=self.method.needed(x.stacks)) for x in (made, kept))
         validation.check_state(self.owner, made, kept)
+        out = outliers.Limited(self.layout.rest_specs(plan, updates, self.share), *[WHOLE] * 3)
+        return self.share.globally(Frame._limited_rest, self, plan, updates, state, out=out)
+
+    def _limited_rest(self, plan, updates, state):
         rest = self.layout.rest(plan, updates, self.compute_dtype)
         limited = self.limit({path: x[None] for path, x in rest.items()}, state, "rest")
         return limited._replace(blocks={path: x[0] for path, x in limited.blocks.items()})
@@ -204,7 +208,7 @@ class Frame:
         """What comes of the blocks, on every device of its own."""
         share, cut, dtype = self.share, self.share.cut, self.compute_dtype
         method: PyTree = self.method  # with what `looks_twice` asks for, if it does
-        finite = self.layout.is_finite(updates)
+        finite = share.globally(self.layout.is_finite, updates, out=WHOLE)
         state = self.layout.of_blocks(state._replace(fallback=None, layers=None))
         taken = extra
         if not share.is_alone:

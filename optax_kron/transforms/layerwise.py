@@ -25,6 +25,7 @@ from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.frame import Frame
 from optax_kron.transforms.layout import After, Before, Layout
+from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, Blocks, KronState
 from optax_kron.transforms.stacks import all_finite, norms
 
@@ -120,6 +121,11 @@ class Layerwise(Layout):
         return {
             path: plan.without_owned(path, _widened(leaves[path], dtype)) for path in plan.uncovered
         }
+
+    def rest_specs(self, plan: LayerPlan, updates: PyTree, share: Share) -> Mapping[str, Spec]:
+        """See `Layout`."""
+        leaves = by_path(updates)
+        return share.shardings({path: leaves[path] for path in plan.uncovered})
 
     def fall_back(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.transforms import outliers
+from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, AnyPlan, Blocks, KronState
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Layout:
     def rest(self, plan: AnyPlan, updates: PyTree, dtype: jnp.dtype) -> Mapping[str, Array]:
         """Gradients of what is in no block, by path."""
         del plan, updates, dtype
+        return {}
+
+    def rest_specs(self, plan: AnyPlan, updates: PyTree, share: Share) -> Mapping[str, Spec]:
+        """How these are spread over a mesh: as the gradients are."""
+        del plan, updates, share
         return {}
 
     def split(self, plan: AnyPlan, updates: PyTree, dtype: jnp.dtype) -> Blocks:

@@ -141,3 +141,18 @@ def test_of_explicit_and_automatic_axes_the_explicit_ones_take_part():
         assert types(updates) == types(params)
     assert {len(x) for x in jax.tree.leaves(optax.tree.get(state, "stacks"))} == {4}
     assert largest_difference(jax.device_get(updates), expected) < 1e-6
+
+
+@pytest.mark.parametrize("make", [ok.kfac, ok.ekfac], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("fallback", [None, optax.scale_by_adam()], ids=["none", "adam"])
+def test_what_is_in_no_layer_may_be_sharded(make, fallback, mesh):
+    tx = make(1.0, layers=[ok.Layer("a", kernel="a")], fallback=fallback)
+    taps = {"taps": ok.Taps({"a": ok.Tap(jnp.ones((5, 8)), jnp.ones((5, 8)))})}
+    shapes = {"a": (8, 8), "b": (8, 3), "c": (8,), "d": (16,), "e": (2,)}
+    params = {
+        k: jnp.ones(s, out_sharding=SPECS["replicated" if k == "e" else "first"])
+        for k, s in shapes.items()
+    }
+    state = tx.init(params)
+    updates, new = tx.update(params, state, params, **taps)
+    assert types((updates, new)) == types((params, state))
