@@ -62,7 +62,12 @@ def pytest_report_header():
 
 
 def _group(item):
-    """Tests that share compiled programs: of one row of the contract's table, or of one file."""
+    """Tests that share compiled programs: of one row of the contract's table, or of one file.
+
+    One that is marked as a `subprocess` shares none, and is free for any worker.
+    """
+    if item.get_closest_marker("subprocess"):
+        return item.nodeid
     parameters = getattr(item, "callspec", None)
     row = parameters.params.get("row") if parameters else None
     return item.nodeid.split("::")[0] if row is None else f"row {row}"

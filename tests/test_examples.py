@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.subprocess
+
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 170  # seconds; compilation dominates
 # A few steps are no reason to optimise programs.

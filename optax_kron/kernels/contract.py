@@ -188,13 +188,15 @@ def matmul_exact(
 def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
     """The largest magnitude of a real or imaginary part: zero, finite or not just as the array.
 
-    One reduction, where `isfinite` and `all` would be several. Of an array with NaN it is infinite.
+    One reduction, where `isfinite` and `all` would be several. NaN carries through, or as infinity.
     """
     magnitude = jnp.abs(x)
     if jnp.iscomplexobj(x):
         magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
-    # Of an array that is sharded, a maximum over devices leaves out NaN, but not infinity.
-    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
+    # Of an array that is sharded, a maximum over devices loses NaN, but not infinity. A device that
+    # is alone, or a program that is that of one, need not pay for that: it would not be fused.
+    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
     return jnp.max(magnitude, axis=axis, initial=0)
 
 

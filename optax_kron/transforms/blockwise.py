@@ -227,4 +227,6 @@ def _of_leaf(
     reduced = jnp.zeros(leaves, values.dtype).at[owners]
     if reduction == "sum":
         return share.sum(reduced.add(values))[owners]
+    # What is not finite stays so: a maximum over devices may lose NaN, but not infinity.
+    values = jnp.where(jnp.isfinite(values), values, jnp.inf)
     return share.max(reduced.max(values))[owners]

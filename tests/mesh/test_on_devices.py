@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.subprocess
+
 HERE = Path(__file__).parent
 CASES = sorted(path.name for path in HERE.glob("devices_*.py"))
 
