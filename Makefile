@@ -19,8 +19,8 @@ PEER_PINS := psgd-jax==0.2.9 jax==0.4.38 jaxlib==0.4.38 optax==0.2.4 flax==0.10.
 # kfac-jax 0.0.8 works with JAX 0.8.0 and 0.9.0, and fails on a dense layer with 0.10.
 KFAC_PINS := kfac-jax==0.0.8 jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 scikit-learn
 
-# A file stays with one worker, as its tests share what they have compiled.
-WORKERS := -n 2 --dist loadfile
+# Tests that share compiled programs stay with one worker; tests/conftest.py groups them.
+WORKERS := -n 2 --dist loadgroup
 
 # What the oldest supported JAX is tested with.
 OLDEST_PARTS := tests/capture tests/contract tests/kernels tests/operators

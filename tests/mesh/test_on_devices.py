@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 CASES = sorted(path.name for path in HERE.glob("devices_*.py"))
 
 
+@pytest.mark.timeout(900)  # of a whole file; within it each test has the limit of all others
 @pytest.mark.parametrize("name", CASES)
 def test_on_eight_devices(name):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
