@@ -250,7 +250,7 @@ def inverses(
             damped = factor + shift[:, None]
             definite = damped > 0
             inverse = jnp.where(definite, 1 / jnp.where(definite, damped, 1), jnp.nan)
-            results[i] = inverse, jnp.all(jnp.isfinite(inverse), axis=1)
+            results[i] = inverse, contract.all_finite(inverse, axis=1)
     indices = range(len(factors))
     return [results[i][0] for i in indices], [results[i][1] for i in indices]
 

@@ -70,12 +70,12 @@ def inverses(
             for n, members in enumerate(levels)
         ]
         for members, pool in zip(levels, _invert(pools), strict=True):
-            largest = contract.largest_magnitude(pool, axis=(1, 2))
+            finite = contract.all_finite(pool, axis=(1, 2))
             start = 0
             for i in members:
                 count, length, _ = stacks[i].shape
                 inverse = pool[start : start + count, :length, :length]
-                results[i] = inverse, jnp.isfinite(largest[start : start + count])
+                results[i] = inverse, finite[start : start + count]
                 start += count
     indices = range(len(stacks))
     return [results[i][0] for i in indices], [results[i][1] for i in indices]

@@ -50,7 +50,7 @@ def inverse_root(
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Guo and Higham (2006), doi:10.1137/050643374.
     """
-    largest = jnp.max(jnp.abs(matrix))
+    largest = contract.largest_magnitude(matrix)
     # Relative to the largest entry nothing overflows, or vanishes beside it.
     unit = matrix / jnp.where(largest == 0, jnp.nan, largest)
     epsilon = jnp.asarray(epsilon, largest.dtype)
@@ -61,7 +61,7 @@ def inverse_root(
     if matrix.ndim == 1:
         damped = jnp.maximum(unit, 0) + epsilon
         root = damped ** (-1 / order)
-        residual = jnp.max(jnp.abs(root**order * damped - 1))
+        residual = contract.largest_magnitude(root**order * damped - 1)
     else:
         wide = _in_float64(compute)
         root, residual = flow.platform_dependent(
@@ -117,7 +117,8 @@ def _inverse_root(
         expected = jnp.where(near, (values + shift) / shifted, 1)
         identity = matmul_exact(basis * expected[None], basis.conj().T)
     # A power of a root loses the digits that the condition number takes; so does the check of it.
-    return root, jnp.max(jnp.abs(matmul_exact(_power(root, order), damped) - identity))
+    error = matmul_exact(_power(root, order), damped) - identity
+    return root, contract.largest_magnitude(error)
 
 
 def _newton(matrix: Matrix, order: int) -> Matrix:
@@ -136,7 +137,7 @@ def _newton(matrix: Matrix, order: int) -> Matrix:
     tolerance = size * jnp.finfo(real).eps / 8
 
     def distance(M):
-        return jnp.max(jnp.abs(M - identity))
+        return contract.largest_magnitude(M - identity)
 
     def approaching(error, last):
         # Until the smallest eigenvalues have grown, the error is one, up to rounding.

@@ -63,7 +63,7 @@ def spectrum(values: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Bool[Array
 
     Those are at most d·eps of the largest, with d the longest axis; if negative, they become zero.
     """
-    largest = jnp.max(jnp.abs(values), initial=0)
+    largest = contract.largest_magnitude(values)
     null = jnp.abs(values) <= max(values.shape) * jnp.finfo(values.dtype).eps * largest
     return jnp.where(null & (values < 0), 0, values), null
 

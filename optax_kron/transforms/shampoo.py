@@ -170,7 +170,7 @@ class Shampoo(Preconditioner):
                 S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
                 root, residual = roots.inverse_root(S, order, damping, method=self.root_method)
                 root = root.astype(new[axis].dtype)  # where it may overflow
-                finite &= jnp.isfinite(contract.largest_magnitude(root))
+                finite &= contract.all_finite(root)
                 accurate &= finite & (residual <= _LARGEST_RESIDUAL)
                 new[axis] = root
             block, failed = guarded(block, Change({"roots": tuple(new)}, wanted, accurate))

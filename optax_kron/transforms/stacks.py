@@ -146,20 +146,21 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
         if leaf.ndim < 2:
             vectors[leaf.dtype].append(leaf.ravel())
         else:
-            checks.append(contract.largest_magnitude(leaf))
+            checks.append(contract.all_finite(leaf))
     # Vectors together, as one kernel is quicker to compile than many, and to run.
-    checks += [contract.largest_magnitude(jnp.concatenate(group)) for group in vectors.values()]
-    return jnp.all(jnp.stack([jnp.isfinite(x) for x in checks])) if checks else jnp.asarray(True)
+    checks += [contract.all_finite(jnp.concatenate(group)) for group in vectors.values()]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
 
 
 def finite_blocks(arrays: Iterable[Array]) -> Bool[Array, " N"]:
     """Whether all that arrays [N, ...] hold of a block is finite."""
-    return jnp.all(jnp.stack(finite_rows([largest_of_blocks(x)[:, None] for x in arrays])), axis=0)
+    checks = [contract.all_finite(x, axis=tuple(range(1, x.ndim))) for x in arrays]
+    return jnp.all(jnp.stack(checks), axis=0)
 
 
 def finite_rows(rows: Sequence[Array]) -> list[Bool[Array, " N"]]:
     """Whether every row of arrays [N, d] is finite, [N] for each array."""
-    finite = jnp.isfinite(contract.largest_magnitude(contract.ragged_rows(rows), axis=1))
+    finite = contract.all_finite(contract.ragged_rows(rows), axis=1)
     return jnp.split(finite, np.cumsum([len(x) for x in rows])[:-1])
 
 

@@ -111,16 +111,18 @@ def complex_parabola():
     return Problem(params, _squared_distance(solution), solution=solution)
 
 
-def regression():
-    """A dense layer of 3 to 2 units: the workhorse of the tests that are not about speed."""
+def regression(d_in=3, d_out=2):
+    """A dense layer, small if not told: the workhorse of the tests that are not about speed."""
     rng = np.random.default_rng(2)
-    x, y, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (5, 2), (3, 2)))
+    shapes = (5, d_in), (5, d_out), (d_in, d_out)
+    x, y, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
 
     def loss_fn(params, x, y):
         out = x @ params["kernel"] + params["bias"][None]
         return jnp.mean(jnp.sum(ok.losses.squared_error(out, y), axis=-1))
 
-    return Problem({"kernel": kernel, "bias": jnp.array([0.5, -0.5], jnp.float32)}, loss_fn, (x, y))
+    bias = jnp.resize(jnp.array([0.5, -0.5], jnp.float32), d_out)
+    return Problem({"kernel": kernel, "bias": bias}, loss_fn, (x, y))
 
 
 def perceptron():

@@ -68,6 +68,24 @@ def test_gradient_that_is_not_finite_changes_nothing_but_its_counter(row, when):
 
 
 @core_rows
+def test_one_element_of_many_that_is_not_finite_is_seen(row):
+    # XLA's maximum of a thousand numbers or more loses NaN.
+    problem = regression(72, 64)
+    params = {**problem.params, "long": jnp.ones(1500), "tensor": jnp.ones((16, 16, 16))}
+    problem = Problem(params, problem.loss_fn, problem.args)
+    tx = row.make(problem)
+    update = quick_jit(updater(row, tx, problem))
+    grads = random_like(params)
+    _, state = update(grads, tx.init(params), params)
+    for name in grads:
+        for old in (tx.init(params), state):
+            updates, after = update(_spoil(grads, name, np.nan), old, params)
+            chex.assert_trees_all_equal(updates, optax.tree.zeros_like(grads))
+            chex.assert_trees_all_equal(_kept(after), _kept(old))
+            assert get(after, "skipped_steps") == 1
+
+
+@core_rows
 @pytest.mark.filterwarnings("ignore:.*no parameter belongs to a layer")  # complex ones have none
 def test_not_finite_imaginary_part(row):
     if not row.supports_complex:

@@ -142,3 +142,37 @@ def test_folding_undoes_unfolding(shape):
     for axis in range(len(shape)):
         unfolded = contract.unfold(X, axis)
         np.testing.assert_array_equal(contract.fold(unfolded, axis, shape), X)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("shape", [(3,), (50, 100), (2, 3, 40_000)])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_largest_magnitude_of_what_is_not_finite(x64, dtype, shape, bad):
+    # In the place of one element, of a row, of all: XLA's own maximum loses NaN of many numbers.
+    clean = np.random.default_rng(0).normal(size=shape)
+    for place in (np.s_[..., -1], np.s_[0], np.s_[...]):
+        spoilt = clean.copy()
+        spoilt[place] = bad
+        x = jnp.asarray(spoilt, contract.real_dtype(dtype))
+        if dtype == "complex64":
+            x = jax.lax.complex(jnp.asarray(clean, x.dtype), x)
+        largest = float(jax.jit(contract.largest_magnitude)(x))
+        assert np.isnan(largest)
+        assert not jax.jit(contract.all_finite)(x)
+        axes = tuple(range(1, x.ndim))
+        finite = np.isfinite(spoilt).all(axis=axes)
+        np.testing.assert_array_equal(contract.all_finite(x, axes), finite)
+        np.testing.assert_array_equal(jnp.isfinite(contract.largest_magnitude(x, axes)), finite)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("shape", [(), (7,), (0, 4), (50, 100)])
+def test_largest_magnitude_is_the_largest_magnitude(x64, dtype, shape):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=shape) + 1j * rng.normal(size=shape))
+    x = x.astype(dtype) if dtype == "complex64" else x.real.astype(dtype)
+    expected = np.maximum(np.abs(x.real), np.abs(x.imag)).max(initial=0)
+    result = contract.largest_magnitude(x)
+    assert result.dtype == contract.real_dtype(x.dtype)
+    np.testing.assert_array_equal(result, expected)
+    assert contract.all_finite(x)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_kron.capture.analysis.trace import Traced
+from optax_kron.kernels import contract
 
 # A gradient that is zero but for rounding is compared with the largest of all of them.
 _SMALL = 1e-2
@@ -54,7 +55,7 @@ def _apart(x: Array, true: Array, scale: Array) -> Array:
     # Which of these it is, the order of sums may decide.
     same = (x == true) | ~(jnp.isfinite(x) | jnp.isfinite(true))
     difference = jnp.where(same, 0, jnp.abs(x - true)).astype(jnp.float32)
-    return jnp.max(difference, initial=0) / (scale + jnp.finfo(jnp.float32).tiny)
+    return contract.largest_magnitude(difference) / (scale + jnp.finfo(jnp.float32).tiny)
 
 
 def refuse(

@@ -283,5 +283,5 @@ def _contract(layer: Layer, tap: Tap) -> Float[Array, "B d_in d_out"]:
 
 
 def _relative(difference: Float[Array, "..."], scale_of: Float[Array, "..."]) -> Float[Array, ""]:
-    scale = jnp.max(jnp.abs(scale_of), initial=0) + jnp.finfo(jnp.float32).tiny
-    return jnp.max(jnp.abs(difference), initial=0) / scale
+    scale = contract.largest_magnitude(scale_of) + jnp.finfo(jnp.float32).tiny
+    return contract.largest_magnitude(difference) / scale
