@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from optax_kron.kernels import contract
+
 RULES = ("exact", "pi", "trace", "plain")
 
 
