@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, Shaped
 
+from optax_kron.kernels import flow
+
 
 def map_stacked(
     fn: Callable[[PyTree], PyTree], stacked: PyTree[Shaped[Array, "N ..."]]
@@ -14,7 +16,8 @@ def map_stacked(
     """`jax.vmap(fn)(stacked)`, also of functions that hold a primitive without a batching rule.
 
     One element is not batched at all; several are evaluated one by one where a rule is missing, as
-    for the derivative of `jax.lax.ragged_dot`.
+    for the derivative of `jax.lax.ragged_dot`, and on an explicit mesh, where rules, as that of a
+    convolution, make shapes whose sharding JAX does not tell.
 
     Args:
       fn: Function of one element.
@@ -25,6 +28,8 @@ def map_stacked(
     """
     if {len(x) for x in jax.tree.leaves(stacked)} == {1}:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], stacked)))
+    if flow.has_types():
+        return jax.lax.map(fn, stacked)
     try:
         return jax.vmap(fn)(stacked)
     except NotImplementedError:  # which is how JAX says that there is no rule

@@ -1,5 +1,6 @@
 """`value_and_grad_with_taps`: the gradient, and what each layer saw, from one forward pass."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,13 +14,20 @@ from optax_kron.autodiff import map_stacked
 from optax_kron.capture.analysis.layers import Analysis, CapturedLayer
 from optax_kron.capture.analysis.trace import Traced, trace_loss
 from optax_kron.capture.analysis.uses import Use
-from optax_kron.capture.execution.assemble import Recorded, layer_moments, layer_taps
+from optax_kron.capture.execution.assemble import (
+    Recorded,
+    assembled,
+    layer_moments,
+    layer_taps,
+    tap_shardings,
+)
 from optax_kron.capture.execution.check import Verdict, judge
 from optax_kron.capture.execution.columns import ESTIMATES, columns, one_by_one
 from optax_kron.capture.execution.inside_moments import InsideMoments, can_be_inside
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, ranks
 from optax_kron.capture.find import NO_MARK, Layers
+from optax_kron.kernels import flow
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import map_by_path
 from optax_kron.layers.taps import Taps, magnitude
@@ -107,19 +115,29 @@ def value_and_grad_with_taps(
         output_grads = _scaled_to_examples(analysis, gradients, inside)
         loss_weights = LossWeights(analysis, weights, linearized.indices)
         recorded = Recorded(analysis, linearized, output_grads, loss_weights)
-        taps = {
-            captured.layer.name: layer_moments(captured, recorded, inside)
-            if reduce
-            else layer_taps(captured, recorded)
-            for captured in analysis.layers
-        }
+
+        def taps_of(recorded):
+            return {
+                captured.layer.name: layer_moments(captured, recorded, inside)
+                if reduce
+                else layer_taps(captured, recorded)
+                for captured in analysis.layers
+            }
+
+        out = flow.WHOLE if reduce else tap_shardings(analysis)
+        taps = assembled(recorded, taps_of, out)
         by_path = dict(zip(analysis.leaves, grads, strict=True))
-        norms = {f.layer.name: magnitude(f.layer.take(by_path)) for f in analysis.layers}
+        norms = flow.untyped(functools.partial(_norms, analysis), by_path)
         value = traced.result.joined(linearized.outputs)
         tree = map_by_path(lambda path, _: by_path.get(path), params)
         return value, tree, Taps(taps, gradient_norms=norms, fisher=fisher)
 
     return value_and_grad
+
+
+def _norms(analysis: Analysis, grads: Mapping[str, Array]) -> dict[str, Array]:
+    """The size of the gradient of each layer."""
+    return {f.layer.name: magnitude(f.layer.take(grads)) for f in analysis.layers}
 
 
 def _selected(traced: Traced, layers: Layers | None, verified: bool) -> tuple[Analysis, bool]:

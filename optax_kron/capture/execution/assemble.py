@@ -7,13 +7,15 @@ A layer has a group of uses for each batch that it meets, and a tap for each gro
 # in one loss has a tap with inputs [1, 8, 2, 4]. Used on 8 examples inside of a domain and on 6 at
 # its boundary, it has two taps, with inputs [1, 8, 1, 4] and [1, 6, 1, 4].
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, PyTree, Shaped
 
 from optax_kron.capture.analysis.canonical import Canonical
 from optax_kron.capture.analysis.layers import Analysis, CapturedLayer
@@ -21,7 +23,7 @@ from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.execution.inside_moments import InsideMoments
 from optax_kron.capture.execution.pullback import Linearized
 from optax_kron.capture.execution.weights import LossWeights, added
-from optax_kron.kernels import contract, kfac
+from optax_kron.kernels import contract, flow, kfac
 from optax_kron.layers.moments import moments_of, with_bias
 from optax_kron.layers.taps import Moments, Tap
 
@@ -41,6 +43,63 @@ class Recorded(NamedTuple):
     linearized: Linearized
     output_grads: Mapping[Use, Array]
     weights: LossWeights
+
+
+Made = TypeVar("Made")
+
+
+def assembled(
+    recorded: Recorded, make: Callable[[Recorded], Made], out: PyTree = flow.WHOLE
+) -> Made:
+    """`make(recorded)`; on an explicit mesh where the compiler chooses shardings.
+
+    Args:
+      recorded: What was recorded.
+      make: A function of it.
+      out: The shardings of the result there, as of `flow.untyped`.
+    """
+    analysis, linearized, output_grads, weights = recorded
+    uses, reads = analysis.uses, list(linearized.indices)
+
+    def make_from(inputs, taken, indices, grads, losses):
+        by_use = (dict(zip(uses, x, strict=True)) for x in (inputs, taken, grads))
+        inputs, taken, grads = by_use
+        indices = dict(zip(reads, indices, strict=True))
+        point = dataclasses.replace(linearized, inputs=inputs, taken=taken, indices=indices)
+        return make(Recorded(analysis, point, grads, LossWeights(analysis, losses, indices)))
+
+    return flow.untyped(
+        make_from,
+        [linearized.inputs[use] for use in uses],
+        [linearized.taken[use] for use in uses],
+        [linearized.indices[read] for read in reads],
+        [output_grads[use] for use in uses],
+        weights.arrays,
+        out=out,
+    )
+
+
+def tap_shardings(analysis: Analysis) -> dict[str, tuple[Tap, ...]]:
+    """How taps lie on an explicit mesh, in the places of their arrays.
+
+    Inputs and output-gradients are sharded over examples, as the outputs of the layer are.
+    """
+    return {
+        captured.layer.name: tuple(_tap_sharding(analysis, group[0]) for group in captured.groups)
+        for captured in analysis.layers
+    }
+
+
+def _tap_sharding(analysis: Analysis, use: Use) -> Tap:
+    batching, sharding = analysis.batching(use), getattr(use.output.aval, "sharding", None)
+    axes: tuple[str, ...] = ()
+    if sharding is not None and batching.on_axis and batching.number < len(sharding.spec):
+        axis = sharding.spec[batching.number] or ()
+        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+        if batching.examples % math.prod(sharding.mesh.shape[name] for name in axes):
+            axes = ()
+    spec: Any = jax.sharding.PartitionSpec
+    return Tap(spec(None, axes), spec(None, None, axes), spec())
 
 
 class _UseTap(NamedTuple):

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Shaped
@@ -26,11 +27,11 @@ from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.trace import Traced
 from optax_kron.capture.execution import agreement
 from optax_kron.capture.execution.agreement import ValueAndGrads
-from optax_kron.capture.execution.assemble import Recorded, layer_taps
+from optax_kron.capture.execution.assemble import Recorded, assembled, layer_taps
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, added
 from optax_kron.capture.program.widening import has_narrow, wide
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Tap
 
@@ -200,37 +201,34 @@ def _deviations(
     analysis: Analysis, linearized: Linearized, weights: Sequence[Array]
 ) -> dict[str, _Deviations]:
     """How far the taps of each layer are off, by name."""
+    # On an explicit mesh numbers are compared, and the first example is found, on all devices.
     marks = analysis.marks
+    logits = [operands[0] for operands in linearized.operands]
     keys = jax.random.split(jax.random.key(0), max(len(marks), 1))
     everything = [
-        jax.random.normal(key, logits.shape, jnp.float32).astype(logits.dtype)
-        for key, logits in zip(keys, linearized.no_logits(), strict=False)
+        flow.placed_like(jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), x)
+        for key, x in zip(keys, logits, strict=False)
     ]
     none = jnp.zeros_like(linearized.outputs[0])
     params, of_all, _ = linearized.pull(none, everything)
     _, of_one, _ = linearized.pull(none, _of_first(marks, everything))
-    leaves = dict(zip(analysis.leaves, params, strict=True))
+    leaves = dict(zip(analysis.leaves, flow.whole(params), strict=True))
 
-    def recorded(gradients: Sequence[Array], weights: Sequence[Array]) -> Recorded:
+    def all_taps(gradients: Sequence[Array], weights: Sequence[Array]) -> list[tuple[Tap, ...]]:
         columns = {use: g[None] for use, g in zip(analysis.uses, gradients, strict=True)}
         loss_weights = LossWeights(analysis, weights, linearized.indices)
-        return Recorded(analysis, linearized, columns, loss_weights)
+        recorded = Recorded(analysis, linearized, columns, loss_weights)
+        return assembled(recorded, lambda r: [layer_taps(x, r) for x in analysis.layers])
 
-    all_taps, first_taps = recorded(of_all, weights), recorded(of_one, weights)
     # Who belongs to the first example is who would weigh something if it alone did.
-    first_only = recorded(of_one, _of_first(marks, [jnp.ones_like(w) for w in weights]))
+    first_weights = _of_first(marks, [jnp.ones_like(w) for w in weights])
+    made = all_taps(of_all, weights), all_taps(of_one, weights), all_taps(of_one, first_weights)
     found = {}
-    for captured in analysis.layers:
+    for captured, taps, of_first, owners in zip(analysis.layers, *made, strict=True):
         expected = contract.widen(captured.layer.take(leaves))
-        taps = layer_taps(captured, all_taps)
         leak = [
             _relative(_of_others(tap, owner), every.output_grads)
-            for tap, every, owner in zip(
-                layer_taps(captured, first_taps),
-                taps,
-                layer_taps(captured, first_only),
-                strict=True,
-            )
+            for tap, every, owner in zip(of_first, taps, owners, strict=True)
         ]
         found[captured.layer.name] = _off(captured, expected, taps, jnp.max(jnp.stack(leak)))
     return found
@@ -256,9 +254,12 @@ def _of_first(marks: Sequence[Mark], cotangents: Sequence[Array]) -> list[Array]
     kept = []
     for mark, cotangent in zip(marks, cotangents, strict=True):
         elements = mark.elements
-        flat = cotangent.reshape(elements.size, -1)
-        first = jnp.zeros_like(flat).at[elements[0]].set(flat[elements[0]])
-        kept.append(first.reshape(cotangent.shape))
+        first = np.zeros(elements.size, bool)
+        first[elements[0]] = True
+        # Logits may have more axes than the losses. Chosen by element, they stay where they are.
+        of_losses = cotangent.shape[: len(mark.scans) + len(mark.shape)]
+        first = first.reshape(*of_losses, *[1] * (cotangent.ndim - len(of_losses)))
+        kept.append(jnp.where(first, cotangent, 0))
     return kept
 
 

@@ -72,20 +72,21 @@ class InsideMoments:
 
     def of_inputs(self, record: Shaped[Array, "..."]) -> Float[Array, "blocks d_in width"]:
         """`Σ_n w_n Σ_s a aᵀ`, or its diagonal, of width one."""
+        return flow.untyped(self._of_inputs, record, self.weights)
+
+    def _of_inputs(self, record, weights):
         # Undo the kernel's mean.
-        total = kfac.total_weight(self.weights, self.form.positions)[:, None, None]
+        total = kfac.total_weight(weights, self.form.positions)[:, None, None]
         x = self.form.inputs(record, record.dtype)
         if self.layer.is_embedding:
-            frequencies = kfac.index_frequencies(
-                x, self.layer.d_in, self.weights, dtype=self.weights.dtype
-            )
+            frequencies = kfac.index_frequencies(x, self.layer.d_in, weights, dtype=weights.dtype)
             return frequencies[..., None] * total
         x = contract.widen(x)
         if self.layer.bias is not None:
             x = with_bias(x, self.biased)
         if self.layer.has_diagonal_input:
-            return kfac.input_moment(x, self.weights, diagonal=True)[..., None] * total
-        return kfac.input_moment(x, self.weights) * total
+            return kfac.input_moment(x, weights, diagonal=True)[..., None] * total
+        return kfac.input_moment(x, weights) * total
 
     def watch(
         self, value: Shaped[Array, "..."], dummy: Float[Array, "..."]
@@ -100,13 +101,14 @@ class InsideMoments:
             return value, None
 
         def backward(_, cotangent):
-            g = self.form.output_grads(cotangent)
-            g = contract.widen(g)
-            if self.layer.has_diagonal_output:
-                moment = kfac.output_moment(g[None], diagonal=True)[..., None]
-            else:
-                moment = kfac.output_moment(g[None])
-            return cotangent, (moment * g.shape[1]).astype(dummy.dtype)
+            return cotangent, flow.untyped(self._of_output_grads, cotangent).astype(dummy.dtype)
 
         watched.defvjp(forward, backward)
         return watched(value, dummy)
+
+    def _of_output_grads(self, cotangent):
+        """`Σ_n Σ_s g gᵀ`, or its diagonal, of width one."""
+        g = contract.widen(self.form.output_grads(cotangent))
+        if self.layer.has_diagonal_output:
+            return kfac.output_moment(g[None], diagonal=True)[..., None] * g.shape[1]
+        return kfac.output_moment(g[None]) * g.shape[1]

@@ -27,7 +27,7 @@ from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.rules.batch_axes import Read, Separate
 from optax_kron.capture.rules.indexing import reaching
 from optax_kron.capture.rules.pairs import Pairs, classes
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 
 ExampleWeights = Float[Array, " N"] | Float[Array, "N S"]
 
@@ -42,7 +42,13 @@ class LossWeights:
     """
 
     def __init__(self, analysis: Analysis, weights: Sequence[Array], indices: Mapping[Read, Array]):
-        self._analysis, self._weights, self._indices = analysis, weights, indices
+        self._analysis, self._indices = analysis, indices
+        self._weights = flow.whole(list(weights))
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The derivatives that it was made of."""
+        return self._weights
 
     def of(self, use: Use, form: Canonical, reached: frozenset[int]) -> ExampleWeights:
         """The weight of each example at a use, or of each of its positions.

@@ -90,10 +90,11 @@ class _Run:
         def store(value: Value, array: Array) -> None:
             for key in self.probes.perturb.get(value, ()):
                 if key in perturbations:
-                    array = self.probes.apply.get(key, _add)(array, perturbations[key])
+                    apply = self.probes.apply.get(key, _add)
+                    array = flow.where_it_is(apply, array, perturbations[key])
             env[value] = array
             for key in self.probes.record.get(value, ()):
-                records[key] = self.probes.transform.get(key, _same)(array)
+                records[key] = self.probes.transform.get(key, _same)(flow.typed(array))
 
         for value, array in zip(graph.inputs, arguments, strict=True):
             store(value, array)
