@@ -15,11 +15,12 @@ uses.
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.program import equations
-from optax_kron.capture.program.graph import Graph, Node, Operand, Value, solved_map
+from optax_kron.capture.program.graph import Graph, Node, Operand, Value, build, solved_map
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate, merge
 from optax_kron.capture.rules.table import batchings_before
@@ -95,6 +96,8 @@ class Batchings:
             return [_of_logits(node, logits, batchings[0]), *(None for _ in others)]
         if node.name == "custom_linear_solve":
             return self._before_solve(node, batchings)
+        if node.name == "shard_map":
+            return self._before_shard_map(node, batchings)
         if node.bodies:
             # A program, or one of several, runs once: on all operands but the index of a branch.
             merged: list[Batching] = [None] * len(node.bodies[0].inputs)
@@ -184,11 +187,43 @@ class Batchings:
         others = len(node.operands) - constants - len(batchings)
         return [*inputs[:constants], *[None] * others, *solved]
 
+    def _before_shard_map(self, node: Node, batchings: list[Batching]) -> list[Batching]:
+        """Examples are apart if each device keeps those apart that it is given, and gives back."""
+        program, in_specs, out_specs = equations.local_program(node.eqn)
+        body = build(program)
+        cuts = {
+            _names(spec, b.number)
+            for spec, b in zip(out_specs, batchings, strict=True)
+            if isinstance(b, Separate) and b.on_axis
+        }
+
+        def resized(batching, spec, new):  # where the axis has another length
+            if not (isinstance(batching, Separate) and batching.on_axis):
+                return batching
+            old, length = batching.length, new.shape[batching.number]
+            if cuts != {_names(spec, batching.number)}:
+                return Mixed(batching.marks, node)
+            if old == length:
+                return batching
+            if not batching.is_plain or batching.links:
+                return Mixed(batching.marks, node)
+            return dataclasses.replace(batching, size=length)
+
+        inner = map(resized, batchings, out_specs, body.outputs)
+        inputs = self._through(body, list(inner))
+        return list(map(resized, inputs, in_specs, node.operands))
+
     def _before_while(self, node: Node, batchings: list[Batching]) -> list[Batching]:
         tests, constants = equations.while_constants(node.eqn)
         body = node.bodies[1]
         inputs, carried = self._until_fixed(body, node, batchings, slice(constants, None))
         return [*[None] * tests, *inputs[:constants], *carried]
+
+
+def _names(spec: jax.sharding.PartitionSpec, axis: int) -> tuple[str, ...]:
+    """The mesh axes that cut an axis of an array."""
+    names = spec[axis] if axis < len(spec) else None
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _of_logits(node: Node, logits: Operand, batching: Batching) -> Batching:

@@ -160,6 +160,12 @@ def solved_map(eqn: Equation) -> Program:
     return _closed(eqn.params["jaxprs"].matvec)
 
 
+def local_program(eqn: Equation) -> tuple[Program, Sequence, Sequence]:
+    """What each device runs in a `shard_map`, and how its inputs and its outputs are cut."""
+    params = eqn.params
+    return _closed(params["jaxpr"]), params["in_specs"], params["out_specs"]
+
+
 def checkpointing(eqn: Equation) -> Params:
     """The arguments of `jax.checkpoint` that make a checkpoint again."""
     held = _upgraded(eqn)
