@@ -186,7 +186,11 @@ class LayerFactors(Preconditioner):
         del updates
 
         def make(taps, due):
-            observe = functools.partial(self.observe, plan, taps, dtype)
+            def observe():
+                # One sum over examples for all. Left alone, the compiler has each matrix of a stack
+                # go from rows on every device to its owner by an exchange of its own.
+                return share.gathered(self.observe(plan, taps, dtype))
+
             if self._takes_every_step:
                 return observe()
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(observe))
@@ -294,7 +298,7 @@ class LayerFactors(Preconditioner):
         """`look` on a mesh, where every device sees its part of the batch, and all blocks."""
 
         def make(taps, inverses):
-            return self.look(plan, share.gathered(inverses), taps, dtype)
+            return share.gathered(self.look(plan, share.gathered(inverses), taps, dtype))
 
         return share.globally(make, taps, _inverses(stacks), out=share.cut)
 
