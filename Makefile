@@ -24,6 +24,13 @@ WORKERS := -n 2 --dist loadgroup
 
 # What the oldest supported JAX is tested with.
 OLDEST_PARTS := tests/capture tests/contract tests/kernels tests/operators
+# What of the tests shows the arithmetic and the control flow of another device; it takes minutes on
+# one GPU, where every program takes longer to compile than on a CPU, and every small step to run.
+GPU_WORKERS := -n 14 --dist worksteal
+GPU_CONTRACT := (test_thirty or test_gradient_that_is_not or test_zero_gradient_gives \
+	or test_real_dtypes or test_complex64 or test_gradients_of_another or test_donated_state \
+	or test_update_keeps or test_an_ensemble or test_every_element or test_refresh_that_is_not \
+	or test_identities) and not ekfac-captured
 # JAX 0.12 turns these on one day; an older one does not look at them. jax_scan3 has no gradient yet.
 UPGRADES := JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 JAX_CUSTOM_JVP3=1 JAX_REMAT_BARRIER_NO_COTANGENTS=1
 
@@ -38,7 +45,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack soak clean
+.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack bench-gpu test-gpu soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -60,6 +67,10 @@ test: $(VENV)/.installed-test ## Run the test suite
 
 test-oldest: ## Run capture, contract, kernels and operators on the oldest supported JAX
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt PARTS="$(OLDEST_PARTS)"
+
+test-gpu: $(VENV)/.installed-test ## Run a selection of the tests on a GPU, with a JAX that has one
+	$(call within,3600) $(RUN) -m pytest $(GPU_WORKERS) tests/kernels $(ARGS)
+	$(call within,3600) $(RUN) -m pytest $(GPU_WORKERS) tests/contract tests/capture -k "$(GPU_CONTRACT)" $(ARGS)
 
 test-flags: $(VENV)/.installed-test ## Run the tests of capture with JAX's upgrade flags on
 	$(UPGRADES) $(call within,3600) $(RUN) -m pytest $(WORKERS) tests/capture $(ARGS)
@@ -108,6 +119,9 @@ bench-laplace: $(VENV)/.installed-examples ## Calibration of Laplace approximati
 
 bench-lapack: $(VENV)/.installed-examples ## Count the batched LAPACK calls that hang on this JAX
 	$(call within,7200) $(RUN) benchmarks/lapack_hang.py $(ARGS)
+
+bench-gpu: $(VENV)/.installed-examples ## Optimizers on the shapes of GPT-2 small, on a GPU
+	$(call within,1800) $(RUN) benchmarks/gpu.py $(ARGS)
 
 soak: $(VENV)/.installed-examples ## Run 200 updates of every optimizer, under a time limit
 	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/soak.py $(ARGS)

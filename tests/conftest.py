@@ -34,6 +34,8 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = known_flags()
 # Threads of LAPACK would only wait for those of the other test processes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Of a GPU the first process would take most of the memory, which all share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
@@ -46,17 +48,25 @@ VARIED = (
     "jax_custom_jvp3",
     "jax_remat_barrier_no_cotangents",
     "jax_numpy_rank_promotion",
+    "jax_default_matmul_precision",
 )
 
 
+def pytest_configure():
+    """Off the CPU, float32 products are as exact as there; GPUs would round to ten bits."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
 def pytest_report_header():
-    """Which Python, packages and settings of JAX are tested."""
+    """Which Python, packages, devices and settings of JAX are tested."""
     versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     settings = (
         f"{name}={getattr(jax.config, name)}" for name in VARIED if hasattr(jax.config, name)
     )
     return [
         f"versions: Python {platform.python_version()}, {', '.join(versions)}",
+        f"device: {jax.devices()[0].device_kind}",
         f"settings: {', '.join(settings)}",
     ]
 

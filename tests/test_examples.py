@@ -3,11 +3,13 @@
 So do the benchmarks that took over their tables and pictures.
 """
 
+import json
 import os
 import runpy
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -136,6 +138,54 @@ def test_measurements_of_curvature(script, arguments, texts, tmp_path):
     check_picture(tmp_path / "picture.png")
 
 
+def test_optimizers_are_measured_on_a_transformer(tmp_path):
+    names = ("adamw", "muon", "soap")
+    options = ("--tiny", "--only", *names, "--dtypes", "float32", "--seconds", "0", "--out", "new")
+    result = run("benchmarks/gpu.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in ("gradient (plain", "state MiB", "Whole training steps", "branch_kfac is left out"):
+        assert text in result.stdout
+    messages = json.loads((tmp_path / "new" / "results.json").read_text())
+    for kind in ("update", "train"):
+        figures = {m["name"]: m for m in messages if kind in m}
+        assert set(figures) == set(names)
+        assert all(m["finite"] and m["mean_s"] > 0 for m in figures.values())
+        # Ten steps are a cycle, with one refresh.
+        assert (figures["soap"]["steps"], figures["soap"]["refreshed_steps"]) == (10, 1)
+    losses = {tuple(m["losses"][:1]) for m in messages if "train" in m}
+    assert len(losses) == 1  # all begin with the same parameters
+    assert "nan" not in (tmp_path / "new" / "results.md").read_text()
+
+
+def test_measurements_go_on_after_one_that_hangs_or_dies(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_supervisor import supervise
+
+    script = """if True:
+        import json, os, sys, time
+        for name in sys.argv[1:]:
+            print(json.dumps({"begin": name}), flush=True)
+            if name == "hangs":
+                time.sleep(100)
+            if name == "dies":
+                os._exit(3)
+            print("a warning", flush=True)
+            print(json.dumps({"figure": name}), flush=True)
+            print(json.dumps({"end": name}), flush=True)
+    """
+    names = ("first", "hangs", "second", "dies", "third")
+    command = (sys.executable, "-I", "-c", script)
+    deadline = time.monotonic() + 100
+    messages = list(supervise(lambda left: [*command, *left], names, limit=5.0, deadline=deadline))
+    figures = [name for name, message in messages if message.get("figure") == name]
+    assert figures == ["first", "second", "third"]
+    failures = {name: message["failed"] for name, message in messages if "failed" in message}
+    assert set(failures) == {"hangs", "dies"}
+    assert "5 s, is over" in failures["hangs"]
+    assert "code 3" in failures["dies"]
+    assert messages.count(("first", {"note": "a warning"})) == 1
+
+
 def test_examples_are_short_and_use_public_names_alone():
     for path in (ROOT / "examples").glob("*.py"):
         text = path.read_text()
@@ -204,6 +254,7 @@ def test_bad_arguments_are_refused(script, arguments, message, stop):
         ("tournament.py", ["autoencoder", "--optimizer", "both"], "invalid choice: 'both'"),
         ("tournament.py", ["characters", "--steps", "0"], "expected an integer of at least 1"),
         ("tournament.py", ["everything"], "invalid choice: 'everything'"),
+        ("gpu.py", ["--only", "sgd"], "invalid choice: 'sgd'"),
         ("influence_retraining.py", ["--groups", "2"], "expected at least 3 groups, got '2'"),
         ("influence_retraining.py", ["--weight-decay", "0"], "expected a number above 0, got '0'"),
     ],
