@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -235,6 +235,11 @@ class BlockPlan:
             for i, leaf in enumerate(self.leaves)
             if leaf is not None and leaf.signature.label == label
         ]
+
+    def only(self, labels: Container[str]) -> "BlockPlan":
+        """The plan of some stacks alone."""
+        stacks = {label: x for label, x in self.stacks.items() if label in labels}
+        return dataclasses.replace(self, stacks=stacks)
 
     def filled(self, label: str) -> int:
         """Number of blocks in a stack that belong to a leaf; those behind them are padding."""

@@ -186,6 +186,26 @@ def test_measurements_go_on_after_one_that_hangs_or_dies(monkeypatch):
     assert messages.count(("first", {"note": "a warning"})) == 1
 
 
+def test_what_the_compiler_says_of_many_devices(tmp_path):
+    options = ("--tiny", "--optimizers", "adamw", "soap", "--json", "figures.json")
+    result = run("benchmarks/scale.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in ("Measured, by the compiler", "Modelled", "6 all-to-all", "pass soap: state"):
+        assert text in result.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["adamw"]["operations"] == []
+    # Of blocks [m, n] SOAP multiplies 8·mn·(m + n) and of those with one dense axis 8·mn·m, on
+    # each of 8 devices; a vocabulary has [2000, 128] and takes a device for itself.
+    blocks = [(4, 128, 128), (6, 172, 128)]
+    expected = sum(n * 8 * a * b * (a + b) for n, a, b in blocks) + 8 * 2000 * 128**2
+    done = [x for x in figures["soap"]["operations"] if x["kind"] == "dot"]
+    assert sum(x["total"] for x in done if x["when"] == "always") == expected
+    # A refresh: one product and one QR decomposition for each basis.
+    due = sum(x["total"] for x in done if x["when"] == "due")
+    assert due == 2 * ((2 * 4 + 6 + 1) * 128**3 + 6 * 172**3)
+    assert {x["kind"] for x in figures["soap"]["operations"]} >= {"geqrf", "orgqr", "syevd"}
+
+
 def test_examples_are_short_and_use_public_names_alone():
     for path in (ROOT / "examples").glob("*.py"):
         text = path.read_text()

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
 from optax_kron.kernels import contract
-from optax_kron.transforms import program, validation
+from optax_kron.transforms import exchange, program, validation
+from optax_kron.transforms.exchange import Route
 from optax_kron.transforms.frame import Frame
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import Share
@@ -79,6 +80,14 @@ class Blockwise(Layout):
         """See `Layout`."""
         return plan.split(updates, dtype)
 
+    def routes(self, plan: BlockPlan, share: Share, updates: PyTree) -> Mapping[str, Route]:
+        """See `Layout`."""
+        return exchange.routes(plan, share, updates)
+
+    def cut(self, plan: BlockPlan, share: Share, updates: PyTree, dtype: jnp.dtype) -> Blocks:
+        """See `Layout`."""
+        return exchange.split(plan, share, updates, dtype)
+
     def before(
         self,
         plan: BlockPlan,
@@ -133,7 +142,8 @@ class Blockwise(Layout):
     ) -> After:
         """See `Layout`."""
         del frame, state, extra, rest, others
-        return After(plan.join(advanced.updates, like=updates), before.momentum, before.finite)
+        joined = plan.only(advanced.updates).join(advanced.updates, like=updates)
+        return After(joined, before.momentum, before.finite)
 
 
 def blockwise(

@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PyTree
 
-from optax_kron.transforms import mesh, outliers, program, validation
+from optax_kron.transforms import exchange, mesh, outliers, program, validation
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import ALONE, WHOLE, Share, Spec
 from optax_kron.transforms.preconditioner import (
@@ -158,9 +158,10 @@ class Frame:
         plan = self.plan(updates)
         rest = self._rest(updates, state) if rest is None else rest
         share = self.share
-        split = functools.partial(self.layout.split, plan)
-        given = share.split(split, updates, self.compute_dtype)
+        given = self.layout.cut(plan, share, updates, self.compute_dtype)
         before, done = self._move(plan, given, updates, state, extra)
+        routes = self.layout.routes(plan, share, updates)
+        rest_of_stacks = {k: x for k, x in done.updates.items() if k not in routes}
         like = share.shardings((updates, state.momentum))
         momentum = share.cut if self.layout.cuts_momentum else like[1]
         after = share.globally(
@@ -171,11 +172,12 @@ class Frame:
             state,
             extra,
             before,
-            done,
+            done._replace(updates=rest_of_stacks),
             rest.blocks,
             others,
             out=After(like[0], momentum, WHOLE, WHOLE),
         )
+        joined = exchange.join(plan, share, routes, done.updates, like=after.updates)
         accepted = after.accepted
         one = accepted.astype(jnp.int32)
         found = rest.found | done.outliers
@@ -196,7 +198,7 @@ class Frame:
             layers=select(accepted, after.layers, state.layers),
             fallback=select(accepted, fallback, state.fallback),
         )
-        return after.updates, new_state
+        return joined, new_state
 
     def _after(self, plan, updates, state, extra, before, done, rest, others):
         done = done._replace(updates=self.share.gathered(done.updates))

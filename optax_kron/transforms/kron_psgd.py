@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Inexact, PyTree
 from optax_kron.autodiff import probed_product
 from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, flow, probes, psgd
-from optax_kron.transforms import outliers, program, validation
+from optax_kron.transforms import exchange, outliers, program, validation
 from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import blockwise
@@ -153,7 +153,7 @@ class KronPsgd(base.Preconditioner):
         if callable(extra):
             due, _ = is_update_due(state.schedule, self.update_probability, state.count)
             extra = flow.cond(due, extra, lambda: (updates, updates))
-        return tuple(share.split(plan.split, x, dtype) for x in extra)
+        return tuple(exchange.split(plan, share, x, dtype) for x in extra)
 
     def advance(self, plan, state, stacks, seen, extra, step) -> base.Advanced:
         """See `Preconditioner`: factors are updated and applied, or what is cached is."""

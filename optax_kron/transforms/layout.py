@@ -5,6 +5,7 @@ for a plan of a tree, for the blocks of its gradients, and for the way back. On 
 `bound` see the blocks of one device; the other methods see all of a tree.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.transforms import outliers
+from optax_kron.transforms.exchange import Route
 from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, AnyPlan, Blocks, KronState
 
@@ -107,6 +109,15 @@ class Layout:
     def split(self, plan: AnyPlan, updates: PyTree, dtype: jnp.dtype) -> Blocks:
         """The blocks of gradients."""
         raise NotImplementedError
+
+    def routes(self, plan: AnyPlan, share: Share, updates: PyTree) -> Mapping[str, Route]:
+        """Stacks whose blocks devices exchange among each other, and how; others are gathered."""
+        del plan, share, updates
+        return {}
+
+    def cut(self, plan: AnyPlan, share: Share, updates: PyTree, dtype: jnp.dtype) -> Blocks:
+        """The blocks of gradients, each on the device that owns it."""
+        return share.split(functools.partial(self.split, plan), updates, dtype)
 
     def is_finite(self, updates: PyTree) -> Bool[Array, ""]:
         """Whether gradients are finite, where blocks do not show it."""
