@@ -45,7 +45,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack bench-gpu test-gpu bench-scale soak clean
+.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack bench-gpu test-gpu bench-scale soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -57,6 +57,10 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 demo-%: $(VENV)/.installed-examples ## Run examples/NAME.py; writes out/NAME.png
 	@mkdir -p out
 	OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
+
+demo-mesh: $(VENV)/.installed-examples ## Two processes on one mesh, and checkpoints; writes out/two_processes.png
+	@mkdir -p out
+	OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/two_processes.py --out out/two_processes.png $(ARGS)
 
 tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an example, each at several rates
 	@mkdir -p out

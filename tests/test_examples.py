@@ -76,6 +76,7 @@ def check_picture(path):
         ("compare.py", ("--optimizer", "branch_kfac"), ("branch_kfac", "ms a step", "KiB")),
         ("influence.py", (), ("without those that help", "norm of the gradient")),
         ("laplace.py", ("--images", "60", "--samples", "8"), ("Laplace ", "calibration error")),
+        ("two_processes.py", ("--batch-size", "16"), ("soap  last loss", "largest difference")),
     ],
 )
 def test_an_example_trains_and_draws(script, arguments, texts, tmp_path):
@@ -242,6 +243,7 @@ def stop(monkeypatch, capsys):
         ("state_space.py", ("--optimizer", "--batch-size")),
         ("laplace.py", ("--images", "--samples")),
         ("influence.py", ()),
+        ("two_processes.py", ("--batch-size", "--save-every")),
     ],
 )
 def test_help(script, options, stop):
