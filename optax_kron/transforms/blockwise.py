@@ -48,7 +48,6 @@ class Blockwise(Layout):
     max_abs_clip: ArrayLike | None = None
 
     source: ClassVar[str] = "blocking"
-    cuts_momentum: ClassVar[bool] = True
 
     def plan(self, owner: str, tree: PyTree, multiple: int) -> BlockPlan:
         """See `Layout`."""
@@ -141,8 +140,9 @@ class Blockwise(Layout):
         others: Mapping[str, Array],
     ) -> After:
         """See `Layout`."""
-        del frame, state, extra, rest, others
-        joined = plan.only(advanced.updates).join(advanced.updates, like=updates)
+        del state, extra, rest, others
+        stacks = frame.share.gathered(advanced.updates)
+        joined = plan.only(stacks).join(stacks, like=updates)
         return After(joined, before.momentum, before.finite)
 
 

@@ -162,8 +162,8 @@ class Frame:
         before, done = self._move(plan, given, updates, state, extra)
         routes = self.layout.routes(plan, share, updates)
         rest_of_stacks = {k: x for k, x in done.updates.items() if k not in routes}
-        like = share.shardings((updates, state.momentum))
-        momentum = share.cut if self.layout.cuts_momentum else like[1]
+        like = share.shardings(updates)
+        momentum = self.layout.momentum_specs(share, state.momentum)
         after = share.globally(
             Frame._after,
             self,
@@ -175,7 +175,7 @@ class Frame:
             done._replace(updates=rest_of_stacks),
             rest.blocks,
             others,
-            out=After(like[0], momentum, WHOLE, WHOLE),
+            out=After(like, momentum, WHOLE, WHOLE),
         )
         joined = exchange.join(plan, share, routes, done.updates, like=after.updates)
         accepted = after.accepted
@@ -200,9 +200,8 @@ class Frame:
         )
         return joined, new_state
 
-    def _after(self, plan, updates, state, extra, before, done, rest, others):
-        done = done._replace(updates=self.share.gathered(done.updates))
-        return self.layout.after(plan, self, updates, state, extra, before, done, rest, others)
+    def _after(self, plan, *arguments):
+        return self.layout.after(plan, self, *arguments)
 
     def _move(
         self, plan: AnyPlan, given: Blocks, updates: PyTree, state: KronState, extra: PyTree
@@ -289,7 +288,7 @@ class Frame:
         usual = state.usual_norms
         if isinstance(usual, Mapping):
             usual = {name: WHOLE if name == "rest" else cut for name in usual}
-        momentum = cut if self.layout.cuts_momentum else self.share.shardings(state.momentum)
+        momentum = self.layout.momentum_specs(self.share, state.momentum)
         return whole._replace(stacks=cut, usual_norms=usual, momentum=momentum)
 
 

@@ -8,6 +8,7 @@ layer with a bias, and a scale that is in no layer:
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -27,7 +28,7 @@ from optax_kron.transforms.frame import Frame
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, Blocks, KronState
-from optax_kron.transforms.stacks import all_finite, norms
+from optax_kron.transforms.stacks import all_finite, for_tree, norms
 
 # Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
 # With a rate of 0.1 it allows for what norm_constraint=9e-4 does.
@@ -45,6 +46,18 @@ class LayerState(NamedTuple):
 
     loss_weight: Float[Array, ""]
     mismatched_steps: Int[Array, ""]
+
+
+class Velocity(NamedTuple):
+    """The momentum of preconditioned gradients.
+
+    Attributes:
+      blocks: Of layers, [N, d_in, d_out] by kind of block.
+      rest: Of parameters in no layer, or only in part, by path; none if there is a fallback.
+    """
+
+    blocks: Mapping[str, Float[Array, "N d_in d_out"]]
+    rest: Mapping[str, Array]
 
 
 @program.settings
@@ -71,7 +84,6 @@ class Layerwise(Layout):
     fallback: optax.GradientTransformation | None
 
     source: ClassVar[str] = "layers"
-    cuts_momentum: ClassVar[bool] = False
 
     @property
     def has_fallback(self) -> bool:
@@ -91,16 +103,34 @@ class Layerwise(Layout):
         return dataclasses.replace(self, learning_rate=rate)
 
     def init(self, plan: LayerPlan, params: PyTree) -> Mapping[str, PyTree]:
-        """See `Layout`: a velocity of zero, masked where a fallback has the leaf."""
-        velocity = {
-            path: jnp.zeros_like(leaf, self.momentum_dtype or leaf.dtype)
-            for path, leaf in by_path(params).items()
-            if self.fallback is None or path in plan.owned
+        """See `Layout`: a velocity of zero."""
+        layers = LayerState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32))
+        velocity = None
+        if self.momentum is not None:
+            velocity = for_tree(plan, lambda: self._init_velocity(plan, by_path(params)))
+        return {"momentum": velocity, "layers": layers}
+
+    def _init_velocity(self, plan, leaves):
+        dtype = self.momentum_dtype
+
+        def of_blocks(label):
+            layer = plan.stacks[label][0].layer
+            own = (leaves[path].dtype for m in plan.stacks[label] for path in m.layer.paths)
+            shape = plan.count(label), layer.d_in, layer.d_out
+            return jnp.zeros(shape, dtype or max(own, key=lambda x: x.itemsize))
+
+        rest = {
+            path: jnp.zeros_like(leaves[path], dtype or leaves[path].dtype)
+            for path in plan.uncovered
+            if self.fallback is None
         }
-        return {
-            "momentum": None if self.momentum is None else _masked(params, velocity),
-            "layers": LayerState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)),
-        }
+        return Velocity({label: of_blocks(label) for label in plan.stacks}, rest)
+
+    def momentum_specs(self, share: Share, momentum: PyTree) -> PyTree:
+        """See `Layout`."""
+        if momentum is None:
+            return None
+        return Velocity(share.cut, share.shardings(momentum.rest))
 
     def init_fallback(self, plan: LayerPlan, params: PyTree) -> PyTree:
         """See `Layout`; warns if there are no layers."""
@@ -160,7 +190,7 @@ class Layerwise(Layout):
         return all_finite(updates)
 
     def of_blocks(self, state: KronState) -> KronState:
-        """See `Layout`: the velocity is that of parameters."""
+        """See `Layout`: the velocity comes last."""
         return state._replace(momentum=None)
 
     def before(
@@ -194,21 +224,19 @@ class Layerwise(Layout):
         weight, most = loss_weight(taps, dtype)
         # A loss that weighs more than it did, once, must not lift the bound of that step.
         last = jnp.where(state.layers.loss_weight > 0, state.layers.loss_weight, most)
-        directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned}
-        if self.fallback is None:
-            directions |= rest
-        plan.put(directions, advanced.updates)
         scale = self._scale(before, advanced, rest, jnp.minimum(weight, last.astype(dtype)), dtype)
+        made = dict(advanced.updates), {} if self.has_fallback else dict(rest)
         if scale is not None:
-            directions = {path: _times(scale, u) for path, u in directions.items()}
+            made = jax.tree.map(functools.partial(_times, scale), made)
         velocity = state.momentum
         if self.momentum is not None:
-            old = by_path(state.momentum)
-            directions = {
-                path: _times(self.momentum, old[path].astype(u.dtype)) + u
-                for path, u in directions.items()
-            }
-            velocity = _masked(state.momentum, directions, cast=True)
+            old = tuple(velocity)
+            made = jax.tree.map(
+                lambda u, v: _times(self.momentum, v.astype(u.dtype)) + u, made, old
+            )
+            velocity = Velocity(*jax.tree.map(lambda u, v: u.astype(v.dtype), made, old))
+        directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned} | made[1]
+        plan.put(directions, frame.share.gathered(made[0]))
         for path, u in others.items():
             u = u.astype(gradients[path].dtype)
             directions[path] = directions[path] + u if path in directions else u

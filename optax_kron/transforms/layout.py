@@ -46,12 +46,10 @@ class Layout:
 
     Attributes:
       source: What decides on the blocks, beside the gradients.
-      cuts_momentum: Whether the momentum is kept in stacks.
       has_fallback: Whether what is in no block has a transformation of its own.
     """
 
     source: ClassVar[str]
-    cuts_momentum: ClassVar[bool]
 
     @property
     def has_fallback(self) -> bool:
@@ -65,6 +63,11 @@ class Layout:
     def init(self, plan: AnyPlan, params: PyTree) -> Mapping[str, PyTree]:
         """The fields of the state that are the layout's, `momentum` and `layers`."""
         raise NotImplementedError
+
+    def momentum_specs(self, share: Share, momentum: PyTree) -> PyTree:
+        """How the momentum is spread over a mesh: as stacks are, if it is one of blocks."""
+        del momentum
+        return share.cut
 
     def sizes(self, plan: AnyPlan, label: str) -> tuple[np.ndarray, ...] | None:
         """For each axis its length without padding, int [N]; `None` where nothing is padded."""

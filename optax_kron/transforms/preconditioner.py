@@ -49,7 +49,7 @@ class KronState(NamedTuple):
       usual_norms: The usual norms of gradients by kind of block, of what is in no layer by path,
         and of Hessian-vector products; `None` without `outlier_clip`.
       momentum: The moving average of gradients, [N, ...] by kind of block; of layers the velocity,
-        like the parameters. `None` without momentum.
+        of their blocks likewise and of the rest by path. `None` without momentum.
       stacks: What the optimizer keeps, by kind of block; an array for a tree without leaves.
       schedule: What decides on the next refresh, beside `count`; `None` if nothing does.
       key: Raw PRNG key, uint32 [2], which never changes; `None` where nothing is random.

@@ -277,8 +277,6 @@ class Row:
     # that must tell in the updates; and the value that switches on those that are off by default.
     tunable: Mapping[str, float] = dataclasses.field(default_factory=dict)
     switched_on: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    # How many trees shaped like the parameters the state holds.
-    param_trees: int = 0
     supports_complex: bool = True
     # Draws random numbers that reach the updates.
     random: bool = True
@@ -359,7 +357,6 @@ def _kfac(name, rate=1.0, steps=1, method="kfac", **kwargs):
         getattr(ok, f"scale_by_{method}"),
         targets=targets,
         switched_on={"weight_decay": 0.01},
-        param_trees=1,
         random=False,
         **{"core": True} | kwargs,
     )
