@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, PyTree, Shaped
 
+from optax_kron.kernels import flow
 from optax_kron.transforms import program
 
 Spec = Any  # a PartitionSpec, in trees that have arrays in its place
-WHOLE: Spec = PartitionSpec()  # the same on all devices
+WHOLE: Spec = flow.WHOLE  # the same on all devices
 ANY: Spec = PartitionSpec(PartitionSpec.UNCONSTRAINED)  # as the compiler likes
 
 # Of NumPy, as it is known without a mesh; on one the rows of a device are an array of JAX.

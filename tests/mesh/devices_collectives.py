@@ -69,3 +69,30 @@ def test_one_exchange_in_and_one_out_for_each_kind_of_block(name, kind, spec):
     bodies = loop_bodies(text)
     assert bodies
     assert not any(re.search(rf"({KINDS})(-start)?\(", body) for body in bodies)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(("make", "gathers"), [(ok.kfac, 1), (ok.ekfac, 3)], ids=["kfac", "ekfac"])
+def test_moments_are_summed_once_and_updates_of_a_kind_of_layer_gathered_once(make, gathers, kind):
+    """Examples are sharded; EKFAC needs both bases of all layers wherever there are examples."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    names = [f"layer{i}" for i in range(8)]
+    layers = [ok.Layer(name, name) for name in names]
+    tx = make(0.1, layers=layers, refresh_every=2)
+    with jax.set_mesh(mesh):
+        whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "x")))
+        params = jax.device_put({name: jnp.ones((6, 6)) for name in names}, whole)
+        examples = jax.device_put(jnp.ones((1, 16, 1, 6)), rows)
+        grads = jax.device_put(
+            jnp.ones((1, 1, 16, 1, 6)), NamedSharding(mesh, PartitionSpec(None, None, "x"))
+        )
+        weights = jax.device_put(jnp.full(16, 1 / 16), whole)
+        taps = ok.Taps({name: (ok.Tap(examples, grads, weights),) for name in names})
+        state = jax.jit(tx.init)(params)
+        update = jax.jit(lambda g, s, p, t: tx.update(g, s, p, taps=t))
+        text = update.lower(params, state, params, taps).compile().as_text()
+    counts, reduced = collectives(text)
+    assert counts["all-gather"] <= gathers
+    assert set(counts) == {"all-gather", "all-reduce"}
+    assert set(reduced) <= {"[]", "[6,6]", "[1,6,6]", "[8]", "[1]"}
+    assert not any(re.search(rf"({KINDS})(-start)?\(", body) for body in loop_bodies(text))
