@@ -228,12 +228,10 @@ class Layerwise(Layout):
         made = dict(advanced.updates), {} if self.has_fallback else dict(rest)
         if scale is not None:
             made = jax.tree.map(functools.partial(_times, scale), made)
-        velocity = state.momentum
-        if self.momentum is not None:
+        velocity, decay = state.momentum, self.momentum
+        if decay is not None:
             old = tuple(velocity)
-            made = jax.tree.map(
-                lambda u, v: _times(self.momentum, v.astype(u.dtype)) + u, made, old
-            )
+            made = jax.tree.map(lambda u, v: _times(decay, v.astype(u.dtype)) + u, made, old)
             velocity = Velocity(*jax.tree.map(lambda u, v: u.astype(v.dtype), made, old))
         directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned} | made[1]
         plan.put(directions, frame.share.gathered(made[0]))
