@@ -1,12 +1,14 @@
 """Where the state of an optimizer lives on a mesh."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from optax_kron.transforms.mesh import spec_of
+from optax_kron.transforms.mesh import allowing, spec_of
 
 
 def state_shardings(
@@ -54,6 +56,49 @@ def state_shardings(
     with jax.sharding.use_abstract_mesh(typed):
         state = jax.eval_shape(tx.init, jax.tree.map(abstract, params))
     return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), state)
+
+
+def over_axes(
+    tx: optax.GradientTransformation, axes: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, whose blocks are spread over some axes of the mesh alone.
+
+    Along other axes every device has the same blocks, and does the same work: for axes whose links
+    are slow, or whose devices are better left to others.
+
+    Args:
+      tx: A transformation of this library, or a chain or wrapper around some.
+      axes: Names of axes of the mesh of `jax.set_mesh`, one or more. Without a mesh they are not
+        looked at.
+
+    Returns:
+      The transformation. It costs what the other does on a mesh of these axes.
+
+    Raises:
+      ValueError: In `init` and `update`, if the mesh has no such axes, or has explicit axes, and
+        these are not.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> tx = ok.sharding.over_axes(ok.soap(1e-3), ("data",))
+      >>> with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"))):
+      ...     state = tx.init(jnp.ones((3, 2)))
+    """
+    if isinstance(axes, str):
+        raise ValueError(f"over_axes: axes must be a sequence of names; got {axes!r}.")
+    names, inner = tuple(axes), optax.with_extra_args_support(tx)
+
+    def init(params):
+        with allowing(names):
+            return inner.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        with allowing(names):
+            return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def resize_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:

@@ -222,8 +222,9 @@ def routes(plan: BlockPlan, share: Share, tree: PyTree) -> dict[str, Route]:
     """For each stack, by label, how it is exchanged.
 
     Stacks are left out of leaves that are on all devices, which need no exchange before their
-    update; and of those where shards and blocks have no large common divisor along every axis, or
-    where a sharded axis is merged with others.
+    update; of those where shards and blocks have no large common divisor along every axis, or where
+    a sharded axis is merged with others; and of leaves that are sharded over more mesh axes than
+    stacks are.
 
     Args:
       plan: How the tree becomes stacks.
@@ -238,7 +239,9 @@ def routes(plan: BlockPlan, share: Share, tree: PyTree) -> dict[str, Route]:
     made = {}
     for label in plan.stacks:
         members = [(leaf, specs[i]) for i, leaf in plan.members(label)]
-        made[label] = _route(tuple(members), sizes, plan.count(label))
+        used = {name for _, spec in members for names in _names(spec, 0) for name in names}
+        if used <= set(share.axes):
+            made[label] = _route(tuple(members), sizes, plan.count(label))
     return {label: route for label, route in made.items() if route is not None}
 
 

@@ -10,9 +10,11 @@ exchange brings updates back to where the gradients were. Of 17 blocks, on a mes
 Between the exchanges devices agree on single numbers alone, such as whether all is finite.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -159,10 +161,29 @@ class Share:
 ALONE = Share()  # without a mesh
 
 
+# Names of the mesh axes that may cut stacks; `None`: all.
+_allowed: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar(
+    "allowed mesh axes", default=None
+)
+
+
+@contextlib.contextmanager
+def allowing(axes: Sequence[str]) -> Iterator[None]:
+    """Stacks are cut along these mesh axes alone, and the same along all others."""
+    token = _allowed.set(tuple(axes))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
 def ambient() -> Share:
     """The share of a device of the mesh of `jax.set_mesh`.
 
     Inside of `jax.shard_map` a program is that of one device, which owns all that it sees.
+
+    Raises:
+      ValueError: If axes are named by `allowing` that there are not, or cannot take part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -172,6 +193,14 @@ def ambient() -> Share:
         return ALONE
     # Types tell of explicit axes alone: where there are any, others take no part.
     axes = explicit or tuple(mesh.axis_names)
+    allowed = _allowed.get()
+    if allowed is not None:
+        if not allowed or not set(allowed) <= set(axes):
+            raise ValueError(
+                f"over_axes: blocks can be spread over the mesh axes {axes}; got {allowed}. Name "
+                "one or more of these."
+            )
+        axes = tuple(name for name in axes if name in allowed)
     return Share(axes, math.prod(mesh.shape[name] for name in axes), automatic=not explicit)
 
 

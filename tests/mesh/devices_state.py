@@ -73,3 +73,43 @@ def test_a_state_of_other_parameters_is_refused():
     tx = optax.ema(0.9)
     with pytest.raises(ValueError, match=r"ema has shape \(4, 4\); expected \(4, 5\)"):
         ok.sharding.resize_state(tx, tx.init(jnp.ones((4, 4))), jnp.ones((4, 5)))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("x"), PartitionSpec("y", "x")])
+def test_blocks_may_be_spread_over_some_axes_alone(kind, spec):
+    plain = ok.soap(0.1, refresh_every=2)
+    tx = ok.sharding.over_axes(optax.chain(optax.clip(10.0), plain), ("x",))
+    shapes = {"a": (8, 8), "b": (8, 8), "c": (8, 8), "d": (8, 4)}
+    params = {k: jnp.ones(shape) for k, shape in shapes.items()}
+    expected = plain.init(params)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, spec))
+        state = tx.init(placed)
+        types = jax.tree.map(jax.typeof, state)
+    for count in range(4):
+        grads = random_like(params, count)
+        want, expected = plain.update(grads, expected, params)
+        with jax.set_mesh(mesh):
+            grads = jax.device_put(grads, NamedSharding(mesh, spec))
+            updates, state = jax.jit(tx.update)(grads, state, placed)
+        assert largest_difference(jax.device_get(updates), want) < 1e-4
+        assert jax.tree.map(jax.typeof, state) == types
+    rows = jax.tree.leaves(optax.tree.get(state, "stacks"))
+    assert {len(x) for x in rows} == {2, 4}  # of one block and of three, on two devices
+    assert all(len(x) == 2 * len(x.addressable_shards[0].data) for x in rows)
+
+
+def test_axes_that_blocks_cannot_be_spread_over():
+    params = jnp.ones((4, 4))
+    for axes, names in ((("z",), "z"), ((), r"\(\)"), (("x", "z"), "z")):
+        tx = ok.sharding.over_axes(ok.soap(0.1), axes)
+        assert tx.init(params)  # without a mesh
+        with (
+            jax.set_mesh(jax.make_mesh((8,), ("x",))),
+            pytest.raises(ValueError, match=rf"spread over the mesh axes \('x',\).*{names}"),
+        ):
+            tx.init(params)
+    with pytest.raises(ValueError, match="a sequence of names; got 'x'"):
+        ok.sharding.over_axes(ok.soap(0.1), "x")
