@@ -100,6 +100,11 @@ def untyped(function: Callable[..., PyTree], *operands: PyTree, out: PyTree = WH
     return jax.sharding.auto_axes(function, out_sharding=out)(*operands)
 
 
+def shardings(tree: PyTree) -> PyTree:
+    """Those of arrays, as their types tell."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
 def whole(tree: PyTree) -> PyTree:
     """The same arrays on all devices of an explicit mesh; elsewhere as they are."""
     return jax.tree.map(lambda x: _placed(x, WHOLE), tree)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import by_path, is_inexact, map_by_path, slashed
 from optax_kron.layers.plan import LayerPlan
@@ -53,6 +53,12 @@ class Layerwise(NamedBlocks):
     def mv(self, vector: PyTree) -> PyTree:
         """The product; leaves that are not floating-point are left out."""
         leaves = self._checked_leaves(vector)
+        # On an explicit mesh the product is sharded as the vector is.
+        out = flow.shardings(leaves) if flow.has_types() else None
+        result = flow.untyped(Layerwise._product, self, leaves, out=out)
+        return map_by_path(lambda path, _: result.get(path), vector)
+
+    def _product(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
         result = {path: scaled(self.rest, leaf) for path, leaf in leaves.items()}
         wide = {
             path: leaf.astype(jnp.promote_types(leaf.dtype, self.dtype))
@@ -60,7 +66,7 @@ class Layerwise(NamedBlocks):
         }
         for layer in self.layers:
             layer.put(result, self.blocks[layer.name].mv(layer.take(wide)))
-        return map_by_path(lambda path, _: result.get(path), vector)
+        return result
 
     def _checked_leaves(self, vector: PyTree) -> dict[str, Array]:
         """The leaves of a vector by path, if they are those of the parameters."""

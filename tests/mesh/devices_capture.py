@@ -181,3 +181,27 @@ def test_of_a_shard_map_what_is_inside_is_declared_and_what_is_before_it_found(i
     np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
     for name in params:
         np.testing.assert_allclose(grads[name], expected[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kfoc"])
+def test_operators_act_on_sharded_parameters_as_on_one_device(name):
+    loss_fn, params, args = scan()
+    layers = ok.find_layers(loss_fn, params, *args)
+
+    def act(params, *args):
+        fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+        _, grads, taps = fn(params, *args)
+        op = getattr(ok.operators, name)(taps, layers)
+        return op @ grads, op.inverse(0.1) @ grads, op.trace(), op.sample(jax.random.key(0), 0.1)
+
+    expected = jax.device_get(jax.jit(act)(params, *args))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec(None, "data")
+        params, args = placed(params, mesh, spec), placed(args, mesh, PartitionSpec("data"))
+        actual = jax.jit(act)(params, *args)
+        for product in actual[:2]:
+            assert jax.typeof(product["kernels"]) == jax.typeof(params["kernels"])
+    actual = jax.device_get(actual)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
