@@ -193,10 +193,16 @@ def all_finite(x: Array, axis: int | tuple[int, ...] | None = None) -> Bool[Arra
 
 def largest_magnitude(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
     """The largest magnitude of a real or imaginary part; NaN if any is not finite, zero if none."""
+    return unit_of(x, axis) + _zero_if_finite(x, axis)
+
+
+def unit_of(x: Array, axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """The largest magnitude, as a unit of numbers that show by themselves if one is not finite.
+
+    XLA's maximum loses NaN: on CPU from about a thousand elements on, as it takes them by a tree.
+    """
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y), axis, initial=0) for y in parts))
-    # XLA's maximum loses NaN: on CPU from about a thousand elements on, as it takes them by a tree.
-    return largest + _zero_if_finite(x, axis)
+    return functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y), axis, initial=0) for y in parts))
 
 
 def _zero_if_finite(x: Array, axis: int | tuple[int, ...] | None) -> Float[Array, "..."]:

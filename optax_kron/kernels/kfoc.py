@@ -167,7 +167,7 @@ def _products(
 
 def _normalised(x: Factor) -> tuple[Factor, Float[Array, ""]]:
     """A matrix of Frobenius norm one, and the norm that it had; zero stays zero."""
-    largest = contract.largest_magnitude(x)  # whose square might overflow
+    largest = contract.unit_of(x)  # whose square might overflow
     scaled = x / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(jnp.square(scaled)))
     return scaled / jnp.where(norm > 0, norm, 1), largest * norm

@@ -150,7 +150,7 @@ def refit(
       precision: Precision of the matrix products.
     """
     real = contract.real_dtype(gradient.dtype)
-    largest = contract.largest_magnitude(gradient)
+    largest = contract.unit_of(gradient)
     # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
     floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
     damping = jnp.maximum(jnp.asarray(damping, real), floor)

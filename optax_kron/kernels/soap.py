@@ -109,7 +109,7 @@ def adam(
 
 def first_scale(gradient: Inexact[Array, "..."], extents: Float[Array, " k"]) -> Float[Array, ""]:
     """Of multiples of the identity whose product is the mean square of a gradient's elements."""
-    largest = contract.largest_magnitude(gradient)
+    largest = contract.unit_of(gradient)
     unit = gradient / jnp.where(largest > 0, largest, 1)
     mean = jnp.sum(contract.squared_magnitude(unit)) / jnp.prod(extents).astype(largest.dtype)
     return largest ** (2 / gradient.ndim) * mean ** (1 / gradient.ndim)

@@ -126,7 +126,8 @@ class Ekfac(LayerFactors):
             moved = wanted & ~missed
             if stack.usual is not None:
                 fields["usual"] = *stack.usual[:2], last
-            corrected[label], _ = guarded(stack, Change(fields, moved))
+            # What is finite is known: bases need not be read for it at every step.
+            corrected[label], _ = guarded(stack, Change(fields, moved, jnp.ones_like(moved)))
             failed.append(missed)
             strange.append(moved & found)
         return corrected, total(failed), any_block(strange)
