@@ -111,5 +111,6 @@ def test_axes_that_blocks_cannot_be_spread_over():
             pytest.raises(ValueError, match=rf"spread over the mesh axes \('x',\).*{names}"),
         ):
             tx.init(params)
-    with pytest.raises(ValueError, match="a sequence of names; got 'x'"):
-        ok.sharding.over_axes(ok.soap(0.1), "x")
+    for axes in ("x", None):
+        with pytest.raises(ValueError, match=f"a sequence of names; got {axes!r}"):
+            ok.sharding.over_axes(ok.soap(0.1), axes)
