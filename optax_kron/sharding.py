@@ -8,7 +8,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from optax_kron.transforms.mesh import allowing, spec_of
+from optax_kron.transforms.mesh import allowing
 
 
 def state_shardings(
@@ -42,20 +42,26 @@ def state_shardings(
       ...         {"kernel": jnp.zeros((64, 32))}
       ...     )
     """
-    # With explicit axes types tell the shardings, and types are known without any array.
-    explicit = (AxisType.Explicit,) * len(mesh.axis_names)
-    typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=explicit)
+    # With explicit axes types tell the shardings, and types are known without any array. Where some
+    # axes are explicit, others take no part.
+    kinds = mesh.axis_types
+    if AxisType.Explicit not in kinds:
+        kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+    typed = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+    names = {n for n, kind in zip(mesh.axis_names, kinds, strict=True) if kind == AxisType.Explicit}
 
     def abstract(x):
         sharding, spec = getattr(x, "sharding", None), PartitionSpec()
         if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
-            spec = sharding.spec
+            spec = PartitionSpec(*(_among(names, axes) for axes in sharding.spec))
         shape, dtype = jnp.shape(x), jnp.result_type(x)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(typed, spec))
 
     with jax.sharding.use_abstract_mesh(typed):
-        state = jax.eval_shape(tx.init, jax.tree.map(abstract, params))
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), state)
+        # `eval_shape` would not tell them of a mesh with axes of both kinds.
+        program, state = jax.make_jaxpr(tx.init, return_shape=True)(jax.tree.map(abstract, params))
+    found = [NamedSharding(mesh, aval.sharding.spec) for aval in program.out_avals]
+    return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
 def over_axes(
@@ -153,3 +159,9 @@ def _resized(path, x, like):
     rows = jnp.asarray(x)[: like.shape[0]]
     missing = like.shape[0] - len(rows)
     return jnp.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)])
+
+
+def _among(names, axes):
+    """Of the mesh axes that an axis of an array is sharded over, those with some names."""
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return tuple(name for name in axes if name in names) or None

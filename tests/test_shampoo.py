@@ -445,3 +445,13 @@ def test_a_staggered_interval_may_not_be_traced():
     factory = optax.inject_hyperparams(shampoo, static_args=("refresh_every",))
     tx = factory(0.1, refresh_every=3, stagger=True)
     jax.jit(tx.update)(ones, tx.init(ones), ones)
+
+
+@pytest.mark.parametrize("grafting", ["adam", "sgd", "adagrad", None])
+def test_a_block_of_one_element_without_gradient_leaves_its_neighbours(grafting):
+    # Zero over the tiny numbers of Adam's division, which is zero too, and of a norm.
+    tx = shampoo(0.1, grafting=grafting, blocking=Blocking(block_size=1))
+    gradient = jnp.array([1.0, 0.0, 2.0, 3.0, 4.0])
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(gradient), gradient)
+    np.testing.assert_array_equal(updates != 0, gradient != 0)
+    assert jnp.all(jnp.isfinite(updates))

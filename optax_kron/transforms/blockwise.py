@@ -24,6 +24,7 @@ from optax_kron.transforms.stacks import (
     ema_weight,
     for_each_stack,
     largest_of_blocks,
+    safe_divisor,
     squares_fit,
 )
 
@@ -202,7 +203,7 @@ def clip_leaves(
 def _clip_stack(plan, share, label, stack, valid, rms_clip, max_abs_clip):
     members = [leaf for _, leaf in plan.members(label)]
     owners = np.repeat(np.arange(len(members)), [leaf.count for leaf in members])
-    # What fills a stack up is zero, whichever parameter it is counted for.
+    # What fills a stack up is made zero, whichever parameter it is counted for.
     owners = np.pad(owners, (0, plan.count(label) - len(owners)), "edge")
     elements = np.array([max(np.prod(leaf.shape), 1) for leaf in members])[owners]
     elements = share.own(elements)
@@ -211,20 +212,22 @@ def _clip_stack(plan, share, label, stack, valid, rms_clip, max_abs_clip):
         of_leaf = lambda values, reduction: values  # noqa: E731
     axes = tuple(range(1, stack.ndim))
     real = contract.real_dtype(stack.dtype)
-    tiny = jnp.finfo(real).tiny
+    if plan.filled(label) < plan.count(label):  # what fills a stack up is no part of a parameter
+        inside = share.own(np.arange(plan.count(label)) < plan.filled(label))
+        stack = jnp.where(contract.along_axis(inside, 0, stack.ndim), stack, 0)
 
     magnitude = jnp.abs(stack)
     largest = of_leaf(contract.largest_magnitude(magnitude, axis=axes), "max")
     scale = jnp.ones_like(largest)
     if rms_clip is not None:
         # Relative to the largest entry, squares neither overflow nor vanish.
-        unit = jnp.maximum(largest, tiny)
+        unit = safe_divisor(largest)
         relative = magnitude / contract.along_axis(unit, 0, stack.ndim)
         squares = of_leaf(jnp.sum(jnp.square(relative), axis=axes), "sum")
         rms = unit * jnp.sqrt(squares / elements.astype(real))
         scale = jnp.minimum(scale, rms_clip / rms)
     if max_abs_clip is not None:
-        scale = jnp.minimum(scale, max_abs_clip / jnp.maximum(largest, tiny))
+        scale = jnp.minimum(scale, max_abs_clip / safe_divisor(largest))
     scale = contract.along_axis(scale.astype(real), 0, stack.ndim)
     kept = contract.along_axis(valid & jnp.isfinite(largest), 0, stack.ndim)
     return jnp.where(kept, stack * scale, 0)

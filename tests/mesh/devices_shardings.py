@@ -49,3 +49,16 @@ def test_a_gradient_that_is_not_finite_on_one_device_is_skipped(make, where, row
         assert jnp.all(jnp.isfinite(updates))
         assert jnp.any(updates != 0) == (step != 1)
     assert optax.tree.get(state, "skipped_steps") == 1
+
+
+@pytest.mark.parametrize(
+    "make", [ok.kron_psgd, ok.soap, ok.shampoo], ids=lambda make: make.__name__
+)
+def test_what_fills_a_stack_up_is_no_part_of_a_parameter(make):
+    tx = make(0.1, blocking=ok.Blocking(stacked_axes=1))
+    gradient = jnp.array([[1.0], [2.0], [3.0]])
+    expected, _ = tx.update(gradient, tx.init(gradient), gradient)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))):
+        updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+    assert np.all(expected != 0)
+    np.testing.assert_allclose(jax.device_get(updates), jax.device_get(expected), rtol=1e-6)

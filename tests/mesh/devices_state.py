@@ -40,6 +40,22 @@ def test_shardings_are_those_of_init(kind):
     assert all(len(x.addressable_shards[0].data) * 8 == len(x) for x in stacks)
 
 
+@pytest.mark.parametrize("kinds", [("Explicit", "Auto"), ("Auto", "Explicit")], ids=str)
+def test_states_on_a_mesh_with_axes_of_both_kinds(kinds):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=tuple(AxisType[k] for k in kinds))
+    tx, params = ok.soap(0.1), {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16)), "c": jnp.ones(3)}
+    alone = jax.device_get(tx.init(params))
+    with jax.set_mesh(mesh):
+        specs = {"a": PartitionSpec("x"), "b": PartitionSpec("y", "x"), "c": PartitionSpec()}
+        params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in params.items()}
+        shardings = ok.sharding.state_shardings(tx, params, mesh)
+        types = jax.tree.map(jax.typeof, tx.init(params))
+        placed = jax.jit(tx.init, out_shardings=shardings)(params)
+        resized = ok.sharding.resize_state(tx, alone, params)
+        assert jax.tree.map(jax.typeof, placed) == types
+        assert jax.tree.map(jax.typeof, resized) == types
+
+
 @pytest.mark.parametrize("make", [ok.kron_psgd, ok.soap], ids=lambda make: make.__name__)
 def test_training_goes_on_with_more_or_fewer_devices(make):
     tx = make(0.1)
