@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, Shaped
 
-from optax_kron.kernels import flow
+from optax_kron.kernels import explicit
 
 
 def map_stacked(
@@ -28,7 +28,7 @@ def map_stacked(
     """
     if {len(x) for x in jax.tree.leaves(stacked)} == {1}:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], stacked)))
-    if flow.has_types():
+    if explicit.has_types():
         return jax.lax.map(fn, stacked)
     try:
         return jax.vmap(fn)(stacked)

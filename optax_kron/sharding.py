@@ -8,6 +8,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from optax_kron.kernels import explicit
 from optax_kron.transforms.mesh import allowing
 
 
@@ -53,7 +54,8 @@ def state_shardings(
     def abstract(x):
         sharding, spec = getattr(x, "sharding", None), PartitionSpec()
         if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
-            spec = PartitionSpec(*(_among(names, axes) for axes in sharding.spec))
+            every = (explicit.mesh_axes(sharding.spec, axis) for axis in range(len(sharding.spec)))
+            spec = PartitionSpec(*(tuple(n for n in axes if n in names) or None for axes in every))
         shape, dtype = jnp.shape(x), jnp.result_type(x)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(typed, spec))
 
@@ -159,9 +161,3 @@ def _resized(path, x, like):
     rows = jnp.asarray(x)[: like.shape[0]]
     missing = like.shape[0] - len(rows)
     return jnp.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)])
-
-
-def _among(names, axes):
-    """Of the mesh axes that an axis of an array is sharded over, those with some names."""
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return tuple(name for name in axes if name in names) or None

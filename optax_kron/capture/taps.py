@@ -27,7 +27,7 @@ from optax_kron.capture.execution.inside_moments import InsideMoments, can_be_in
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, ranks
 from optax_kron.capture.find import NO_MARK, Layers
-from optax_kron.kernels import flow
+from optax_kron.kernels import explicit
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import map_by_path
 from optax_kron.layers.taps import Taps, magnitude
@@ -124,10 +124,10 @@ def value_and_grad_with_taps(
                 for captured in analysis.layers
             }
 
-        out = flow.WHOLE if reduce else tap_shardings(analysis)
+        out = explicit.WHOLE if reduce else tap_shardings(analysis)
         taps = assembled(recorded, taps_of, out)
         by_path = dict(zip(analysis.leaves, grads, strict=True))
-        norms = flow.untyped(functools.partial(_norms, analysis), by_path)
+        norms = explicit.untyped(functools.partial(_norms, analysis), by_path)
         value = traced.result.joined(linearized.outputs)
         tree = map_by_path(lambda path, _: by_path.get(path), params)
         return value, tree, Taps(taps, gradient_norms=norms, fisher=fisher)

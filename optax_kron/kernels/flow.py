@@ -24,9 +24,6 @@ from jaxtyping import Array, Bool, Int, PyTree
 # float32[]{data} first (`pcast`, which moves no data), and the step then maps that type to itself.
 
 
-WHOLE = jax.sharding.PartitionSpec()  # the same on all devices
-
-
 def varying_axes(tree: PyTree) -> frozenset[str]:
     """Names of the mesh axes along which any array of a tree may vary, inside `jax.shard_map`."""
     return frozenset().union(*_types(tree))
@@ -65,70 +62,6 @@ def zeros_like_type(
         sharded = jax.sharding.PartitionSpec(*whole, *spec)
         return jnp.zeros(shape, kind.dtype, out_sharding=sharded)
     return varying_like(jnp.zeros(shape, kind.dtype), kind)
-
-
-def where_it_is(function: Callable[..., Array], x: Array, *others: Array) -> Array:
-    """`function(x, *others)`, in the part of a program on an explicit mesh that `x` is in.
-
-    There are parts in which the compiler chooses shardings, and types do not tell them: what
-    `jax.sharding.auto_axes` wraps, such as lookups with an `out_sharding`. What meets an array in
-    such a part has to be in it.
-    """
-    if (mesh := _untyped_mesh(x)) is None:
-        return function(x, *others)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return function(x, *(jax.sharding.reshard(y, WHOLE) for y in others))
-
-
-def typed(x: Array) -> Array:
-    """An array from such a part, for the rest of the program: the same on all devices."""
-    return x if _untyped_mesh(x) is None else jax.sharding.reshard(x, WHOLE)
-
-
-def untyped(function: Callable[..., PyTree], *operands: PyTree, out: PyTree = WHOLE) -> PyTree:
-    """`function(*operands)` in such a part of its own.
-
-    There the compiler finds a way for every operation, whatever the shardings of its operands.
-
-    Args:
-      function: Of pytrees of arrays; it closes over none.
-      *operands: Those.
-      out: A tree, or a prefix of one, of the shardings of the result; all devices have all of it.
-    """
-    if not has_types():
-        return function(*operands)
-    return jax.sharding.auto_axes(function, out_sharding=out)(*operands)
-
-
-def shardings(tree: PyTree) -> PyTree:
-    """Those of arrays, as their types tell."""
-    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
-
-
-def whole(tree: PyTree) -> PyTree:
-    """The same arrays on all devices of an explicit mesh; elsewhere as they are."""
-    return jax.tree.map(lambda x: _placed(x, WHOLE), tree)
-
-
-def placed_like(x: Array, like: Array) -> Array:
-    """An array with the sharding of another of its shape, on an explicit mesh."""
-    return _placed(x, jax.typeof(like).sharding.spec)
-
-
-def _placed(x: Array, spec: jax.sharding.PartitionSpec) -> Array:
-    return jax.sharding.reshard(x, spec) if has_types() else x
-
-
-def has_types() -> bool:
-    """Whether types of arrays tell shardings here."""
-    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def _untyped_mesh(x: Array) -> jax.sharding.AbstractMesh | None:
-    """The mesh of an array whose sharding is the compiler's, where others' are typed."""
-    mesh = jax.typeof(x).sharding.mesh
-    is_typed = mesh.empty or jax.sharding.AxisType.Explicit in mesh.axis_types
-    return mesh if has_types() and not is_typed else None
 
 
 def while_loop(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, explicit
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import by_path, is_inexact, map_by_path, slashed
 from optax_kron.layers.plan import LayerPlan
@@ -54,8 +54,7 @@ class Layerwise(NamedBlocks):
         """The product; leaves that are not floating-point are left out."""
         leaves = self._checked_leaves(vector)
         # On an explicit mesh the product is sharded as the vector is.
-        out = flow.shardings(leaves) if flow.has_types() else None
-        result = flow.untyped(Layerwise._product, self, leaves, out=out)
+        result = explicit.untyped(Layerwise._product, self, leaves, out=explicit.shardings(leaves))
         return map_by_path(lambda path, _: result.get(path), vector)
 
     def _product(self, leaves: Mapping[str, Array]) -> dict[str, Array]:

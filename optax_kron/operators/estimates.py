@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from optax_kron.kernels import contract, flow, linalg
+from optax_kron.kernels import contract, explicit, linalg
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.kernels import kfoc as kfoc_kernels
 from optax_kron.layers.layer import Layer
@@ -155,7 +155,7 @@ def ekfac(
         make = functools.partial(
             eigenvalues_of_member, owner, member, dtype=dtype, precision=precision
         )
-        return flow.untyped(make, taps, *bases[member.layer.name])
+        return explicit.untyped(make, taps, *bases[member.layer.name])
 
     values = batches.sums(eigenvalues, lambda x, share: x * share, jnp.add)
     blocks = {name: Stacked(Eigen(tuple(bases[name]), values[name])) for name in bases}
@@ -212,7 +212,7 @@ def kfoc(
     batches = Batches(owner, taps, layers, params)
 
     def cases(member: Member, taps: Groups) -> list[Case]:
-        return [flow.untyped(functools.partial(_case, owner, member), tap) for tap in taps]
+        return [explicit.untyped(functools.partial(_case, owner, member), tap) for tap in taps]
 
     def scaled(cases: list[Case], share: ArrayLike) -> list[Case]:
         # The curvature is quadratic in the gradients.
@@ -255,7 +255,7 @@ def _moments(batches: Batches, approx: str, precision: contract.Precision) -> di
     def of(member: Member, taps: Groups) -> Moments:
         settings = {"approx": approx, "dtype": _dtype(taps), "precision": precision}
         make = functools.partial(moments_of_member, batches.owner, member, **settings)
-        moments = flow.untyped(make, taps)
+        moments = explicit.untyped(make, taps)
         if all(isinstance(tap, Tap) and tap.weights is None for tap in taps):
             # By hand, they are a mean over their examples, as the weights of a mean loss add up to
             # one: so that batches count by their share alone.

@@ -25,8 +25,9 @@ import numpy as np
 from jaxtyping import Array, Inexact, Int, PyTree
 
 from optax_kron.blocking import BlockPlan, LeafPlan
+from optax_kron.kernels import explicit
 from optax_kron.kernels.contract import complex_like
-from optax_kron.transforms.mesh import Share, Spec, spec_of
+from optax_kron.transforms.mesh import Share, Spec
 
 # Beyond so many tiles in a stack tables become large: shards and blocks have too small a common
 # divisor, and rows are gathered instead.
@@ -235,11 +236,11 @@ def routes(plan: BlockPlan, share: Share, tree: PyTree) -> dict[str, Route]:
         return {}
     mesh = jax.sharding.get_abstract_mesh()
     sizes = tuple((name, mesh.shape[name]) for name in share.axes)
-    specs = list(map(spec_of, plan.treedef.flatten_up_to(tree)))
+    specs = list(map(explicit.spec_of, plan.treedef.flatten_up_to(tree)))
     made = {}
     for label in plan.stacks:
         members = [(leaf, specs[i]) for i, leaf in plan.members(label)]
-        used = {name for _, spec in members for names in _names(spec, 0) for name in names}
+        used = {name for leaf, spec in members for names in _names(spec, leaf) for name in names}
         if used <= set(share.axes):
             made[label] = _route(tuple(members), sizes, plan.count(label))
     return {label: route for label, route in made.items() if route is not None}
@@ -250,7 +251,7 @@ def _route(members, sizes, count) -> Route | None:
     mesh = dict(sizes)
     if not all(_is_simple(leaf) for leaf, _ in members):
         return None
-    shards = [Shard(leaf, _names(spec, len(leaf.shape)), mesh) for leaf, spec in members]
+    shards = [Shard(leaf, _names(spec, leaf), mesh) for leaf, spec in members]
     if not any(itertools.chain(*(s.names for s in shards))) or not all(map(_is_even, shards)):
         return None
     tile = functools.reduce(
@@ -313,9 +314,8 @@ def _is_even(shard: Shard) -> bool:
     return all(size % cut == 0 for size, cut in zip(shard.plan.shape, cuts, strict=True))
 
 
-def _names(spec: Spec, axes: int) -> tuple[tuple[str, ...], ...]:
-    parts = [() if part is None else part for part in (*spec, *[None] * (axes - len(spec)))]
-    return tuple((part,) if isinstance(part, str) else tuple(part) for part in parts)
+def _names(spec: Spec, leaf: LeafPlan) -> tuple[tuple[str, ...], ...]:
+    return tuple(explicit.mesh_axes(spec, axis) for axis in range(len(leaf.shape)))
 
 
 def split(

@@ -23,11 +23,11 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, PyTree, Shaped
 
-from optax_kron.kernels import flow
+from optax_kron.kernels import explicit
 from optax_kron.transforms import program
 
 Spec = Any  # a PartitionSpec, in trees that have arrays in its place
-WHOLE: Spec = flow.WHOLE  # the same on all devices
+WHOLE: Spec = explicit.WHOLE  # the same on all devices
 ANY: Spec = PartitionSpec(PartitionSpec.UNCONSTRAINED)  # as the compiler likes
 
 # Of NumPy, as it is known without a mesh; on one the rows of a device are an array of JAX.
@@ -92,7 +92,8 @@ class Share:
         on every device first, which gathers those that are: left alone, the compiler would send the
         rows one by one, also those that every device has.
         """
-        sharded = not self.automatic and any(any(spec_of(x)) for x in jax.tree.leaves(tree))
+        specs = [] if self.automatic else map(explicit.spec_of, jax.tree.leaves(tree))
+        sharded = any(any(spec) for spec in specs)
 
         def together(tree, *settings):
             made = make(tree, *settings)
@@ -104,7 +105,7 @@ class Share:
         """Those of the leaves of a tree, where their types tell; else `ANY`."""
         if self.automatic:
             return jax.tree.map(lambda _: ANY, tree)
-        return jax.tree.map(spec_of, tree)
+        return explicit.shardings(tree)
 
     def gathered(self, stacks: PyTree) -> PyTree:
         """Stacks with all rows on every device, inside of what is made `globally`.
@@ -187,12 +188,12 @@ def ambient() -> Share:
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    typed = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     # Of a single device too, explicit axes are in the types of arrays.
-    if mesh.empty or mesh.manual_axes or (mesh.size == 1 and not explicit):
+    if mesh.empty or mesh.manual_axes or (mesh.size == 1 and not typed):
         return ALONE
     # Types tell of explicit axes alone: where there are any, others take no part.
-    axes = explicit or tuple(mesh.axis_names)
+    axes = typed or tuple(mesh.axis_names)
     allowed = _allowed.get()
     if allowed is not None:
         if not allowed or not set(allowed) <= set(axes):
@@ -201,13 +202,7 @@ def ambient() -> Share:
                 "one or more of these."
             )
         axes = tuple(name for name in axes if name in allowed)
-    return Share(axes, math.prod(mesh.shape[name] for name in axes), automatic=not explicit)
-
-
-def spec_of(x: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
-    """The sharding that the type of an array tells, of those on an explicit mesh."""
-    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
-    return WHOLE if sharding is None else sharding.spec
+    return Share(axes, math.prod(mesh.shape[name] for name in axes), automatic=not typed)
 
 
 def _is_spec(x: object) -> bool:

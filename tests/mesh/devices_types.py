@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_kron as ok
 from optax_kron.kernels import psgd
-from optax_kron.transforms.mesh import spec_of
+from optax_kron.kernels.explicit import spec_of
 
 from ..contract.table import largest_difference, quick_jit
 

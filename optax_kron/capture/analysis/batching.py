@@ -15,7 +15,6 @@ uses.
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from optax_kron.capture.analysis.marks import Mark
@@ -24,6 +23,7 @@ from optax_kron.capture.program.graph import Graph, Node, Operand, Value, build,
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate, merge
 from optax_kron.capture.rules.table import batchings_before
+from optax_kron.kernels import explicit
 
 
 class Batchings:
@@ -192,7 +192,7 @@ class Batchings:
         program, in_specs, out_specs = equations.local_program(node.eqn)
         body = build(program)
         cuts = {
-            _names(spec, b.number)
+            explicit.mesh_axes(spec, b.number)
             for spec, b in zip(out_specs, batchings, strict=True)
             if isinstance(b, Separate) and b.on_axis
         }
@@ -201,7 +201,7 @@ class Batchings:
             if not (isinstance(batching, Separate) and batching.on_axis):
                 return batching
             old, length = batching.length, new.shape[batching.number]
-            if cuts != {_names(spec, batching.number)}:
+            if cuts != {explicit.mesh_axes(spec, batching.number)}:
                 return Mixed(batching.marks, node)
             if old == length:
                 return batching
@@ -218,12 +218,6 @@ class Batchings:
         body = node.bodies[1]
         inputs, carried = self._until_fixed(body, node, batchings, slice(constants, None))
         return [*[None] * tests, *inputs[:constants], *carried]
-
-
-def _names(spec: jax.sharding.PartitionSpec, axis: int) -> tuple[str, ...]:
-    """The mesh axes that cut an axis of an array."""
-    names = spec[axis] if axis < len(spec) else None
-    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _of_logits(node: Node, logits: Operand, batching: Batching) -> Batching:

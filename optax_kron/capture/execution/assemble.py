@@ -23,7 +23,7 @@ from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.execution.inside_moments import InsideMoments
 from optax_kron.capture.execution.pullback import Linearized
 from optax_kron.capture.execution.weights import LossWeights, added
-from optax_kron.kernels import contract, flow, kfac
+from optax_kron.kernels import contract, explicit, kfac
 from optax_kron.layers.moments import moments_of, with_bias
 from optax_kron.layers.taps import Moments, Tap
 
@@ -49,14 +49,14 @@ Made = TypeVar("Made")
 
 
 def assembled(
-    recorded: Recorded, make: Callable[[Recorded], Made], out: PyTree = flow.WHOLE
+    recorded: Recorded, make: Callable[[Recorded], Made], out: PyTree = explicit.WHOLE
 ) -> Made:
     """`make(recorded)`; on an explicit mesh where the compiler chooses shardings.
 
     Args:
       recorded: What was recorded.
       make: A function of it.
-      out: The shardings of the result there, as of `flow.untyped`.
+      out: The shardings of the result there, as of `explicit.untyped`.
     """
     analysis, linearized, output_grads, weights = recorded
     uses, reads = analysis.uses, list(linearized.indices)
@@ -68,7 +68,7 @@ def assembled(
         point = dataclasses.replace(linearized, inputs=inputs, taken=taken, indices=indices)
         return make(Recorded(analysis, point, grads, LossWeights(analysis, losses, indices)))
 
-    return flow.untyped(
+    return explicit.untyped(
         make_from,
         [linearized.inputs[use] for use in uses],
         [linearized.taken[use] for use in uses],
@@ -93,9 +93,8 @@ def tap_shardings(analysis: Analysis) -> dict[str, tuple[Tap, ...]]:
 def _tap_sharding(analysis: Analysis, use: Use) -> Tap:
     batching, sharding = analysis.batching(use), getattr(use.output.aval, "sharding", None)
     axes: tuple[str, ...] = ()
-    if sharding is not None and batching.on_axis and batching.number < len(sharding.spec):
-        axis = sharding.spec[batching.number] or ()
-        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if sharding is not None and batching.on_axis:
+        axes = explicit.mesh_axes(sharding.spec, batching.number)
         if batching.examples % math.prod(sharding.mesh.shape[name] for name in axes):
             axes = ()
     spec: Any = jax.sharding.PartitionSpec

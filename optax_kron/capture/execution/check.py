@@ -31,7 +31,7 @@ from optax_kron.capture.execution.assemble import Recorded, assembled, layer_tap
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, added
 from optax_kron.capture.program.widening import has_narrow, wide
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, explicit
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Tap
 
@@ -206,13 +206,13 @@ def _deviations(
     logits = [operands[0] for operands in linearized.operands]
     keys = jax.random.split(jax.random.key(0), max(len(marks), 1))
     everything = [
-        flow.placed_like(jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), x)
+        explicit.placed_like(jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), x)
         for key, x in zip(keys, logits, strict=False)
     ]
     none = jnp.zeros_like(linearized.outputs[0])
     params, of_all, _ = linearized.pull(none, everything)
     _, of_one, _ = linearized.pull(none, _of_first(marks, everything))
-    leaves = dict(zip(analysis.leaves, flow.whole(params), strict=True))
+    leaves = dict(zip(analysis.leaves, explicit.whole(params), strict=True))
 
     def all_taps(gradients: Sequence[Array], weights: Sequence[Array]) -> list[tuple[Tap, ...]]:
         columns = {use: g[None] for use, g in zip(analysis.uses, gradients, strict=True)}

@@ -22,7 +22,7 @@ from optax_kron.capture.analysis.canonical import Canonical
 from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.program.graph import Node
 from optax_kron.capture.rules.batch_axes import Separate
-from optax_kron.kernels import contract, flow, kfac
+from optax_kron.kernels import contract, explicit, flow, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import with_bias
 
@@ -72,7 +72,7 @@ class InsideMoments:
 
     def of_inputs(self, record: Shaped[Array, "..."]) -> Float[Array, "blocks d_in width"]:
         """`Σ_n w_n Σ_s a aᵀ`, or its diagonal, of width one."""
-        return flow.untyped(self._of_inputs, record, self.weights)
+        return explicit.untyped(self._of_inputs, record, self.weights)
 
     def _of_inputs(self, record, weights):
         # Undo the kernel's mean.
@@ -101,7 +101,7 @@ class InsideMoments:
             return value, None
 
         def backward(_, cotangent):
-            return cotangent, flow.untyped(self._of_output_grads, cotangent).astype(dummy.dtype)
+            return cotangent, explicit.untyped(self._of_output_grads, cotangent).astype(dummy.dtype)
 
         watched.defvjp(forward, backward)
         return watched(value, dummy)

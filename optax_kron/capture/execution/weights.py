@@ -27,7 +27,7 @@ from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.rules.batch_axes import Read, Separate
 from optax_kron.capture.rules.indexing import reaching
 from optax_kron.capture.rules.pairs import Pairs, classes
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, explicit
 
 ExampleWeights = Float[Array, " N"] | Float[Array, "N S"]
 
@@ -43,7 +43,7 @@ class LossWeights:
 
     def __init__(self, analysis: Analysis, weights: Sequence[Array], indices: Mapping[Read, Array]):
         self._analysis, self._indices = analysis, indices
-        self._weights = flow.whole(list(weights))
+        self._weights = explicit.whole(list(weights))
 
     @property
     def arrays(self) -> list[Array]:

@@ -15,7 +15,7 @@ from jax import Array
 
 from optax_kron.capture.program import equations
 from optax_kron.capture.program.graph import Graph, Node, Value
-from optax_kron.kernels import flow
+from optax_kron.kernels import explicit, flow
 
 Key = tuple[str, int]
 
@@ -91,10 +91,10 @@ class _Run:
             for key in self.probes.perturb.get(value, ()):
                 if key in perturbations:
                     apply = self.probes.apply.get(key, _add)
-                    array = flow.where_it_is(apply, array, perturbations[key])
+                    array = explicit.where_it_is(apply, array, perturbations[key])
             env[value] = array
             for key in self.probes.record.get(value, ()):
-                records[key] = self.probes.transform.get(key, _same)(flow.typed(array))
+                records[key] = self.probes.transform.get(key, _same)(explicit.typed(array))
 
         for value, array in zip(graph.inputs, arguments, strict=True):
             store(value, array)
