@@ -330,7 +330,9 @@ def norm_constraint_scale(
       dtype: Of the result.
     """
     largest = [
-        jnp.max(jnp.stack([jnp.zeros([], dtype), *(_largest(x).astype(dtype) for x in arrays)]))
+        jnp.max(
+            jnp.stack([jnp.zeros([], dtype), *(contract.unit_of(x).astype(dtype) for x in arrays)])
+        )
         for arrays in zip(*pairs, strict=True)
     ]
     units = [jnp.where(x > 0, x, 1) for x in largest]
@@ -354,10 +356,6 @@ def _product(gradients: Array, natural: Array) -> Array:
     products = jnp.sum(products, axis=tuple(range(1, natural.ndim)))
     least = jnp.finfo(products.dtype).eps * norms(gradients) * norms(natural)
     return jnp.sum(jnp.maximum(products, least.astype(products.dtype)))
-
-
-def _largest(x: Array) -> Array:
-    return jnp.max(jnp.abs(x), initial=0)
 
 
 def _over(x: Array, unit: Array) -> Array:
