@@ -62,7 +62,7 @@ def state_shardings(
     with jax.sharding.use_abstract_mesh(typed):
         # `eval_shape` would not tell them of a mesh with axes of both kinds.
         program, state = jax.make_jaxpr(tx.init, return_shape=True)(jax.tree.map(abstract, params))
-    found = [NamedSharding(mesh, aval.sharding.spec) for aval in program.out_avals]
+    found = jax.tree.map(lambda aval: NamedSharding(mesh, aval.sharding.spec), program.out_avals)
     return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
