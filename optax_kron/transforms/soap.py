@@ -149,7 +149,7 @@ class Soap(base.Preconditioner):
         """Whether a block is to take in a gradient, and whether it can hold its square."""
         # No entry of any second moment is larger than the sum of all squares.
         kept = [x.dtype for x in jax.tree.leaves((block.statistics, block.values))]
-        largest = contract.largest_magnitude(gradient)
+        largest = contract.unit_of(gradient)  # of what is not finite no step is accepted
         informs = largest != 0
         # Zeros would shrink the statistics of a KL variant to nothing, which divides by them.
         if not self.is_kl:
