@@ -96,20 +96,20 @@ def moments_of_member(
         if isinstance(tap, Moments):
             return _visible_moments(owner, member, tap, approx, dtype)
         seen = visible_inputs(member, tap)
-        return moments_of(member.layer, seen, approx=approx, dtype=dtype, precision=precision)
+        return moments_of(member.seen, seen, approx=approx, dtype=dtype, precision=precision)
 
     moments = combined([of_group(tap) for tap in taps])
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
         # Without columns every group's output factor is the identity, and so is that of all.
-        return moments._replace(output_factor=of_group(taps[0]).output_factor)
-    return moments
+        moments = moments._replace(output_factor=of_group(taps[0]).output_factor)
+    return member.cut.moments(moments)
 
 
 def _visible_moments(
     owner: str, member: Member, moments: Moments, approx: str, dtype: DTypeLike
 ) -> Moments:
     """Second moments without the inputs of parameters that are hidden, in another dtype."""
-    layer, columns = member.layer, member.columns
+    layer, columns = member.seen, member.columns
     if approx == "reduce" and layer.kernel is not None:
         raise ValueError(
             f"{owner}: approx='reduce' needs what each example gave, but the taps of layer "
@@ -133,7 +133,7 @@ def visible_inputs(member: Member, tap: Tap) -> Tap:
 def masked_inputs(member: Member, tap: Tap) -> Tap:
     """`visible_inputs`, with zeros for those whose weight is zero, as they may be anything."""
     tap = visible_inputs(member, tap)
-    if member.layer.is_embedding or tap.weights is None:
+    if member.seen.is_embedding or tap.weights is None:
         return tap  # the output-gradients beside an index are zero, and the index is finite
     w = tap.weights if tap.weights.ndim == 3 else tap.weights.reshape(1, len(tap.weights), -1)
     return tap._replace(inputs=jnp.where(w[..., None] > 0, tap.inputs, 0))

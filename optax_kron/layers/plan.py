@@ -24,6 +24,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 
+from optax_kron.layers.cuts import Cut, cut_layer
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import Leaf, by_path, paths_of, spellings
 from optax_kron.layers.taps import Moments, Tap, Taps, magnitude
@@ -39,13 +40,18 @@ class Member:
     """A layer in a stack.
 
     Attributes:
-      layer: The layer with views, without the parameters that are hidden from the optimizer.
+      layer: The layer with views, without the parameters that are hidden from the optimizer, as
+        its blocks are.
+      seen: The same as its taps see it: a long axis that is cut into blocks is whole there.
+      cut: How it is cut.
       columns: The columns of its taps' inputs that belong to the parameters which are there.
       width: Number of columns that its taps must have; `None` if not known.
       wide_input: Whether second moments of the full layer's inputs are diagonal.
     """
 
     layer: Layer
+    seen: Layer
+    cut: Cut
     columns: slice
     width: int | None
     wide_input: bool
@@ -190,7 +196,7 @@ class LayerPlan:
         return canonical
 
     def _check_tap(self, member: Member, tap: Tap | Moments) -> None:
-        layer = member.layer
+        layer = member.seen
         where = f"{self.owner}: layer {layer.name!r} ({', '.join(layer.paths)})"
         if isinstance(tap, Moments):
             self._check_moments(member, tap, where)
@@ -222,7 +228,7 @@ class LayerPlan:
             raise ValueError(f"{where}: the taps have {problem}")
 
     def _check_moments(self, member: Member, moments: Moments, where: str) -> None:
-        layer = member.layer
+        layer = member.seen
         width = layer.table_rows or member.width
         got = jnp.shape(moments.input_factor), jnp.shape(moments.output_factor)
         expected = (
@@ -265,7 +271,13 @@ def check_layers(owner: str, layers: object) -> tuple[Layer, ...]:
     return tuple(checked)
 
 
-def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree, multiple: int = 1) -> LayerPlan:
+def plan_layers(
+    owner: str,
+    layers: Sequence[Layer],
+    tree: PyTree,
+    multiple: int = 1,
+    block_size: int | None = None,
+) -> LayerPlan:
     """Plan how layers own the parameters of a tree.
 
     Parameters that a wrapper such as `optax.masked` hides (`None`, masked nodes) are left out of
@@ -278,6 +290,7 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree, multiple: int
       tree: Arrays or `jax.ShapeDtypeStruct`s.
       multiple: Of what the number of blocks in each stack is to be a multiple, so that so many
         devices can share them; blocks of zeros fill it up.
+      block_size: Longest run of an axis with a diagonal factor that is one block; `None`: any.
 
     Raises:
       ValueError: For a parameter that is not floating-point or complex, for layers that do not
@@ -298,6 +311,8 @@ def plan_layers(owner: str, layers: Sequence[Layer], tree: PyTree, multiple: int
         member = _visible(layer, leaves, hidden)
         if member is None:
             continue
+        cut, how = cut_layer(owner, member.seen, block_size)
+        member = dataclasses.replace(member, layer=cut, cut=how)
         layer = member.layer
         for path, view in layer.views:
             if jnp.iscomplexobj(leaves[path]):
@@ -380,7 +395,7 @@ def _visible(layer: Layer, leaves: Mapping[str, Leaf], hidden: Sequence[str]) ->
         wide_input = rows is not None and rows > layer.max_size
     elif layer.bias is not None and bias is None:
         columns, width = slice(0, -1), visible.d_in + 1
-    return Member(visible, columns, width, wide_input)
+    return Member(visible, visible, Cut(), columns, width, wide_input)
 
 
 def _volume(box: Box) -> int:

@@ -32,8 +32,9 @@ def eigenvalues_of_member(
       owner: Name of the optimizer or operator, for messages.
       member: The layer, and which columns of its taps' inputs belong to it.
       taps: Groups of taps, in canonical form.
-      input_basis: Q_a; `None`: the identity.
-      output_basis: Q_g; `None`: the identity.
+      input_basis: Q_a; `None`: the identity. Of blocks that one block of the layer was cut into,
+        the first one's is taken.
+      output_basis: Q_g; likewise.
       dtype: Dtype of the eigenvalues.
       precision: Precision of the matrix products.
 
@@ -43,7 +44,8 @@ def eigenvalues_of_member(
     Raises:
       ValueError: For second moments in place of what each example gave.
     """
-    layer = member.layer
+    layer = member.seen
+    shared = tuple(map(member.cut.first, (input_basis, output_basis)))
 
     def of_group(tap: Tap | Moments) -> Array:
         if isinstance(tap, Moments):
@@ -55,26 +57,26 @@ def eigenvalues_of_member(
         grads = grads.astype(dtype)
         if layer.table_rows is not None:
             return ekfac.table_eigenvalues(
-                inputs, grads, layer.table_rows, output_basis, precision=precision
+                inputs, grads, layer.table_rows, shared[1], precision=precision
             )
         inputs = inputs.astype(dtype)
-        return ekfac.eigenvalues(inputs, grads, input_basis, output_basis, precision=precision)
+        return ekfac.eigenvalues(inputs, grads, *shared, precision=precision)
 
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
         # The output factor is the identity, and nothing is left to estimate.
         A = moments_of_member(owner, member, taps, dtype=dtype, precision=precision).input_factor
         if input_basis is not None:
             A = jnp.einsum("bij,bik,bkj->bj", input_basis, A, input_basis, precision=precision)
-        return jnp.broadcast_to(A[..., None], (*A.shape, layer.d_out))
+        return jnp.broadcast_to(A[..., None], (*A.shape, member.layer.d_out))
     first, *others = (of_group(tap) for tap in taps)
-    return sum(others, first)
+    return member.cut.values(sum(others, first))
 
 
 def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Bool[Array, " B"]:
     """Whether any example of any group has a weight above zero in a block."""
-    seen = jnp.zeros(member.layer.blocks, bool)
+    seen = jnp.zeros(member.seen.blocks, bool)
     for tap in taps:
         if not isinstance(tap, Tap) or tap.weights is None:
             return jnp.ones(member.layer.blocks, bool)
         seen |= kfac.total_weight(tap.weights, tap.inputs.shape[2]) > 0
-    return seen
+    return member.cut.repeated(seen)

@@ -101,7 +101,9 @@ class Ekfac(LayerFactors):
                     self.owner, member, given, *bases, dtype=dtype, precision=self.precision
                 )
             )
-            seen.append(seen_blocks(member, given))
+            # λ is that in the basis of the first of the blocks that one was cut into.
+            agree = [member.cut.agrees(basis) for basis in bases]
+            seen.append(seen_blocks(member, given) & agree[0] & agree[1])
         return plan.stacked(label, lambdas), plan.stacked(label, seen)
 
     def correct_all(
@@ -169,6 +171,7 @@ def scale_by_ekfac(
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -203,6 +206,8 @@ def scale_by_ekfac(
       outlier_clip: also of what is averaged into the eigenvalues.
       learning_rate: for a norm constraint that is a number.
       fallback: the transformation of parameters that belong to no layer.
+      block_size: longest run of an axis with a diagonal factor that is one block, as in
+        `scale_by_kfac`; the eigenvalues are cut with it.
       factor_dtype: real dtype of the stored factors, bases and eigenvalues.
       momentum_dtype: dtype of the stored momentum.
       precision: of the matrix products.
@@ -244,7 +249,14 @@ def scale_by_ekfac(
         precision=precision,
     )
     layout = layerwise(
-        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+        owner,
+        layers,
+        momentum,
+        momentum_dtype,
+        norm_constraint,
+        learning_rate,
+        fallback,
+        block_size,
     )
     return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
@@ -267,6 +279,7 @@ def ekfac(
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,

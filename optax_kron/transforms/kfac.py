@@ -150,6 +150,7 @@ def scale_by_kfac(
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -202,6 +203,10 @@ def scale_by_kfac(
       fallback: the transformation of parameters that belong to no layer, complete with a momentum
         of its own if it is to have one: `optax.scale_by_adam()`, for example. It sees these
         parameters alone. `None`: their gradients, with the same momentum.
+      block_size: longest run of an axis with a diagonal factor, such as the rows of an embedding,
+        that is one block. A longer one is cut into equal blocks, each with its part of that factor
+        and a copy of the other; on a mesh they are on different devices. Damping and outlier clip
+        are those of each block. `None`: the axis is whole.
       factor_dtype: real dtype of the stored factors and inverses, float32 by default also for
         bfloat16 and float64 parameters. The arithmetic is at least float32.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
@@ -259,7 +264,14 @@ def scale_by_kfac(
         precision=precision,
     )
     layout = layerwise(
-        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+        owner,
+        layers,
+        momentum,
+        momentum_dtype,
+        norm_constraint,
+        learning_rate,
+        fallback,
+        block_size,
     )
     return transformation(owner, method, layout, outlier_clip, factor_dtype)
 
@@ -282,6 +294,7 @@ def kfac(
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,

@@ -73,6 +73,7 @@ class Layerwise(Layout):
       norm_constraint: Bound of the step, "auto" or `None`.
       learning_rate: What the updates will be multiplied with; of a step a number.
       fallback: The transformation of parameters in no layer, or `None`.
+      block_size: Longest run of an axis with a diagonal factor that is one block, or `None`.
     """
 
     owner: str
@@ -82,6 +83,7 @@ class Layerwise(Layout):
     norm_constraint: ArrayLike | str | None
     learning_rate: PyTree  # a number, a schedule or None
     fallback: optax.GradientTransformation | None
+    block_size: int | None
 
     source: ClassVar[str] = "layers"
 
@@ -92,7 +94,7 @@ class Layerwise(Layout):
 
     def plan(self, owner: str, tree: PyTree, multiple: int) -> LayerPlan:
         """See `Layout`."""
-        return plan_layers(owner, self.layers, tree, multiple)
+        return plan_layers(owner, self.layers, tree, multiple, self.block_size)
 
     def at(self, state: KronState) -> "Layerwise":
         """See `Layout`."""
@@ -265,6 +267,7 @@ def layerwise(
     norm_constraint: ArrayLike | str | None,
     learning_rate: optax.ScalarOrSchedule | None,
     fallback: optax.GradientTransformation | None,
+    block_size: int | None,
 ) -> Layerwise:
     """The layout, with its settings checked."""
     layers = check_layers(owner, layers)
@@ -286,8 +289,17 @@ def layerwise(
             f"{owner}: fallback must be an optax.GradientTransformation, such as "
             f"optax.scale_by_adam(), or None; got {fallback!r}."
         )
+    if block_size is not None and (validation.whole_number(block_size) or 0) < 1:
+        raise ValueError(f"{owner}: block_size must be an integer ≥ 1 or None; got {block_size!r}.")
     return Layerwise(
-        owner, layers, momentum, momentum_dtype, norm_constraint, learning_rate, fallback
+        owner,
+        layers,
+        momentum,
+        momentum_dtype,
+        norm_constraint,
+        learning_rate,
+        fallback,
+        block_size,
     )
 
 

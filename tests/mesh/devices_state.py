@@ -130,3 +130,35 @@ def test_axes_that_blocks_cannot_be_spread_over():
     for axes in ("x", None):
         with pytest.raises(ValueError, match=f"a sequence of names; got {axes!r}"):
             ok.sharding.over_axes(ok.soap(0.1), axes)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "make", [ok.scale_by_kfac, ok.scale_by_ekfac], ids=lambda make: make.__name__
+)
+def test_of_a_table_in_blocks_each_device_has_its_rows(make, kind):
+    table = ok.Layer("words", kernel="words", is_embedding=True)
+    tx = make(layers=[table], block_size=16, damping_rule="exact", outlier_clip=None)
+    whole = make(layers=[table], damping_rule="exact", outlier_clip=None)
+    params = {"words": random_like(jnp.ones((128, 4)), 0)}
+    indices = jnp.arange(64)[None, :, None, None] * 5 % 128
+    taps = ok.Taps({"words": ok.Tap(indices, random_like(jnp.ones((1, 1, 64, 1, 4)), 1))})
+
+    def run(tx, params):
+        state = jax.jit(tx.init)(params)
+        for count in range(3):
+            grads = jax.tree.map(lambda x, count=count: jnp.cos((count + 1) * x), params)
+            updates, state = jax.jit(tx.update)(grads, state, params, taps=taps)
+        return updates, state
+
+    expected, alone = run(whole, params)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        put = jax.device_put(params, NamedSharding(mesh, PartitionSpec("x")))
+        updates, state = run(tx, put)
+    assert largest_difference(jax.device_get(updates), expected) < 1e-5
+    rows = [x for x in jax.tree.leaves((state.stacks, state.momentum)) if 16 in x.shape]
+    assert rows
+    assert all(x.addressable_shards[0].data.shape[0] == 1 for x in rows)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert held < 1.5 / 8 * sum(x.nbytes for x in jax.tree.leaves(alone))
