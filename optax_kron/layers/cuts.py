@@ -128,14 +128,15 @@ def cut_layer(owner: str, layer: Layer, block_size: int | None) -> tuple[Layer, 
 def _pieces(owner: str, layer: Layer, role: AxisFactors, block_size: int) -> int:
     """Into how many blocks an axis is cut."""
     length, slowest = math.prod(factor.size for factor in role), role[0].size
-    divisors = [n for n in range(1, slowest + 1) if slowest % n == 0 and length // n <= block_size]
-    if not divisors or length // divisors[0] < block_size / _TOO_SHORT:
+    least, most = -(-length // block_size), _TOO_SHORT * length // block_size
+    found = next((n for n in range(least, most + 1) if slowest % n == 0), None)
+    if found is None:
         raise ValueError(
             f"{owner}: layer {layer.name!r}: an axis of {length} cannot be cut into equal blocks "
             f"of at most block_size={block_size} and at least an eighth of that. Fill it up to a "
             "multiple of a power of two, or take another block_size, or None."
         )
-    return divisors[0]
+    return found
 
 
 def _split(role: AxisFactors, pieces: int) -> tuple[AxisFactor, AxisFactors]:

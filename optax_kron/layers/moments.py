@@ -96,7 +96,7 @@ def moments_of_member(
         if isinstance(tap, Moments):
             return _visible_moments(owner, member, tap, approx, dtype)
         seen = visible_inputs(member, tap)
-        return moments_of(member.seen, seen, approx=approx, dtype=dtype, precision=precision)
+        return moments_of(member.uncut, seen, approx=approx, dtype=dtype, precision=precision)
 
     moments = combined([of_group(tap) for tap in taps])
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
@@ -109,7 +109,7 @@ def _visible_moments(
     owner: str, member: Member, moments: Moments, approx: str, dtype: DTypeLike
 ) -> Moments:
     """Second moments without the inputs of parameters that are hidden, in another dtype."""
-    layer, columns = member.seen, member.columns
+    layer, columns = member.uncut, member.columns
     if approx == "reduce" and layer.kernel is not None:
         raise ValueError(
             f"{owner}: approx='reduce' needs what each example gave, but the taps of layer "
@@ -133,7 +133,7 @@ def visible_inputs(member: Member, tap: Tap) -> Tap:
 def masked_inputs(member: Member, tap: Tap) -> Tap:
     """`visible_inputs`, with zeros for those whose weight is zero, as they may be anything."""
     tap = visible_inputs(member, tap)
-    if member.seen.is_embedding or tap.weights is None:
+    if member.uncut.is_embedding or tap.weights is None:
         return tap  # the output-gradients beside an index are zero, and the index is finite
     w = tap.weights if tap.weights.ndim == 3 else tap.weights.reshape(1, len(tap.weights), -1)
     return tap._replace(inputs=jnp.where(w[..., None] > 0, tap.inputs, 0))

@@ -42,7 +42,7 @@ class Member:
     Attributes:
       layer: The layer with views, without the parameters that are hidden from the optimizer, as
         its blocks are.
-      seen: The same as its taps see it: a long axis that is cut into blocks is whole there.
+      uncut: The same as its taps see it: a long axis that is cut into blocks is whole there.
       cut: How it is cut.
       columns: The columns of its taps' inputs that belong to the parameters which are there.
       width: Number of columns that its taps must have; `None` if not known.
@@ -50,7 +50,7 @@ class Member:
     """
 
     layer: Layer
-    seen: Layer
+    uncut: Layer
     cut: Cut
     columns: slice
     width: int | None
@@ -196,7 +196,7 @@ class LayerPlan:
         return canonical
 
     def _check_tap(self, member: Member, tap: Tap | Moments) -> None:
-        layer = member.seen
+        layer = member.uncut
         where = f"{self.owner}: layer {layer.name!r} ({', '.join(layer.paths)})"
         if isinstance(tap, Moments):
             self._check_moments(member, tap, where)
@@ -228,7 +228,7 @@ class LayerPlan:
             raise ValueError(f"{where}: the taps have {problem}")
 
     def _check_moments(self, member: Member, moments: Moments, where: str) -> None:
-        layer = member.seen
+        layer = member.uncut
         width = layer.table_rows or member.width
         got = jnp.shape(moments.input_factor), jnp.shape(moments.output_factor)
         expected = (
@@ -311,7 +311,7 @@ def plan_layers(
         member = _visible(layer, leaves, hidden)
         if member is None:
             continue
-        cut, how = cut_layer(owner, member.seen, block_size)
+        cut, how = cut_layer(owner, member.uncut, block_size)
         member = dataclasses.replace(member, layer=cut, cut=how)
         layer = member.layer
         for path, view in layer.views:

@@ -44,7 +44,7 @@ def eigenvalues_of_member(
     Raises:
       ValueError: For second moments in place of what each example gave.
     """
-    layer = member.seen
+    layer = member.uncut
     shared = tuple(map(member.cut.first, (input_basis, output_basis)))
 
     def of_group(tap: Tap | Moments) -> Array:
@@ -74,7 +74,7 @@ def eigenvalues_of_member(
 
 def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Bool[Array, " B"]:
     """Whether any example of any group has a weight above zero in a block."""
-    seen = jnp.zeros(member.seen.blocks, bool)
+    seen = jnp.zeros(member.uncut.blocks, bool)
     for tap in taps:
         if not isinstance(tap, Tap) or tap.weights is None:
             return jnp.ones(member.layer.blocks, bool)
