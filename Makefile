@@ -10,6 +10,8 @@ VENV ?= .venv
 # A file of versions that pip has to keep to, and the folders that are tested (all).
 CONSTRAINTS ?=
 PARTS ?=
+# What an environment for development holds too, and need not install again.
+ALL_OF_DEV = $(addprefix $(VENV)/.installed-,examples test docs)
 PEER_VENV := .venv-psgd-jax
 KFAC_VENV := .venv-kfac-jax
 RUN := $(VENV)/bin/python
@@ -146,7 +148,7 @@ $(VENV)/.created:
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) --editable '.[$*]'
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),$(ALL_OF_DEV))
 
 $(PEER_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PEER_VENV)

@@ -158,6 +158,15 @@ def norms(params):
     return Problem(params, loss_fn)
 
 
+def together(problems):
+    """The sum of the losses of several problems, each of parameters of its own: a dict of them."""
+
+    def loss_fn(params):
+        return sum(problem.loss(params[name]) for name, problem in problems.items())
+
+    return Problem({name: problem.params for name, problem in problems.items()}, loss_fn)
+
+
 TARGETS = {f.__name__: f for f in (parabola, rosenbrock, least_squares, mixed, complex_parabola)}
 
 # ------------------------------------------------------------------------------------------ rows
@@ -517,10 +526,14 @@ def stepper(row, tx, problem):
 
 def train(row, tx, problem, steps, state=None):
     """Train in one `lax.scan`; return the parameters, the state and the loss at every step."""
-    state = tx.init(problem.params) if state is None else state
     step = stepper(row, tx, problem)
-    run = quick_jit(lambda carry: jax.lax.scan(step, carry, length=steps))
-    (params, state), losses = run((problem.params, state))
+
+    @quick_jit
+    def run(params, state):
+        state = tx.init(params) if state is None else state
+        return jax.lax.scan(step, (params, state), length=steps)
+
+    (params, state), losses = run(problem.params, state)
     return params, state, losses
 
 
@@ -547,9 +560,10 @@ def trained(row):
         return updater(row, tx, problem)(grads, state, params)
 
     update = quick_jit(counted)
+    grad = quick_jit(jax.grad(problem.loss))
     params, state = problem.params, tx.init(problem.params)
     for _ in range(4):
-        updates, state = update(jax.grad(problem.loss)(params), state, params)
+        updates, state = update(grad(params), state, params)
         params = optax.apply_updates(params, updates)
     return Trained(problem, tx, update, params, state, len(traces))
 

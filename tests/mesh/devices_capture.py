@@ -105,7 +105,8 @@ def placed(tree, mesh, spec):
 def check(problem, params_spec, data_spec, fisher, *, reduce=False, find=False):
     loss_fn, params, args = problem
     key = jax.random.key(3)
-    layers = ok.find_layers(loss_fn, params, *args)
+    # On one device other tests check them on numbers.
+    layers = ok.find_layers(loss_fn, params, *args, check=False)
     fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher=fisher, reduce=reduce)
     expected = jax.jit(fn)(params, *args, key=key)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -186,7 +187,7 @@ def test_of_a_shard_map_what_is_inside_is_declared_and_what_is_before_it_found(i
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "kfoc"])
 def test_operators_act_on_sharded_parameters_as_on_one_device(name):
     loss_fn, params, args = scan()
-    layers = ok.find_layers(loss_fn, params, *args)
+    layers = ok.find_layers(loss_fn, params, *args, check=False)
 
     def act(params, *args):
         fn = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")

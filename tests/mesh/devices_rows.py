@@ -88,6 +88,15 @@ def spoil(state, name):
     return optax.tree.set(state, stacks=stacks)
 
 
+def scaled_products(extras, factor, *args):
+    """The extra arguments, with Hessian-vector products, where there are any, times a factor."""
+    found = extras(*args)
+    if "hvp_fn" in found:
+        product = found["hvp_fn"]
+        found["hvp_fn"] = lambda v: optax.tree.scale(factor, product(v))
+    return found
+
+
 @functools.cache
 def trained(row, mesh=None, spec=None, steps=20):
     """Updates and the state of some steps.
@@ -102,20 +111,16 @@ def trained(row, mesh=None, spec=None, steps=20):
     state, every = tx.init(params), []
     types = jax.tree.map(jax.typeof, state)
 
-    def stepper(extras):
-        @jax.jit
-        def step(grads, params, state):
-            updates, state = updater(row, tx, known, extras)(grads, state, params)
-            return updates, optax.apply_updates(params, updates), state
-
-        return step
-
-    step, spoilt = stepper(row.extras), stepper(row.spoilt_extras or row.extras)
+    @jax.jit
+    def step(grads, params, state, factor):
+        extras = functools.partial(scaled_products, row.extras, factor)
+        updates, state = updater(row, tx, known, extras)(grads, state, params)
+        return updates, optax.apply_updates(params, updates), state
 
     for count in range(steps):
         grads = random_like(known.params, count, scale=np.nan if count == 3 else 1.0)
         grads = grads if mesh is None else place(mesh, grads, spec)
-        updates, params, state = (spoilt if count == 10 else step)(grads, params, state)
+        updates, params, state = step(grads, params, state, np.nan if count == 10 else 1.0)
         every.append(jax.device_get(updates))
         if count == 5 and row.name in STATISTICS:
             state = spoil(state, STATISTICS[row.name])
@@ -133,7 +138,8 @@ def test_updates_are_those_of_one_device(row, kind):
     scale = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected))
     assert largest_difference(got, expected) < 1e-12 * scale
     assert optax.tree.get(one, "skipped_steps") > 0
-    assert row.name not in STATISTICS or optax.tree.get(one, "failed_refreshes") > 0
+    if row.name in (*STATISTICS, "kron_psgd-newton"):
+        assert optax.tree.get(one, "failed_refreshes") > 0
     for name in ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps"):
         counters = (optax.tree.get_all_with_path(s, name) for s in (one, state))
         for (_, mine), (_, other) in zip(*counters, strict=True):

@@ -1,5 +1,7 @@
 """Small losses with every kind of layer, and dense matrices of their curvature."""
 
+import functools
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -104,11 +106,16 @@ def problem(name):
     )
 
 
-def seen(name, **settings):
-    """The layers of a problem, and its exact taps."""
+def seen(name, fisher="exact"):
+    """The layers of a problem, its gradient, and its exact taps if not told: compiled once."""
+    return _seen(name, fisher, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _seen(name, fisher, x64):
     loss_fn, params, *args = problem(name)
     layers = find_layers(loss_fn, params, *args, check=False)
-    fn = value_and_grad_with_taps(loss_fn, layers, **{"fisher": "exact"} | settings)
+    fn = value_and_grad_with_taps(loss_fn, layers, fisher=fisher)
     _, grads, taps = jax.jit(fn)(params, *args, key=jax.random.key(0))
     return layers, grads, taps
 

@@ -22,9 +22,10 @@ def always_x64(x64):
 problems = pytest.mark.parametrize("name", PROBLEMS)
 
 
-def full(x, embedding):
-    """A factor as a dense matrix."""
-    return jax.vmap(jnp.diag)(x) if embedding else x
+def arrays(layer, tap):
+    """The inputs [B, N, S, d_in] of a layer, those of a table one-hot, and the output gradients."""
+    a, g = np.asarray(tap.inputs), np.asarray(tap.output_grads)
+    return np.eye(layer.d_in)[a[..., 0]] if layer.is_embedding else a, g
 
 
 def factors(layers, taps):
@@ -32,25 +33,23 @@ def factors(layers, taps):
     found = {}
     for layer in layers:
         (tap,) = taps[layer.name]
-        a = jax.nn.one_hot(tap.inputs[..., 0], layer.d_in) if layer.is_embedding else tap.inputs
-        A = jnp.einsum("bnsi,bnsj->bij", a, a) / (a.shape[1] * a.shape[2])
-        A = A * jnp.eye(layer.d_in) if layer.is_embedding else A
-        g = tap.output_grads
-        found[layer.name] = A, jnp.einsum("vbnso,vbnsp->bop", g, g) / g.shape[2]
+        a, g = arrays(layer, tap)
+        A = np.einsum("bnsi,bnsj->bij", a, a) / (a.shape[1] * a.shape[2])
+        A = A * np.eye(layer.d_in) if layer.is_embedding else A
+        found[layer.name] = A, np.einsum("vbnso,vbnsp->bop", g, g) / g.shape[2]
     return found
 
 
 def gradients(layer, tap):
     """Per example and column, [B, V·N, d_in·d_out]."""
-    a = jax.nn.one_hot(tap.inputs[..., 0], layer.d_in) if layer.is_embedding else tap.inputs
-    g = jnp.einsum("bnsi,vbnso->bvnio", a, tap.output_grads)
+    g = np.einsum("bnsi,vbnso->bvnio", *arrays(layer, tap))
     return g.reshape(layer.blocks, -1, layer.d_in * layer.d_out)
 
 
 def curvature(layer, tap):
     """The exact block, [B, d_in·d_out, d_in·d_out]."""
     g = gradients(layer, tap)
-    return jnp.einsum("bki,bkj->bij", g, g) / tap.inputs.shape[1]
+    return np.einsum("bki,bkj->bij", g, g) / tap.inputs.shape[1]
 
 
 def wanted(kind, layers, taps):
@@ -59,7 +58,7 @@ def wanted(kind, layers, taps):
     for layer in layers:
         A, G = factors(layers, taps)[layer.name]
         if kind == "kfac":
-            blocks[layer.name] = jax.vmap(jnp.kron)(A, G)
+            blocks[layer.name] = np.stack([np.kron(a, g) for a, g in zip(A, G, strict=True)])
             continue
         F = curvature(layer, taps[layer.name][0])
         bases = [np.linalg.eigh(x)[1] for x in (A, G)]
@@ -173,8 +172,8 @@ def test_ekfac_is_the_diagonal_of_the_curvature_and_so_nearer_than_kfac(name):
             # Pythagoras: what EKFAC has off its diagonal, and what K-FAC has wrong on it.
             (Q_a, Q_g), values = vars(near["ekfac"].blocks[layer.name].operator).values()
             pairs = zip(factors(layers, taps)[layer.name], (Q_a, Q_g), strict=True)
-            own = [jnp.einsum("bji,bjk,bki->bi", Q, M, Q) for M, Q in pairs]
-            wrong = jnp.linalg.norm(own[0][:, :, None] * own[1][:, None] - values, axis=(1, 2))
+            own = [np.einsum("bji,bjk,bki->bi", Q, M, Q) for M, Q in pairs]
+            wrong = np.linalg.norm(own[0][:, :, None] * own[1][:, None] - values, axis=(1, 2))
             np.testing.assert_allclose(
                 distances["kfac"], np.hypot(distances["ekfac"], wrong), rtol=1e-7, atol=scale
             )
