@@ -23,22 +23,19 @@ def table():
 def head(biased):
     """A dense layer with more outputs than max_size, in two blocks if it has no bias."""
     rng = np.random.default_rng(1)
-    blocks = () if biased else (2,)
-    bias = "bias" if biased else None
-    axes = (-1,) if biased else (1,)
-    shape = (WIDTH, ROWS) if biased else (2, ROWS, WIDTH)
+    count = 1 if biased else 2
+    shape = (WIDTH, ROWS) if biased else (count, ROWS, WIDTH)
     layer = ok.Layer(
         "head",
         kernel="kernel",
-        bias=bias,
+        bias="bias" if biased else None,
         block_axes=() if biased else (0,),
-        out_axes=axes,
+        out_axes=(-1,) if biased else (1,),
         max_size=WIDTH + 1,
     )
     params = {"kernel": jnp.asarray(rng.normal(size=shape))}
     if biased:
         params["bias"] = jnp.asarray(rng.normal(size=ROWS))
-    count = 2 if blocks else 1
     inputs = rng.normal(size=(count, N, 2, WIDTH + biased))
     if biased:
         inputs[..., -1] = 1
