@@ -27,7 +27,7 @@ from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.kfac import identity_bases
 from optax_kron.transforms.layerwise import layerwise
 from optax_kron.transforms.preconditioner import Seen, Stacks, Step, any_block, total
-from optax_kron.transforms.stacks import Change, blend, guarded, map_blocks
+from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
 
 
 class Spectrum(NamedTuple):
@@ -73,7 +73,9 @@ class Ekfac(LayerFactors):
             return Spectrum(Q_a, a, Q_g, g, jnp.where(moved, carried, values), old.known)
 
         new = map_blocks(stack[:2])(change, *stack[:2], stack.inverse)
-        return guarded(stack, Change({"inverse": new}, stack.initialized))
+        # LAPACK returns NaN for vectors and values alike, and λ is made with all of the vectors.
+        finite = finite_blocks([new.input_values, new.output_values, new.values])
+        return guarded(stack, Change({"inverse": new}, stack.initialized, finite))
 
     def _overlap(self, new: Array | None, old: Array | None) -> Array | None:
         if new is None or old is None:
@@ -114,16 +116,20 @@ class Ekfac(LayerFactors):
         for label, (values, seen) in looked.items():
             stack, old = stacks[label], stacks[label].inverse
             rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
+            trace = jnp.sum(values, axis=(1, 2))
             before, values, last, found = outliers.limit_moments(
                 old.values,
                 values,
-                jnp.sum(values, axis=(1, 2)),
+                trace,
                 None if stack.usual is None else stack.usual[2],
                 self.outlier_clip,
             )
             wanted = step.accepted & seen & stack.initialized
             new = {"values": blend(before, values, rate), "known": jnp.ones_like(old.known)}
-            spectrum, missed = guarded(old, Change(new, wanted))
+            finite = jnp.isfinite(trace)  # of squares, which need not be read again
+            if old.values.dtype != decay.dtype:  # in which they may overflow
+                finite &= finite_blocks([new["values"]])
+            spectrum, missed = guarded(old, Change(new, wanted, finite))
             fields = {"inverse": spectrum}
             moved = wanted & ~missed
             if stack.usual is not None:
