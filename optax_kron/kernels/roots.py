@@ -1,30 +1,32 @@
 """Inverse p-th roots `S^(-1/p)` of Hermitian positive semidefinite matrices.
 
-By LAPACK's eigendecomposition, which is the faster on a CPU; or by the coupled Newton iteration,
-of matrix products only, for accelerators. All are damped relative to the largest eigenvalue:
-`(S + ε λ_max I)^(-1/p)`.
+By LAPACK's eigendecomposition, or by the coupled iteration, of matrix products only. All are damped
+relative to the largest eigenvalue: `(S + ε λ_max I)^(-1/p)`.
 
 Of an inverse root, float32 leaves little where the condition number is 1e6: its p-th power is right
 to that number times the rounding. So CPUs and CUDA compute in float64, also while JAX has it
-switched off.
+switched off; on a CPU the coupled iteration does so only where the condition number asks for it.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, PyTree
 
-from optax_kron.kernels import contract, eigenbases, flow
+from optax_kron.kernels import contract, coupled, eigenbases, flow
 from optax_kron.kernels.contract import matmul_exact
 
 METHODS = ("eigh", "newton")
 
 # Eigenvalues that rounding of the entries has made negative are no farther from zero than this.
 _INDEFINITE = 0.1  # relative to the largest
-_STEPS = 100  # of Newton's method, at most; it stops by itself
-_SQUARINGS = 8
+_CLOSED_FORM = 2  # largest size whose eigenvalues need no LAPACK
+_CHECKED_ROWS = 16
+_EASY_RESIDUAL = 2e-3  # of roots in float32; others are made in float64
 
 Matrix = Inexact[Array, "d d"]
 Scalar = Float[Array, ""]
@@ -43,10 +45,12 @@ def inverse_root(
 
     Returns:
       The inverse root, in the shape of the matrix. With "eigh" eigenvalues down to -λ_max/10 count
-      as zero, while "newton" needs a positive definite matrix; with ε = 0 both do. And how far it
-      is from one, `max |Xᵖ(S + ελI) − I|`, which is large or not finite if the computation failed.
-      Cost: for "eigh" about 11·d³ operations, for "newton" 2·d³·(2 + log₂ p) in each of 10 to 60
-      steps; for the check 2·d³·(1 + log₂ p).
+      as zero, while "newton" needs a positive definite matrix, whose λ_max is estimated to
+      3 %; with ε = 0 both do. And how far it is from one, `max |Xᵖ(S + ελI) − I|`, or
+      with "newton" that of random rows of it, which is large or not finite if the computation
+      failed. Cost: for "eigh" about 11·d³ operations and 2·d³·(1 + log₂ p) for the check. For
+      "newton" 2·d³ for each of 6 to 15 products in float32, and of about 25 more in float64 where
+      those leave more than 2e-3, from condition numbers of about 1e3 on.
 
     Sources: Gupta et al. (2018), arXiv:1802.09568; Guo and Higham (2006), doi:10.1137/050643374.
     """
@@ -55,137 +59,120 @@ def inverse_root(
     unit = matrix / jnp.where(largest == 0, jnp.nan, largest)
     epsilon = jnp.asarray(epsilon, largest.dtype)
 
-    def compute(matrix, epsilon):
-        return _inverse_root(matrix, order, epsilon, method)
-
     if matrix.ndim == 1:
         damped = jnp.maximum(unit, 0) + epsilon
         root = damped ** (-1 / order)
         residual = contract.largest_magnitude(root**order * damped - 1)
+    elif method == "eigh" or matrix.shape[0] <= _CLOSED_FORM:
+        narrow = functools.partial(_by_eigenvalues, order=order)
+        wide = _in_float64(lambda *operands: narrow(*_doubled(operands)))
+        root, residual = flow.platform_dependent(unit, epsilon, cpu=wide, cuda=wide, default=narrow)
     else:
-        wide = _in_float64(compute)
-        root, residual = flow.platform_dependent(
-            unit, epsilon, cpu=wide, cuda=wide, default=compute
-        )
+        root, residual = _by_products(unit, epsilon, order)
     return root * largest ** (-1 / order), residual
 
 
-def _in_float64(
-    fn: Callable[[Matrix, Scalar], Sequence[Array]],
-) -> Callable[[Matrix, Scalar], Sequence[Array]]:
-    """The function with its arguments at double the precision, and its results at theirs.
+def _by_products(matrix: Matrix, epsilon: Scalar, order: int) -> tuple[Matrix, Scalar]:
+    """The inverse root by the coupled iteration, and its residual.
+
+    On a CPU it is in float32 where the condition number is small, else partly in float64. Where all
+    matrices are worked on together, as on a GPU, both would be done for all of them.
+    """
+
+    def compute(plan, matrix, epsilon, largest=None):
+        start = coupled.scaled(matrix, epsilon, largest)
+        root = coupled.unscaled(coupled.inverse_root(start, order, plan), start, order)
+        return root, _residual(root, matrix, start.shift, order), start.largest
+
+    def in_float64(matrix, epsilon, *largest):
+        return compute(coupled.HARD, *_doubled((matrix, epsilon, *largest)))[:2]
+
+    # One by one also where it is batched: a conditional of a batch is no conditional.
+    @jax.custom_batching.sequential_vmap
+    def on_cpu(matrix, epsilon):
+        *found, largest = compute(coupled.EASY, matrix, epsilon)
+
+        def keep(found, *operands):
+            return tuple(found)
+
+        def redo(found, *operands):
+            return _in_float64(in_float64)(*operands)
+
+        is_enough = found[1] <= _EASY_RESIDUAL
+        return flow.cond(is_enough, keep, redo, tuple(found), matrix, epsilon, largest)
+
+    if contract.real_dtype(matrix.dtype) == jnp.float64:
+        return compute(coupled.EXACT, matrix, epsilon)[:2]
+    return flow.platform_dependent(
+        matrix,
+        epsilon,
+        cpu=on_cpu,
+        cuda=_in_float64(in_float64),
+        default=lambda *operands: compute(coupled.HARD, *operands)[:2],
+    )
+
+
+def _residual(root: Matrix, matrix: Matrix, shift: Scalar, order: int) -> Scalar:
+    """`max |R (XᵖA − I)|` for normal random rows R, and A = S + shift·I.
+
+    The rows take p + 1 thin products in place of whole ones. An error that is large along one
+    direction only is in nearly all of them.
+    """
+    size, real = matrix.shape[0], contract.real_dtype(matrix.dtype)
+    rows = np.random.default_rng(1).standard_normal((_CHECKED_ROWS, size)).astype(real)
+    rows = jnp.asarray(rows).astype(matrix.dtype)
+    found = rows
+    for _ in range(order):
+        found = matmul_exact(found, root)
+    applied = matmul_exact(found, matrix) + shift.astype(matrix.dtype) * found
+    return contract.largest_magnitude(applied - rows)
+
+
+def _in_float64(fn: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """The function with types of 64 bits, and its results in the precision of the first operand.
 
     It is lowered where types of 64 bits are off: no indices may come about in it (argmax, sort).
     Batched it is traced anew, as rules of batching would not keep to those types either.
     """
 
     @jax.custom_batching.custom_vmap
-    def wide(matrix, epsilon):
+    def wide(*operands):
+        dtype = jax.tree.leaves(operands)[0].dtype
         with jax.enable_x64(True):
-            double = jnp.complex128 if jnp.iscomplexobj(matrix) else jnp.float64
-            root, residual = fn(matrix.astype(double), epsilon.astype(jnp.float64))
-            return root.astype(matrix.dtype), residual.astype(epsilon.dtype)
+            root, residual = fn(*operands)
+            return root.astype(dtype), residual.astype(contract.real_dtype(dtype))
 
     @wide.def_vmap
     def batched(size, is_batched, *operands):
-        operands = [
-            x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
-            for x, has_axis in zip(operands, is_batched, strict=True)
-        ]
+        operands = jax.tree.map(
+            lambda x, has_axis: x if has_axis else jnp.broadcast_to(x, (size, *x.shape)),
+            operands,
+            tuple(is_batched),
+        )
         return _in_float64(jax.vmap(fn))(*operands), (True, True)
 
     return wide
 
 
-def _inverse_root(
-    matrix: Matrix, order: int, epsilon: Scalar, method: str
-) -> tuple[Matrix, Scalar]:
+def _doubled(operands: PyTree) -> PyTree:
+    """Arrays at double the precision."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64), operands
+    )
+
+
+def _by_eigenvalues(matrix: Matrix, epsilon: Scalar, *, order: int) -> tuple[Matrix, Scalar]:
     """The inverse root of a matrix, in its own precision, and its residual."""
-    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    if method == "newton" and matrix.shape[0] > 1:
-        damped = matrix + epsilon * _largest_eigenvalue(matrix).astype(matrix.dtype) * identity
-        root = _newton(damped, order)
-    else:
-        basis, values = eigenbases.hermitian_eigen(matrix)
-        assert basis is not None  # a matrix has one
-        shift = epsilon * jnp.max(values)
-        damped = matrix + shift.astype(matrix.dtype) * identity
-        shifted = jnp.maximum(values, 0) + shift
-        root = matmul_exact(basis * (shifted ** (-1 / order))[None], basis.conj().T)
-        # What the root would make of the matrix, were both exact.
-        near = values > -_INDEFINITE * jnp.max(values)
-        expected = jnp.where(near, (values + shift) / shifted, 1)
-        identity = matmul_exact(basis * expected[None], basis.conj().T)
+    basis, values = eigenbases.hermitian_eigen(matrix)
+    assert basis is not None  # a matrix has one
+    shift = epsilon * jnp.max(values)
+    damped = matrix + shift.astype(matrix.dtype) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    shifted = jnp.maximum(values, 0) + shift
+    root = matmul_exact(basis * (shifted ** (-1 / order))[None], basis.conj().T)
+    # What the root would make of the matrix, were both exact.
+    near = values > -_INDEFINITE * jnp.max(values)
+    expected = jnp.where(near, (values + shift) / shifted, 1)
+    identity = matmul_exact(basis * expected[None], basis.conj().T)
     # A power of a root loses the digits that the condition number takes; so does the check of it.
-    error = matmul_exact(_power(root, order), damped) - identity
+    error = matmul_exact(coupled.power(root, order), damped) - identity
     return root, contract.largest_magnitude(error)
-
-
-def _newton(matrix: Matrix, order: int) -> Matrix:
-    """Inverse root of a positive definite matrix: X of `X ← X T`, `M ← Tᵖ M`, where M → I.
-
-    `T = ((p + 1) I − M) / p`, from `M = z A`, `X = z^(1/p) I`, `z = (p + 1) / (2 ‖A‖)`. It goes on
-    as long as M comes nearer to the identity: rounding ends that, sooner or later.
-    """
-    # M = XᵖA throughout, as all of them are polynomials of A and commute: where M = I, X is the
-    # root. The z puts the eigenvalues of M into (0, (p + 1) / 2], where the iteration converges;
-    # there the largest go to one first, and the smallest grow by a factor ((p + 1) / p)ᵖ a step.
-    size, real = matrix.shape[0], contract.real_dtype(matrix.dtype)
-    identity = jnp.eye(size, dtype=matrix.dtype)
-    norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))  # no less than the spectral norm
-    scale = (order + 1) / (2 * norm)
-    tolerance = size * jnp.finfo(real).eps / 8
-
-    def distance(M):
-        return contract.largest_magnitude(M - identity)
-
-    def approaching(error, last):
-        # Until the smallest eigenvalues have grown, the error is one, up to rounding.
-        return (error < last) | (error > 0.5)
-
-    def go_on(carry):
-        steps, _, _, last, error = carry
-        nearing = approaching(error, last)
-        return (steps < _STEPS) & nearing & (error > tolerance)
-
-    def step(carry):
-        steps, X, M, _, last = carry
-        T = ((order + 1) * identity - M) / order
-        M = matmul_exact(_power(T, order), M)
-        M = (M + M.conj().T) / 2
-        error = distance(M)
-        nearing = approaching(error, last)
-        return steps + 1, jnp.where(nearing, matmul_exact(X, T), X), M, last, error
-
-    M = scale.astype(matrix.dtype) * matrix
-    X = (scale ** (1 / order)).astype(matrix.dtype) * identity
-    start = jnp.zeros([], jnp.int32), X, M, jnp.asarray(jnp.inf, real), distance(M)
-    return flow.while_loop(go_on, step, start)[1]
-
-
-def _largest_eigenvalue(matrix: Matrix) -> Scalar:
-    """That of a positive semidefinite matrix: at most 1 % less, of matrix products only.
-
-    The mean of the eigenvalues, weighted with their 256th powers.
-    """
-
-    def square(_, power):
-        power = power / jnp.maximum(jnp.trace(power).real, jnp.finfo(power.dtype).tiny)
-        return matmul_exact(power, power)
-
-    weights = flow.fori_loop(0, _SQUARINGS, square, matrix)
-    total = jnp.trace(weights).real
-    return jnp.sum((matrix.conj() * weights).real) / jnp.where(total > 0, total, 1)
-
-
-def _power(matrix: Matrix, exponent: int) -> Matrix:
-    """A whole power, from 1, by squaring."""
-    result = None
-    while exponent:
-        if exponent % 2:
-            result = matrix if result is None else matmul_exact(result, matrix)
-        exponent //= 2
-        if exponent:
-            matrix = matmul_exact(matrix, matrix)
-    assert result is not None  # exponents are positive
-    return result
