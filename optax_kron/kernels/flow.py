@@ -128,6 +128,17 @@ def cond(
     return jax.lax.cond(condition, if_true, if_false, *operands)
 
 
+def cond_or_zeros(
+    condition: Bool[Array, ""], function: Callable[..., PyTree], *operands: PyTree
+) -> PyTree:
+    """`function(*operands)` where a condition holds, else zeros (and `False`) of the same shape."""
+
+    def zeros(*operands):
+        return jax.tree.map(zeros_like_type, jax.eval_shape(function, *operands))
+
+    return cond(condition, function, zeros, *operands)
+
+
 def switch(
     index: Int[Array, ""], branches: Sequence[Callable[..., PyTree]], *operands: PyTree
 ) -> PyTree:

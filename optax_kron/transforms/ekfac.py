@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, flow
 from optax_kron.kernels import ekfac as kernels
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.layers.layer import Layer
@@ -26,7 +26,7 @@ from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.kfac import identity_bases
 from optax_kron.transforms.layerwise import layerwise
-from optax_kron.transforms.preconditioner import Seen, Stacks, Step, any_block, total
+from optax_kron.transforms.preconditioner import KronState, Seen, Stacks, Step, any_block, total
 from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
 
 
@@ -45,6 +45,9 @@ class Spectrum(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Ekfac(LayerFactors):
     """How factors and eigenvalues are estimated and applied; the settings of `scale_by_ekfac`."""
+
+    correct_every: ArrayLike  # steps from one correction of the eigenvalues to the next
+    correcting: ArrayLike = True  # whether this step is one
 
     averages: ClassVar[int] = 3
 
@@ -82,13 +85,33 @@ class Ekfac(LayerFactors):
             return None
         return jnp.matmul(new.T, contract.widen(old), precision=self.precision)
 
+    def at(self, state: KronState) -> "Ekfac":
+        """See `Preconditioner`."""
+        method = dataclasses.replace(self, damping=super().at(state).damping)
+        if validation.whole_number(self.correct_every) == 1:
+            return method
+        due = state.count % validation.interval(self.correct_every) == 0
+        return dataclasses.replace(method, correcting=due)
+
+    def corrections(self, steps: Int[Array, ""]) -> Int[Array, ""]:
+        """See `LayerFactors`."""
+        return -(-steps // validation.interval(self.correct_every))
+
     def look(
         self, plan: LayerPlan, inverses: Mapping[str, Spectrum], taps: Taps, dtype: jnp.dtype
     ) -> Mapping[str, tuple[Float[Array, "N d_in d_out"], Bool[Array, " N"]]]:
         """See `LayerFactors`: λ of what layers saw, in their bases; and which have seen any."""
-        return {
-            label: self._moments(plan, label, taps, inverses[label], dtype) for label in plan.stacks
-        }
+
+        def look(inverses, taps):
+            return {
+                label: self._moments(plan, label, taps, inverses[label], dtype)
+                for label in plan.stacks
+            }
+
+        if isinstance(self.correcting, bool):
+            return look(inverses, taps)
+        # At other steps no layer has seen any.
+        return flow.cond_or_zeros(self.correcting, look, inverses, taps)
 
     def _moments(self, plan, label, taps, spectrum, dtype):
         lambdas, seen = [], []
@@ -171,6 +194,7 @@ def scale_by_ekfac(
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
+    correct_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",
@@ -204,7 +228,9 @@ def scale_by_ekfac(
         than δ where only one of them is small.
       approx: of the factors whose eigenvectors are taken. The eigenvalues are exact in either case.
       momentum: of the velocity.
-      factor_every: as in `scale_by_kfac`; the eigenvalues take in the taps of every step.
+      factor_every: as in `scale_by_kfac`, of the factors alone.
+      correct_every: the eigenvalues take in taps at the first of every so many accepted steps. In
+        between they are those of before, carried over to new bases.
       refresh_every: accepted steps from one eigendecomposition to the next, more often while the
         factors are young.
       stagger: deal the blocks out to the steps between two refreshes, as in `scale_by_kfac`.
@@ -247,12 +273,14 @@ def scale_by_ekfac(
     """
     owner = "ekfac"
     validation.check_choice(owner, "damping_rule", damping_rule, ("exact", "pi"))
+    validation.check_interval(owner, "correct_every", correct_every)
     method = Ekfac(
         **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
         bias_correction=bias_correction,
         damping_rule=damping_rule,
         outlier_clip=outlier_clip,
         precision=precision,
+        correct_every=correct_every,
     )
     layout = layerwise(
         owner,
@@ -278,6 +306,7 @@ def ekfac(
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
+    correct_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
     norm_constraint: ArrayLike | str | None = "auto",

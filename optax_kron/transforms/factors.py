@@ -193,8 +193,8 @@ class LayerFactors(Preconditioner):
 
             if self._takes_every_step:
                 return observe()
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(observe))
-            return flow.cond(due, observe, lambda: nothing._replace(taps_finite=~due))
+            observed = flow.cond_or_zeros(due, observe)
+            return observed._replace(taps_finite=observed.taps_finite | ~due)
 
         due = state.count % validation.interval(self.factor_every) == 0
         return share.globally(make, extra, due, out=self.spread_as(share))
@@ -278,7 +278,8 @@ class LayerFactors(Preconditioner):
         """What else is learned from the taps, with what was made anew, and the updates."""
         step, dtype = learned.step, real_dtype(seen)
         rate = jnp.clip(jnp.asarray(self.decay, dtype), 0, 1)
-        weight = _ema_weight(rate, state.count) if self.bias_correction else rate
+        corrected = self.corrections(state.count)
+        weight = _ema_weight(rate, corrected) if self.bias_correction else rate
         stacks, missed, found = self.correct_all(learned.stacks, looked, weight, step)
         updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
         failures = learned.failures + step.share.sum(missed)
@@ -297,10 +298,14 @@ class LayerFactors(Preconditioner):
     ) -> PyTree:
         """`look` on a mesh, where every device sees its part of the batch, and all blocks."""
 
-        def make(taps, inverses):
-            return share.gathered(self.look(plan, share.gathered(inverses), taps, dtype))
+        def make(method, taps, inverses):
+            return share.gathered(method.look(plan, share.gathered(inverses), taps, dtype))
 
-        return share.globally(make, taps, _inverses(stacks), out=share.cut)
+        return share.globally(make, self, taps, _inverses(stacks), out=share.cut)
+
+    def corrections(self, steps: Int[Array, ""]) -> Int[Array, ""]:
+        """How many times `correct_all` has learned something in so many accepted steps."""
+        return steps
 
     def look(
         self, plan: LayerPlan, inverses: Mapping[str, PyTree], taps: Taps, dtype: jnp.dtype

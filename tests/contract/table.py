@@ -433,8 +433,13 @@ ROWS = (
     _kfac("captured", core=False, **_CAPTURED),
     # Taps by hand do not say what the examples weigh in the loss: without the bound on steps.
     _kfac("hand", **_HAND),
-    _kfac("captured", method="ekfac", core=False, **_CAPTURED),
-    _kfac("hand", method="ekfac", steps=2, **_HAND),
+    _kfac("captured", method="ekfac", core=False, settings={"correct_every": 2}, **_CAPTURED),
+    _kfac(
+        "hand",
+        method="ekfac",
+        steps=2,
+        **_HAND | {"tunable": _HAND["tunable"] | {"correct_every": 3}},
+    ),
     _blockwise(
         "shampoo",
         "eigh",
