@@ -8,6 +8,8 @@ from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Moments, Tap, Taps
+from optax_kron.transforms.adaptive import adaptive_ekfac, adaptive_kfac
+from optax_kron.transforms.adaptive_step import AdaptiveMetrics, AdaptiveState
 from optax_kron.transforms.branch_kfac import (
     ScaleByBranchKfacState,
     branch_kfac,
@@ -17,6 +19,7 @@ from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
 from optax_kron.transforms.kfac import kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import kron_psgd, scale_by_kron_psgd
 from optax_kron.transforms.preconditioner import KronState
+from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step
 from optax_kron.transforms.schedule import update_probability_schedule
 from optax_kron.transforms.shampoo import scale_by_shampoo, shampoo
 from optax_kron.transforms.soap import scale_by_soap, soap
@@ -24,14 +27,19 @@ from optax_kron.transforms.soap import scale_by_soap, soap
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveMetrics",
+    "AdaptiveState",
     "Blocking",
     "KronState",
     "Layer",
     "Layers",
     "Moments",
+    "QuadraticStep",
     "ScaleByBranchKfacState",
     "Tap",
     "Taps",
+    "adaptive_ekfac",
+    "adaptive_kfac",
     "branch_kfac",
     "ekfac",
     "find_layers",
@@ -41,6 +49,7 @@ __all__ = [
     "kron_psgd",
     "losses",
     "operators",
+    "quadratic_step",
     "scale_by_branch_kfac",
     "scale_by_ekfac",
     "scale_by_kfac",

@@ -168,6 +168,22 @@ def test_an_alias_has_the_settings_of_its_transformation(name):
     assert listed <= added, "a setting is described once, where the mathematics is"
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_one_that_tunes_itself_has_the_settings_of_its_preconditioner(name):
+    adaptive = inspect.signature(getattr(ok, f"adaptive_{name}")).parameters
+    scale = inspect.signature(getattr(ok, f"scale_by_{name}")).parameters
+    chosen = {"damping", "momentum", "momentum_dtype", "norm_constraint", "learning_rate"}
+    assert set(scale) - set(adaptive) == chosen | {"stagger"}  # which needs a fixed interval
+    for setting in set(scale) & set(adaptive) - {"bias_correction"}:
+        assert adaptive[setting].default == scale[setting].default, setting
+        assert adaptive[setting].annotation == scale[setting].annotation, setting
+    others = set(inspect.signature(ok.adaptive_kfac).parameters) ^ set(adaptive)
+    assert others <= {"refresh_factor"}
+    described = inspect.getdoc(ok.adaptive_kfac).split("Args:")[1].split("Returns:")[0]
+    listed = set(re.findall(r"^  (\w+):", described, re.MULTILINE))
+    assert listed >= set(adaptive) - set(scale), "a setting of its own is described"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_are_short(path):
     text = path.read_text()

@@ -19,7 +19,14 @@ MODULES = [
 ]
 
 # What other functions make, and modules, each of whose functions has an example.
-WITHOUT_EXAMPLE = ["Layers", "losses", "operators", "sharding"]
+WITHOUT_EXAMPLE = [
+    "AdaptiveMetrics",
+    "Layers",
+    "QuadraticStep",
+    "losses",
+    "operators",
+    "sharding",
+]
 LOSSES = [
     name
     for name, value in vars(optax_kron.losses).items()
@@ -31,6 +38,7 @@ PAGES = [
     "docs/quickstart.md",
     "docs/kfac.md",
     "docs/ekfac.md",
+    "docs/adaptive.md",
     "docs/shampoo.md",
     "docs/soap.md",
     "docs/branch_kfac.md",

@@ -1,0 +1,199 @@
+"""K-FAC and EKFAC that tune themselves: rate, momentum and damping from a model of the loss."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_kron.layers.layer import Layer
+from optax_kron.layers.plan import check_layers
+from optax_kron.transforms import program, validation
+from optax_kron.transforms.adaptive_step import Adaptive
+from optax_kron.transforms.ekfac import scale_by_ekfac
+from optax_kron.transforms.kfac import scale_by_kfac
+
+
+def adaptive_kfac(
+    *,
+    layers: Iterable[Layer],
+    initial_damping: ArrayLike = 1e-2,
+    min_damping: ArrayLike | None = None,
+    max_damping: ArrayLike = 1e3,
+    damping_decrease: ArrayLike = 0.7,
+    damping_increase: ArrayLike = 1.5,
+    l2: ArrayLike = 0.0,
+    decay: ArrayLike = 0.95,
+    bias_correction: bool = True,
+    damping_rule: str = "pi",
+    approx: str = "expand",
+    factor_every: ArrayLike = 1,
+    refresh_every: ArrayLike = 5,
+    refresh_factor: ArrayLike = 1.2,
+    outlier_clip: ArrayLike | None = 10.0,
+    fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
+    factor_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC that tunes itself: no learning rate, no momentum and no damping to choose.
+
+    With the natural gradient and the last update as directions d1 = −P⁻¹g and d2, the update is
+    `α·d1 + μ·d2`, where α and μ minimize the exact quadratic model of the loss,
+    `½ δᵀ(C + (λ + l2) I)δ + gᵀδ`, C being the generalized Gauss-Newton matrix. The same λ damps P.
+    It falls after a step that lowers the loss by more than 3/4 of what the model predicts, grows
+    after one that lowers it by less than 1/4, and a step that would raise the loss is not taken:
+    its update is zero, and the next has no momentum.
+
+    This is a complete optimizer: its updates are added to the parameters as they are. So it is not
+    to be scaled further down a chain; and as `value_fn` and `ggn_fn` take all parameters, it does
+    not go inside of `optax.masked` or `optax.partition`. Arguments that are not listed here are
+    those of `scale_by_kfac`.
+
+    Args:
+      initial_damping: λ of the first step, > 0.
+      min_damping: The least λ, > 0. `None`: 1e-6, or 1e-12 where the factors are float64.
+      max_damping: The largest λ.
+      damping_decrease: Factor of λ after a good step, in (0, 1].
+      damping_increase: Factor of λ after a poor or rejected step, ≥ 1.
+      l2: Of the term `l2/2·‖params‖²` that is added to the loss, ≥ 0: to its gradient, curvature
+        and value, none of which is to have it already.
+      refresh_every: The inverses are made anew after so many accepted steps; and, as with
+        `scale_by_kfac`, at each of the first.
+      refresh_factor: And where λ is more than so many times larger or smaller than they were made
+        with, ≥ 1.
+      factor_dtype: Real dtype of the stored factors and inverses. `None`: the precision of the
+        parameters, but at least float32.
+
+    Returns:
+      A transformation. Its `update(grads, state, params, *, taps, value, value_fn, ggn_fn)` takes
+      the loss at the parameters, `value`; `value_fn(params)`, the loss of the same batch at others;
+      and `ggn_fn(v)`, products with C as of `ok.ggn_vector_product(loss_fn, params, *batch)`. Its
+      state is an `AdaptiveState`. A gradient, taps, a value or products that are not finite give a
+      zero update, and are counted as `skipped_steps`. But for taps that were taken in before
+      products turned out not to be finite, they leave the state as it was.
+
+    Raises:
+      ValueError: As `scale_by_kfac`; in `update`, if an argument is missing, a function is none, or
+        a loss is no real scalar.
+
+    Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; two
+    products, of about four evaluations of the loss each, and one more evaluation of it a step.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> def loss_fn(w, x, y):
+      ...     return jnp.mean(jnp.sum(ok.losses.squared_error(jnp.tanh(x @ w), y), axis=-1))
+      >>> x, w = jax.random.normal(jax.random.key(0), (2, 8, 4))
+      >>> batch = x, jnp.tanh(x @ w[:4])
+      >>> params = jnp.zeros((4, 4))
+      >>> layers = ok.find_layers(loss_fn, params, *batch)
+      >>> with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+      >>> tx = ok.adaptive_kfac(layers=layers)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, taps = with_taps(params, *batch)
+      ...     updates, state = tx.update(
+      ...         grads,
+      ...         state,
+      ...         params,
+      ...         taps=taps,
+      ...         value=loss,
+      ...         value_fn=lambda p: loss_fn(p, *batch),
+      ...         ggn_fn=ok.ggn_vector_product(loss_fn, params, *batch),
+      ...     )
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(20):
+      ...     params, state = step(params, state)
+      >>> bool(loss_fn(params, *batch) < 1e-3)
+      True
+
+    Source: Martens and Grosse (2015), arXiv:1503.05671.
+    """
+    arguments = dict(locals())
+    return _adaptive("adaptive_kfac", scale_by_kfac, arguments)
+
+
+def adaptive_ekfac(
+    *,
+    layers: Iterable[Layer],
+    initial_damping: ArrayLike = 1e-2,
+    min_damping: ArrayLike | None = None,
+    max_damping: ArrayLike = 1e3,
+    damping_decrease: ArrayLike = 0.7,
+    damping_increase: ArrayLike = 1.5,
+    l2: ArrayLike = 0.0,
+    decay: ArrayLike = 0.95,
+    bias_correction: bool = True,
+    damping_rule: str = "exact",
+    approx: str = "expand",
+    factor_every: ArrayLike = 1,
+    refresh_every: ArrayLike = 5,
+    outlier_clip: ArrayLike | None = 10.0,
+    fallback: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
+    factor_dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """EKFAC that tunes itself: no learning rate, no momentum and no damping to choose.
+
+    `adaptive_kfac` with the natural gradient of `scale_by_ekfac`, whose damping needs no refresh to
+    act. Arguments are those of the two.
+
+    Returns:
+      A transformation, as `adaptive_kfac`.
+
+    Raises:
+      ValueError: As `adaptive_kfac`.
+
+    Cost: that of `scale_by_ekfac`, and beside it as of `adaptive_kfac`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> tx = ok.adaptive_ekfac(layers=[ok.Layer("dense", kernel="kernel")])
+      >>> state = tx.init(params)
+
+    Sources: Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884.
+    """
+    # Of no rule do the bases depend on the damping.
+    arguments = {**locals(), "refresh_factor": np.inf}
+    return _adaptive("adaptive_ekfac", scale_by_ekfac, arguments)
+
+
+def _adaptive(
+    owner: str,
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs],
+    arguments: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of some preconditioner, with its settings checked."""
+    check = validation.check_range
+    check(owner, "initial_damping", arguments["initial_damping"], open_left=True)
+    check(owner, "min_damping", arguments["min_damping"], open_left=True, optional=True)
+    check(owner, "max_damping", arguments["max_damping"], open_left=True)
+    check(owner, "damping_decrease", arguments["damping_decrease"], most=1, open_left=True)
+    check(owner, "damping_increase", arguments["damping_increase"], least=1)
+    check(owner, "l2", arguments["l2"])
+    if owner == "adaptive_kfac":
+        check(owner, "refresh_factor", arguments["refresh_factor"], least=1)
+    if arguments["damping_rule"] == "exact":  # which comes in when the bases are applied
+        arguments = {**arguments, "refresh_factor": np.inf}
+    own = {field.name for field in dataclasses.fields(Adaptive)} & set(arguments)
+    rest = {name: x for name, x in arguments.items() if name not in own}
+    rest["layers"] = check_layers(owner, rest["layers"])
+
+    def preconditioner(**settings: Any) -> optax.GradientTransformationExtraArgs:
+        return scale_by(momentum=None, norm_constraint=None, **rest, **settings)
+
+    # Settings of the preconditioner are checked here too, rather than in the first `init`.
+    preconditioner(refresh_every=arguments["refresh_every"], factor_dtype=arguments["factor_dtype"])
+    made = Adaptive(owner, preconditioner, **{name: arguments[name] for name in own})
+    return program.transformation(made.init, made.update)

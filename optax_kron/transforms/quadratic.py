@@ -1,0 +1,100 @@
+"""A step from the exact quadratic model of a loss, over a few directions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from optax_kron.kernels import contract, quadratic
+from optax_kron.transforms import program, validation
+
+
+class QuadraticStep(NamedTuple):
+    """What `quadratic_step` returns.
+
+    Attributes:
+      coefficients: How far to go along each of the k directions, float32 or float64 [k].
+      step: The sum of the directions times these, like the gradients: to add to the parameters.
+      predicted_decrease: By how much the step lowers the model, ≥ 0 up to rounding, []; NaN if
+        anything that was given is not finite.
+    """
+
+    coefficients: Float[Array, " k"]
+    step: PyTree
+    predicted_decrease: Float[Array, ""]
+
+
+def quadratic_step(
+    grads: PyTree,
+    directions: Sequence[PyTree],
+    products: Sequence[PyTree],
+    *,
+    damping: ArrayLike = 0.0,
+    l2: ArrayLike = 0.0,
+) -> QuadraticStep:
+    """The step over a few directions that is best by a quadratic model of the loss.
+
+    It minimizes `½ δᵀ(C + (λ + l2) I)δ + gᵀδ` over `δ = Σ_i x_i d_i`, with the gradient g and a
+    curvature C that is known by its products with the directions. K-FAC takes for these the
+    preconditioned negative gradient and the last update, so that x is a learning rate and a
+    momentum; for C the generalized Gauss-Newton matrix, by `ok.ggn_vector_product`.
+
+    Args:
+      grads: The gradient g, with `l2·params` in it if there is an `l2`. Arrays of any real or
+        complex floating-point dtypes; sums are at least float32.
+      directions: The d_i, one or more trees like the gradients.
+      products: The products C d_i, likewise.
+      damping: λ ≥ 0.
+      l2: Of a term `l2/2·‖params‖²` of the loss, ≥ 0.
+
+    Returns:
+      The coefficients, the step and the predicted decrease. Directions of zeros, without curvature,
+      or parallel to those before them, get a coefficient of zero, and where anything is not finite
+      all do. Cost: 2k² + 3k operations per parameter.
+
+    Raises:
+      ValueError: If there are no directions, or not one product for each, or if they are not like
+        the gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> curvature = jnp.array([1.0, 4.0])
+      >>> directions = [jnp.array([-1.0, 0.0]), jnp.array([-1.0, -1.0])]
+      >>> products = [curvature * d for d in directions]
+      >>> found = ok.quadratic_step(jnp.array([2.0, 4.0]), directions, products)
+      >>> print(found.step.round(3), found.predicted_decrease.round(3))
+      [-2. -1.] 4.0
+
+    Source: Martens and Grosse (2015), arXiv:1503.05671, sections 6.4 and 7.
+    """
+    owner = "quadratic_step"
+    validation.check_range(owner, "damping", damping)
+    validation.check_range(owner, "l2", l2)
+    if not directions or len(directions) != len(products):
+        raise ValueError(
+            f"{owner}: directions and products must be sequences of as many trees, one or more; "
+            f"got {len(directions)} and {len(products)}."
+        )
+    trees = [program.as_arrays(tree) for tree in (grads, *directions, *products)]
+    for tree in trees[1:]:
+        validation.check_like(owner, trees[0], tree)
+    grads, *others = trees
+    lists = [jax.tree.leaves(tree) for tree in trees]
+    k = len(directions)
+    shift = jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
+    least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], shift)
+
+    def combine(g: Array, *ds: Array) -> Array:
+        total = jnp.zeros((), contract.widen(g).dtype)
+        for i, d in enumerate(map(contract.widen, ds)):
+            real = contract.real_dtype(d.dtype)
+            scaled = d / least.units[i].astype(real) * least.weights[i].astype(real)
+            total = total + jnp.where(least.finite, scaled, 0)
+        return total.astype(g.dtype)
+
+    step = jax.tree.map(combine, grads, *others[:k])
+    return QuadraticStep(least.coefficients, step, least.decrease)
