@@ -90,11 +90,13 @@ def blocks(sizes):
 
 # What is kept of a block, in numbers: for each dense and each diagonal axis, and each element.
 KEPT = {
-    "kron_psgd": (lambda d: 2 * d * d, lambda d: 2 * d, 1),  # Q and its square; momentum
-    "shampoo": (lambda d: 2 * d * d, lambda d: 2 * d, 2),  # statistic, root; momentum, graft
-    "soap": (lambda d: 2 * d * d, lambda d: 0, 2),  # statistic, basis; momentum, second moment
-    "kl_soap": (lambda d: 2 * d * d + d, lambda d: d, 2),  # the same, and eigenvalues
-    "kl_shampoo": (lambda d: 2 * d * d + d, lambda d: d, 1),
+    "kron_psgd": (lambda d: d * d, lambda d: d, 1),  # Q; momentum
+    # Statistic and root, packed; momentum, graft.
+    "shampoo": (lambda d: d * (d + 1), lambda d: 2 * d, 2),
+    # Statistic, packed, and basis; momentum, second moment.
+    "soap": (lambda d: d * (d + 1) / 2 + d * d, lambda d: 0, 2),
+    "kl_soap": (lambda d: d * (d + 1) / 2 + d * d + d, lambda d: d, 2),  # the same, and eigenvalues
+    "kl_shampoo": (lambda d: d * (d + 1) / 2 + d * d + d, lambda d: d, 1),
 }
 # Of Optax's, for each element of a matrix and of a norm; sharded as the parameters.
 KEPT_LIKE_PARAMETERS = {"adamw": (2, 2), "muon": (1, 2)}

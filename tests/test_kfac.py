@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from optax_kron import KronState, find_layers, losses, value_and_grad_with_taps
+from optax_kron.kernels import packed
 from optax_kron.kernels.kfac import APPROXIMATIONS, DAMPING_RULES
 from optax_kron.layers.layer import Arrangement, AxisFactor, Layer, arrange
 from optax_kron.layers.taps import Tap, Taps
@@ -75,6 +76,28 @@ def kept(state):
 
 
 # ------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("rule", [*DAMPING_RULES, "ekfac"])
+def test_packed_factors_and_inverses_change_nothing_but_the_state(x64, rule, monkeypatch):
+    stream = [problem(seed) for seed in range(3)]
+    own = settings(refresh_every=2)
+
+    def make():
+        tx = scale_by_ekfac(**own) if rule == "ekfac" else scale_by_kfac(**own, damping_rule=rule)
+        updates, state = run(tx, stream)
+        return updates, state.stacks["4x2"]
+
+    expected, whole = make()
+    monkeypatch.setattr(packed, "LEAST_SIZE", 2)
+    updates, stack = make()
+    chex.assert_trees_all_close(updates, expected, rtol=RTOL)
+    kept = [stack.input_factor, stack.output_factor]
+    if rule not in ("exact", "ekfac"):
+        kept += stack.inverse
+    assert [x.shape[1:] for x in kept] == [(5, 2), (3, 1)] * (len(kept) // 2)
+    for i in range(2):
+        np.testing.assert_allclose(packed.unpack(stack[i]), whole[i], rtol=RTOL)
 
 
 @pytest.mark.parametrize("ema", [0.95, 0.5, 0.0, 1.0, 1.5, -0.5])

@@ -45,12 +45,20 @@ def test_bare_preconditioner_points_uphill():
 @pytest.mark.parametrize("probability", [1.0, 0.3])
 def test_cache_changes_nothing_but_the_state(probability):
     settings = {"update_probability": probability, "rms_clip": None}
-    cached, with_cache = run(ok.scale_by_kron_psgd(**settings), PARAMS, 8)
+    cached, with_cache = run(
+        ok.scale_by_kron_psgd(**settings, cache_preconditioner=True), PARAMS, 8
+    )
     plain, without = run(ok.scale_by_kron_psgd(**settings, cache_preconditioner=False), PARAMS, 8)
     # (QᴴQ)m and Qᴴ(Qm) differ by float32 rounding.
     assert_same(cached, plain, rtol=2e-5, atol=2e-5)
     sizes = [sum(x.size for x in jax.tree.leaves(s.stacks)) for s in (with_cache, without)]
     assert sizes[0] > 1.5 * sizes[1]
+
+
+@pytest.mark.parametrize("geometry", ["EQ", "QEQ", "QUAD"])
+def test_by_default_there_is_a_cache_where_no_half_of_the_factors_is_zero(geometry):
+    stacks = jax.eval_shape(ok.scale_by_kron_psgd(geometry=geometry).init, PARAMS).stacks
+    assert all((x.preconditioner is None) == (geometry == "EQ") for x in stacks.values())
 
 
 def test_refreshes_are_counted_deterministically():

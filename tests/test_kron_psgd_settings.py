@@ -49,14 +49,16 @@ def test_without_damping_a_slice_of_zeros_does_not_stop_its_parameter(geometry):
 
 def test_float16_factors_do_not_overflow_between_moves():
     grads = jnp.arange(1, 9) * 1e-6
-    tx = ok.scale_by_kron_psgd(factor_dtype=jnp.float16, update_probability=0.5)
+    tx = ok.scale_by_kron_psgd(
+        factor_dtype=jnp.float16, update_probability=0.5, cache_preconditioner=True
+    )
     _, norms = run(tx, grads, 6)
     assert np.all(np.asarray(norms) > 0.1)
 
 
 def test_the_cache_can_be_switched_off_with_a_state_that_has_one():
     grads = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
-    with_cache = ok.scale_by_kron_psgd(update_probability=0.25)
+    with_cache = ok.scale_by_kron_psgd(update_probability=0.25, cache_preconditioner=True)
     without = ok.scale_by_kron_psgd(update_probability=0.25, cache_preconditioner=False)
     state, _ = run(with_cache, grads, 5)
     _, expected = run(with_cache, grads, 5, state)

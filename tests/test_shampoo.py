@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from optax_kron import Blocking, scale_by_shampoo, scale_by_soap, shampoo
+from optax_kron.kernels import packed
 from tests.reference import shampoo as reference
 
 RTOL = 1e-9  # float64 against the reference
@@ -84,6 +85,22 @@ def test_complex_gradients():
     updates, _ = run(scale_by_shampoo(**PLAIN, decay=0.9, refresh_every=1), stream)
     for actual, G in zip(updates, stream, strict=True):
         assert_close(actual, stage.step(G))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_long_axes_are_kept_packed(is_complex, monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_SIZE", 64)
+    stream = gradients((65, 64), steps=3, is_complex=is_complex)
+    stage = reference.Shampoo((65, 64), (False, False), epsilon=1e-6, every=2)
+    updates, states = run(scale_by_shampoo(**PLAIN, decay=0.9, refresh_every=2), stream)
+    for actual, G in zip(updates, stream, strict=True):
+        assert_close(actual, stage.step(G))
+    (stack,) = states[-1].stacks.values()
+    for kept in (stack.statistics, stack.roots):
+        assert [x.shape for x in kept] == [(1, 65, 33), (1, 65, 32)]
+    for kept, expected in zip(stack.statistics, stage.statistics, strict=True):
+        assert_close(packed.unpack(kept)[0], expected)
 
 
 @pytest.mark.usefixtures("x64")

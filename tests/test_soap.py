@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from optax_kron import Blocking, scale_by_soap, soap
+from optax_kron.kernels import packed
 from tests.reference import shampoo as reference
 from tests.test_shampoo import (
     assert_close,
@@ -29,6 +30,21 @@ VARIANTS = ("soap", "kl_shampoo", "kl_soap")
 @pytest.mark.parametrize("shape", [(2, 2), (4, 4), (3, 2, 4)], ids=str)
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_ten_steps_are_those_of_the_reference(shape, every, variant, is_complex):
+    check_ten_steps(shape, every, variant, is_complex)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(4, 4), (3, 2, 4)], ids=str)
+def test_ten_steps_with_packed_statistics(shape, variant, monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_SIZE", 3)
+    stack = check_ten_steps(shape, 3, variant, is_complex=True)
+    sizes = [S[0].size for S in stack.statistics]
+    assert sizes == [d * (d + 1) // 2 if d > 2 else d * d for d in sorted(shape, reverse=True)]
+
+
+def check_ten_steps(shape, every, variant, is_complex):
+    """Compares updates with those of the reference; returns the last stack."""
     stream = gradients(shape, steps=10, is_complex=is_complex)
     stage = reference.Soap(shape, variant=variant, every=every)
     settings = EXACT | {"variant": variant, "refresh_every": every, "relative_damping": 0.0}
@@ -38,6 +54,8 @@ def test_ten_steps_are_those_of_the_reference(shape, every, variant, is_complex)
         # In its own basis a first gradient is diagonal but for rounding, 1e-16 or so, and Adam
         # divides what is beside the diagonal by √V + 1e-8.
         assert_close(actual, stage.step(G), rtol=1e-5)
+    (stack,) = states[-1].stacks.values()
+    return stack
 
 
 def adam(**settings):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
-from optax_kron.kernels import contract, grams, linalg
+from optax_kron.kernels import contract, grams, linalg, triangular
 
 # A geometry says in which coordinates the step is taken, and with it what T1 and T2 are. For one
 # matrix, all axes but one left out:
@@ -173,6 +173,21 @@ def refit(
     return new, bounds
 
 
+def precondition(
+    factors: Factors, x: contract.Tensor, *, geometry: str, precision: contract.Precision = None
+) -> contract.Tensor:
+    """`P·X = Qᴴ·(Q·X)`; in EQ by panels that skip the zeros of Q. Arguments as `update_factors`."""
+    kernel = triangular.precondition if geometry == "EQ" else contract.precondition
+    return kernel(tuple(map(contract.widen, factors)), x, precision=precision)
+
+
+def apply_cached(
+    cached: Factors, x: contract.Tensor, *, precision: contract.Precision = None
+) -> contract.Tensor:
+    """`P·X`, of what `square_factors` has made."""
+    return contract.apply_factors(tuple(map(contract.widen, cached)), x, precision=precision)
+
+
 def square_factors(factors: Factors, *, precision: contract.Precision = None) -> Factors:
     """`P = QᴴQ` of every factor, for the cache."""
     return tuple(
@@ -248,7 +263,7 @@ def _gram_pairs(
 ) -> list[grams.GramPair]:
     """`T1` and `T2` of every factor, by the unfoldings of tensors X and Y."""
     if geometry == "EQ":
-        first = contract.apply_factors(factors, gradient, precision=precision)
+        first = triangular.apply_uppers(factors, gradient, precision=precision)
         second = linalg.solve_upper_adjoint(factors, probe, precision=precision)
     else:
         first = contract.precondition(factors, gradient, precision=precision)

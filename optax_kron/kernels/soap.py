@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
-from optax_kron.kernels import contract, eigenbases
+from optax_kron.kernels import contract, eigenbases, packed
 
 Bases = Sequence[Inexact[Array, "d d"] | None]
 Values = Sequence[Float[Array, " d"]] | None  # KL variants alone keep them
@@ -125,18 +125,18 @@ def inverse_square_root(
 
 
 def first_statistics(
-    statistics: Bases,
+    statistics: Sequence[Inexact[Array, "r c"] | None],
     values: Sequence[Float[Array, " d"]],
     gradient: Inexact[Array, "..."],
     extents: Float[Array, " k"],
     is_first: Bool[Array, ""],
-) -> tuple[list[Inexact[Array, "d d"] | None], list[Float[Array, " d"]]]:
+) -> tuple[list[Inexact[Array, "r c"] | None], list[Float[Array, " d"]]]:
     """Statistics and their eigenvalues, of which the first are multiples of the identity.
 
     At one that fits the gradient, the first factors are no larger or smaller than those to come.
 
     Args:
-      statistics: S_i per axis, in the dtype of the arithmetic.
+      statistics: S_i per axis, whole or packed, in the dtype of the arithmetic.
       values: Their eigenvalues, also of diagonal axes.
       gradient: G.
       extents: Lengths of the axes without padding.
@@ -145,7 +145,7 @@ def first_statistics(
     scale = first_scale(gradient, extents)
     new_values = [jnp.where(is_first, scale, x) for x in values]
     new = [
-        S if S is None else jnp.where(is_first, scale * jnp.eye(len(S), dtype=S.dtype), S)
+        S if S is None else jnp.where(is_first, scale * packed.identity_like(S), S)
         for S in statistics
     ]
     return new, new_values

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, flow, packed
 from optax_kron.kernels import ekfac as kernels
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.layers.layer import Layer
@@ -66,7 +66,9 @@ class Ekfac(LayerFactors):
         del step
 
         def change(A, G, old):
-            (Q_a, a), (Q_g, g) = (kfac_kernels.eigenbasis(contract.widen(x)) for x in (A, G))
+            (Q_a, a), (Q_g, g) = (
+                kfac_kernels.eigenbasis(contract.widen(packed.whole(x))) for x in (A, G)
+            )
             overlaps = self._overlap(Q_a, old.input_basis), self._overlap(Q_g, old.output_basis)
             values = contract.widen(old.values)
             carried = kernels.carried_over(values, *overlaps, precision=self.precision)
@@ -252,7 +254,7 @@ def scale_by_ekfac(
     Raises:
       ValueError: as `scale_by_kfac`, and in `update` for second moments.
 
-    Cost, for a layer as in `scale_by_kfac`. State: 2·(d_in² + d_out²) + 2·d_in·d_out numbers; a
+    Cost, for a layer as in `scale_by_kfac`. State: 1.5·(d_in² + d_out²) + 2·d_in·d_out numbers; a
     diagonal factor has unit vectors for its basis, and 2·d numbers. A step:
     4·d_in·d_out·(d_in + d_out) operations, and for the eigenvalues 2·N·S·(d_in² + V·d_out²) and
     2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in taps: as there. A refresh: about

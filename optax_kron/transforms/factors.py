@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import flow, kfac
+from optax_kron.kernels import flow, kfac, packed
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import moments_of_member
 from optax_kron.layers.plan import LayerPlan, Member, factor_shape
@@ -53,8 +53,10 @@ from optax_kron.transforms.stacks import (
 class KfacStack(NamedTuple):
     """Factors of N blocks of one signature."""
 
-    input_factor: Array  # A [N, d_in, d_in], or its diagonal [N, d_in], factor_dtype
-    output_factor: Array  # G [N, d_out, d_out], or its diagonal [N, d_out], factor_dtype
+    # A, factor_dtype: [N, d_in, d_in], from d_in = 64 on `packed.pack` of it [N, r, c], of which
+    # `packed.unpack` is the matrix again; or its diagonal [N, d_in].
+    input_factor: Array
+    output_factor: Array  # G likewise, with d_out
     initialized: Bool[Array, " N"]  # whether the factors have been set
     inverse: PyTree  # what was made of the factors at the last refresh; the optimizer's
     # Of the roots of the traces of what the factors take in, A, G and what else is averaged; None
@@ -141,9 +143,12 @@ class LayerFactors(Preconditioner):
         usual = None
         if self.outlier_clip is not None:
             usual = tuple(outliers.start(count) for _ in range(self.averages))
+        shapes = (
+            factor_shape(count, layer.d_in, layer.has_diagonal_input),
+            factor_shape(count, layer.d_out, layer.has_diagonal_output),
+        )
         return KfacStack(
-            jnp.zeros(factor_shape(count, layer.d_in, layer.has_diagonal_input), dtype),
-            jnp.zeros(factor_shape(count, layer.d_out, layer.has_diagonal_output), dtype),
+            *(packed.keep_factors(jnp.zeros(shape, dtype)) for shape in shapes),
             initialized=jnp.zeros(count, bool),
             inverse=self.init_inverse(layer, count, dtype),
             usual=usual,
@@ -392,7 +397,7 @@ class LayerFactors(Preconditioner):
             trace = jnp.sum(kfac.diagonal_rows(moment), axis=1)
             before = None if stack.usual is None else stack.usual[i]
             old, moment, after, found = outliers.limit_moments(
-                old, moment, trace, before, self.outlier_clip
+                old, packed.keep_factors(moment), trace, before, self.outlier_clip
             )
             factors.append(blend(old, moment, rate))
             if after is not None:

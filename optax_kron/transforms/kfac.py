@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, packed
 from optax_kron.kernels import kfac as kernels
 from optax_kron.layers.layer import Layer
 from optax_kron.transforms import program, validation
@@ -23,10 +23,10 @@ from optax_kron.transforms.stacks import Change, guarded, map_blocks
 
 
 class Inverses(NamedTuple):
-    """Inverses of damped factors, factor_dtype."""
+    """Inverses of damped factors, of the shapes of these (`KfacStack`), factor_dtype."""
 
-    input: Array  # (A + ...)⁻¹ [N, d_in, d_in], or its diagonal [N, d_in]
-    output: Array  # (G + ...)⁻¹ [N, d_out, d_out], or its diagonal [N, d_out]
+    input: Array  # (A + ...)⁻¹, packed if A is
+    output: Array  # (G + ...)⁻¹, packed if G is
 
 
 class Eigenbases(NamedTuple):
@@ -48,10 +48,11 @@ class Kfac(LayerFactors):
         if self.damping_rule == "exact":
             return identity_bases(layer, count, dtype)
         diagonal = layer.has_diagonal_input, layer.has_diagonal_output
-        return Inverses(
+        identities = (
             contract.identities(count, layer.d_in, dtype, diagonal=diagonal[0]),
             contract.identities(count, layer.d_out, dtype, diagonal=diagonal[1]),
         )
+        return Inverses(*map(packed.keep_factors, identities))
 
     def refresh_all(
         self, stacks: Stacks, step: Step
@@ -69,7 +70,7 @@ class Kfac(LayerFactors):
         """The eigendecompositions of the factors of a stack."""
 
         def decompose(A, G):
-            pairs = map(kernels.eigenbasis, (contract.widen(A), contract.widen(G)))
+            pairs = (kernels.eigenbasis(contract.widen(packed.whole(x))) for x in (A, G))
             (input_basis, input_values), (output_basis, output_values) = pairs
             return Eigenbases(input_basis, input_values, output_basis, output_values)
 
@@ -78,12 +79,14 @@ class Kfac(LayerFactors):
 
     def _inverses(self, stacks):
         """The inverses of the damped factors of all stacks."""
-        inputs, outputs = ([contract.widen(s[i]) for s in stacks.values()] for i in (0, 1))
+        inputs, outputs = (
+            [contract.widen(jax.vmap(packed.whole)(s[i])) for s in stacks.values()] for i in (0, 1)
+        )
         inverses, finite = kernels.inverses([*inputs, *outputs], self._amounts(inputs, outputs))
         changes = {}
         for i, (label, stack) in enumerate(stacks.items()):
             j = len(stacks) + i
-            new = Inverses(inverses[i], inverses[j])
+            new = Inverses(*map(packed.keep_factors, (inverses[i], inverses[j])))
             narrower = stack.inverse.input.dtype != inverses[i].dtype  # what is finite may overflow
             sound = None if narrower else finite[i] & finite[j]
             changes[label] = Change({"inverse": new}, stack.initialized, sound)
@@ -113,9 +116,8 @@ class Kfac(LayerFactors):
                 return kernels.apply_eigen(
                     *bases, values, x, self.damping, precision=self.precision
                 )
-            return kernels.apply_inverses(
-                inverse.input, inverse.output, x, precision=self.precision
-            )
+            A, G = packed.whole(inverse.input), packed.whole(inverse.output)
+            return kernels.apply_inverses(A, G, x, precision=self.precision)
 
         return map_blocks(stack[:2])(apply, stack.inverse, seen.direction)
 
@@ -229,8 +231,9 @@ def scale_by_kfac(
         or do not fit the layers.
 
     Cost, for a layer with d_in inputs (the bias's one included), d_out outputs, N examples at S
-    positions and V columns. State: 2·(d_in² + d_out²) + d_in·d_out numbers; of a diagonal factor,
-    as embeddings have and axes longer than the layer's `max_size`, 2·d instead of 2·d².
+    positions and V columns. State: d_in² + d_in + d_out² + d_out + d_in·d_out numbers, as factors
+    and inverses are packed from d = 256 on, 2·d² of shorter ones and of those of "exact" 1.5·d²; of
+    a diagonal factor, as embeddings have and axes longer than the layer's `max_size`, 2·d.
     A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "exact". Taking in taps:
     2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 256, with
     "exact" about 9·(d_in³ + d_out³).

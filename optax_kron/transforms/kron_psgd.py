@@ -35,7 +35,7 @@ class KronStack(NamedTuple):
     factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
     bounds: Float[Array, "N k"]  # running bound of the fit's curvature along each axis, ≥ float32
     initialized: Bool[Array, " N"]  # whether the scale has been set from a gradient
-    preconditioner: tuple[Array, ...] | None  # P per axis, as the factors (float32 for float16)
+    preconditioner: tuple[Array, ...] | None  # cached P, as factors (float32 for float16), or none
 
 
 @program.settings
@@ -43,9 +43,9 @@ class KronStack(NamedTuple):
 class KronPsgd(base.Preconditioner):
     """How the factors follow the criterion; the settings of `scale_by_kron_psgd`.
 
-    Factors are updated, and applied, block by block in one pass. At steps between, a cached
-    `P = QᴴQ` is applied, which is formed at the first of them. A block [768, 3072], say, has
-    factors Q_1 [768, 768] and Q_2 [3072, 3072], bounds [2], and P_1, P_2 as the factors.
+    Factors are updated, and applied, block by block in one pass. At steps between, they are applied
+    again, or a cached `P = QᴴQ`, which is formed at the first of them. A block [768, 3072], say,
+    has factors Q_1 [768, 768] and Q_2 [3072, 3072], bounds [2], and P_1, P_2 as the factors.
     """
 
     owner: str
@@ -208,7 +208,7 @@ class KronPsgd(base.Preconditioner):
             def update(block, fitted, direction, probe, sizes, shared=shared):
                 probe = shared if probe is None else probe
                 block, missed = self._update_block(block, fitted, probe, sizes, rows, balance_due)
-                return block, missed, self._apply(block.factors, direction, contract.precondition)
+                return block, missed, self._from_factors(block.factors, direction)
 
             # The cache is no part of it: it is formed at the next step without an update.
             given = stack._replace(preconditioner=None), fitted, own.direction
@@ -247,15 +247,14 @@ class KronPsgd(base.Preconditioner):
     ) -> Inexact[Array, "N ..."]:
         """See `Preconditioner`: `P·m` for every block, from the cache if there is one."""
         del step
-        factors, kernel = stack.factors, contract.precondition
+        factors, apply = stack.factors, self._from_factors
         if self.cache and stack.preconditioner is not None:
-            factors, kernel = stack.preconditioner, contract.apply_factors
-        return blocks.map_blocks(factors)(
-            lambda q, m: self._apply(q, m, kernel), factors, seen.direction
-        )
+            factors = stack.preconditioner
+            apply = functools.partial(psgd.apply_cached, precision=self.precision)
+        return blocks.map_blocks(factors)(apply, factors, seen.direction)
 
-    def _apply(self, factors, x, kernel):
-        return kernel(tuple(map(contract.widen, factors)), x, precision=self.precision)
+    def _from_factors(self, factors, x):
+        return psgd.precondition(factors, x, geometry=self.geometry, precision=self.precision)
 
     def _form_cache(self, stacks):
         square = functools.partial(psgd.square_factors, precision=self.precision)
@@ -266,7 +265,6 @@ class KronPsgd(base.Preconditioner):
 
 
 def _update_key(state: base.KronState) -> Array:
-    """The key of one update of the factors."""
     assert state.key is not None  # `init_key` makes one
     return jax.random.fold_in(validation.key_of(state.key), state.refreshes)
 
@@ -284,7 +282,7 @@ def scale_by_kron_psgd(
     max_abs_clip: ArrayLike | None = None,
     outlier_clip: ArrayLike | None = 10.0,
     blocking: Blocking = Blocking(),
-    cache_preconditioner: bool = True,
+    cache_preconditioner: bool | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -318,7 +316,8 @@ def scale_by_kron_psgd(
         norm is a running mean. `None`: no bound.
       blocking: how parameters become blocks, and which axes get a diagonal factor.
       cache_preconditioner: keep `P = QᴴQ` in the state between moves of the factors. Steps without
-        a move take half the operations, the factors twice the memory.
+        a move take half the operations (in "EQ" 0.8 of them, as Q is half zeros), the factors twice
+        the memory. `None`: in all geometries but "EQ".
       factor_dtype: real dtype of the stored factors, float32 by default also for bfloat16 and
         float64 parameters. The arithmetic is at least float32.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
@@ -337,9 +336,9 @@ def scale_by_kron_psgd(
         that is neither floating-point nor complex, in `init`; in `update`, if `hvp_fn` is missing
         in Newton mode or is no function, or gradients do not match the state.
 
-    Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + mn numbers; m² + n² + mn
-    without the cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without. A
-    step at which the factors move: in "EQ" about 11·mn·(m + n) + 2·(m³ + n³), plus one
+    Cost, for an m×n parameter with dense factors. State: m² + n² + mn numbers, and m² + n² for the
+    cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without, in "EQ" 1.25
+    times that. A step at which the factors move: in "EQ" about 9·mn·(m + n) + 2·(m³ + n³), plus one
     Hessian-vector product in Newton mode.
 
     Examples:
@@ -374,7 +373,7 @@ def scale_by_kron_psgd(
         damping=damping,
         init_scale=init_scale,
         has_init_scale=init_scale is not None,
-        cache=bool(cache_preconditioner),
+        cache=geometry != "EQ" if cache_preconditioner is None else bool(cache_preconditioner),
         outlier_clip=outlier_clip,
         precision=precision,
         seed=seed,
@@ -399,7 +398,7 @@ def kron_psgd(
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     blocking: Blocking = Blocking(),
-    cache_preconditioner: bool = True,
+    cache_preconditioner: bool | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from optax_kron.blocking import Blocking, Signature
-from optax_kron.kernels import contract, roots
+from optax_kron.kernels import contract, packed, roots
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
@@ -44,7 +44,9 @@ _LEAST_FOR_NEWTON = 1e-12
 class ShampooStack(NamedTuple):
     """Statistics of N blocks of shape [d_1, ..., d_k]."""
 
-    statistics: tuple[Array, ...]  # S per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
+    # S per axis, factor_dtype: dense [N, d, d], from d = 256 on `packed.pack` of it [N, r, c], of
+    # which `packed.unpack` is the matrix again; or diagonal [N, d].
+    statistics: tuple[Array, ...]
     roots: tuple[Array, ...]  # S^(-1/p), likewise
     graft: Float[Array, "N ..."] | None  # second moment of the gradient, ≥ float32
     initialized: Bool[Array, " N"]  # whether there has been a gradient other than zero
@@ -82,7 +84,8 @@ class Shampoo(Preconditioner):
         identities, zeros = [], []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
             own = contract.complex_like(dtype, signature.is_complex and not diagonal)
-            identities.append(contract.identities(count, size, own, diagonal=diagonal))
+            factor = contract.identities(count, size, own, diagonal=diagonal)
+            identities.append(factor if diagonal else packed.keep(factor))
             zeros.append(jnp.zeros_like(identities[-1]))
         graft = None
         if self.grafting not in (None, "sgd"):
@@ -112,8 +115,7 @@ class Shampoo(Preconditioner):
         def move(statistics, gradient):
             return tuple(
                 old * contract.widen(S)
-                + new
-                * contract.gram(gradient, axis, diagonal=S.ndim == 1, precision=self.precision)
+                + new * packed.gram_like(S, gradient, axis, precision=self.precision)
                 for axis, S in enumerate(statistics)
             )
 
@@ -160,7 +162,7 @@ class Shampoo(Preconditioner):
             order = self.root_order or 2 * len(acting)
             accurate, new = jnp.ones([], bool), list(block.roots)
             axes = [i for i in acting if diagonal == (block.statistics[i].ndim == 1)]
-            matrices = {i: contract.widen(block.statistics[i]) for i in axes}
+            matrices = {i: contract.widen(packed.whole(block.statistics[i])) for i in axes}
             finite = {}
             for i, S in matrices.items():
                 largest = contract.largest_magnitude(S)
@@ -172,6 +174,7 @@ class Shampoo(Preconditioner):
                 matrices[i] = S
             for i, (root, residual) in self._inverse_roots(matrices, order, damping).items():
                 root = root.astype(new[i].dtype)  # where it may overflow
+                root = root if diagonal else packed.keep(root)
                 accurate &= finite[i] & contract.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
                 new[i] = root
             block, failed = guarded(block, Change({"roots": tuple(new)}, wanted, accurate))
@@ -199,7 +202,7 @@ class Shampoo(Preconditioner):
         """See `Preconditioner`: roots along every axis, with the length of the grafted update."""
 
         def apply(found, x):
-            wide = tuple(map(contract.widen, found))
+            wide = tuple(contract.widen(packed.whole(x)) for x in found)
             return contract.apply_factors(wide, x, precision=self.precision)
 
         preconditioned = map_blocks(stack.roots)(apply, stack.roots, seen.direction)
@@ -299,10 +302,11 @@ def scale_by_shampoo(
         that is neither floating-point nor complex, in `init`; in `update`, if gradients do not
         match the state.
 
-    Cost, for an m×n parameter with dense statistics. State: 2·(m² + n²) + mn numbers, and mn more
-    with grafting other than "sgd" or `None`. A step: 4·mn·(m + n) operations. A refresh: about
-    20·(m³ + n³), on CPUs and CUDA in float64, by LAPACK on a CPU one matrix after the other; with
-    "newton" 20·(m³ + n³) in float32, and 50·(m³ + n³) more in float64 where that is not enough.
+    Cost, for an m×n parameter with dense statistics, which are kept packed if m, n ≥ 256, as are
+    roots. State: m² + m + n² + n + mn numbers, and mn more with grafting other than "sgd" or
+    `None`. A step: 3.5·mn·(m + n) operations. A refresh: about 20·(m³ + n³), on CPUs and CUDA in
+    float64, by LAPACK on a CPU one matrix after the other; with "newton" 20·(m³ + n³) in float32,
+    and 50·(m³ + n³) more in float64 where that is not enough.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from optax_kron.blocking import Blocking, Signature
-from optax_kron.kernels import contract, eigenbases
+from optax_kron.kernels import contract, eigenbases, packed
 from optax_kron.kernels import soap as kernels
 from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import program, validation
@@ -35,7 +35,7 @@ class SoapStack(NamedTuple):
     The first three have one entry for each axis, of length d.
     """
 
-    statistics: tuple[Inexact[Array, "N d d"] | None, ...]  # S, Hermitian, factor_dtype
+    statistics: tuple[Inexact[Array, "N ..."] | None, ...]  # S; from d = 256 on `packed.pack(S)`
     bases: tuple[Inexact[Array, "N d d"] | None, ...]  # Q, orthonormal columns, factor_dtype
     values: tuple[Float[Array, "N d"], ...] | None  # diag(QᴴSQ), also of diagonal axes; KL only
     second_moment: Float[Array, "N ..."] | None  # of the gradient in the bases, ≥ float32; Adam
@@ -82,7 +82,9 @@ class Soap(base.Preconditioner):
         axes = list(zip(signature.shape, signature.diagonal, strict=True))
         wide = jnp.promote_types(dtype, jnp.float32)
         return SoapStack(
-            statistics=tuple(None if diag else jnp.zeros((count, d, d), own) for d, diag in axes),
+            statistics=tuple(
+                None if diag else packed.keep(jnp.zeros((count, d, d), own)) for d, diag in axes
+            ),
             bases=tuple(
                 None if diag else jnp.tile(jnp.eye(d, dtype=own), (count, 1, 1)) for d, diag in axes
             ),
@@ -114,10 +116,7 @@ class Soap(base.Preconditioner):
             wanted, finite = self._takes(block, gradient, step)
             fields: dict[str, PyTree] = {}
             if not self.is_kl:
-                moments = [
-                    None if S is None else contract.gram(gradient, i, precision=self.precision)
-                    for i, S in enumerate(block.statistics)
-                ]
+                moments = packed.grams(block.statistics, gradient, precision=self.precision)
                 fields["statistics"] = kernels.averages(_widened(block.statistics), moments, rate)
             else:
                 old = _widened((block.statistics, block.values))
@@ -134,7 +133,8 @@ class Soap(base.Preconditioner):
                     precision=self.precision,
                 )
                 finite &= blocks.all_finite(diagonals)
-                fields["statistics"] = kernels.averages(statistics, moments, rate)
+                kept = packed.of_each(packed.keep, moments)
+                fields["statistics"] = kernels.averages(statistics, kept, rate)
                 fields["values"] = kernels.averages(values, diagonals, rate)
             new, failed = blocks.guarded(block, blocks.Change(fields, wanted, finite))
             initialized = block.initialized | (wanted & finite)
@@ -183,7 +183,10 @@ class Soap(base.Preconditioner):
         def begin(fields, statistics, newly):
             block = SoapStack(statistics=statistics, second_moment=None, **fields)
             bases, values = kernels.first_bases(
-                _widened(statistics), block.bases, block.values, precision=self.precision
+                packed.of_each(packed.whole, _widened(statistics)),
+                block.bases,
+                block.values,
+                precision=self.precision,
             )
             new = {"bases": bases, "values": values}
             finite = blocks.all_finite([Q for Q in bases if Q is not None])
@@ -242,6 +245,7 @@ class Soap(base.Preconditioner):
 
         def make(block):
             bases, statistics = _widened((block.bases, block.statistics))
+            statistics = packed.of_each(packed.whole, statistics)
             finite = blocks.all_finite(statistics)
             # LAPACK need not come to an end on what is not finite.
             statistics = jax.tree.map(lambda S: jnp.where(finite, S, 0), statistics)
@@ -345,7 +349,7 @@ def scale_by_soap(
         that is neither floating-point nor complex, in `init`; in `update`, if gradients do not
         match the state.
 
-    Cost, for an m×n parameter with dense factors. State: 2·(m² + n²) + 2·mn numbers, without the
+    Cost, for an m×n parameter with dense factors. State: 1.5·(m² + n²) + 2·mn numbers, without the
     second moment of mn for "kl_shampoo". A step: 8·mn·(m + n) operations for "soap", 12·mn·(m + n)
     for "kl_soap", 10·mn·(m + n) for "kl_shampoo". A refresh: 2·(m³ + n³) and two QR decompositions,
     of about 8/3·d³, by LAPACK on a CPU; 2·(m³ + n³) more for the KL variants.
