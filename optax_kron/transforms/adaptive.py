@@ -135,6 +135,7 @@ def adaptive_ekfac(
     damping_rule: str = "exact",
     approx: str = "expand",
     factor_every: ArrayLike = 1,
+    correct_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     outlier_clip: ArrayLike | None = 10.0,
     fallback: optax.GradientTransformation | None = None,
