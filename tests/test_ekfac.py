@@ -193,7 +193,7 @@ def test_blocks_in_branches_not_taken_keep_their_eigenvalues(x64):
     params, x, y = {"blocks": draw(3, 4, 4)}, draw(5, 4), draw(5, 4, seed=1)
     layers = find_layers(loss_fn, params, x, y, jnp.ones(3, bool))
     fn = jax.jit(value_and_grad_with_taps(loss_fn, layers, fisher="exact"))
-    tx = scale_by_ekfac(layers=layers, factor_dtype="float64", momentum=None, refresh_every=100)
+    tx = scale_by_ekfac(**settings(layers=layers, refresh_every=100))
     update, states = jax.jit(tx.update), [tx.init(params)]
     for taken in ([1, 1, 0], [1, 0, 0]):
         _, grads, taps = fn(params, x, y, jnp.array(taken, bool))
@@ -300,3 +300,28 @@ def test_no_damping_leaves_out_what_is_null():
         tx = scale_by_ekfac(layers=layers, damping=damping, momentum=None)
         updates, _ = tx.update(grads, tx.init(w), taps=taps)
         assert np.abs(updates).max() < 100  # softmax has null directions
+
+
+@pytest.mark.usefixtures("x64")
+def test_power_iterations_lead_to_the_updates_of_eigendecompositions():
+    """Of taps that stay as they are, at the first of which the factors are no longer moved."""
+    grads, taps = problem()
+    stream = [(grads, taps)] * 400
+    exact = settings(damping=0.1, refresh_every=1)
+    updates, state = run(scale_by_ekfac(**{**exact, "basis": "power"}), stream)
+    (expected, *_), _ = run(scale_by_ekfac(**exact), stream[:1])
+    assert int(state.failed_refreshes) == 0
+    np.testing.assert_allclose(updates[-1]["kernel"], expected["kernel"], rtol=1e-3)
+
+
+def test_power_iterations_do_not_call_lapack():
+    grads, taps = problem()
+    tx = ok.scale_by_ekfac(layers=[DENSE], basis="power")
+    state = tx.init(grads)
+    text = jax.jit(tx.update).lower(grads, state, taps=taps).compile().as_text()
+    assert 'custom_call_target="lapack' not in text
+
+
+def test_a_basis_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="ekfac: basis must be one of eigh, power; got 'qr'"):
+        scale_by_ekfac(layers=[DENSE], basis="qr")

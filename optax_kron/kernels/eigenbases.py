@@ -56,8 +56,11 @@ def descending(matrix: Matrix) -> Matrix:
 
 
 def rayleigh_quotients(
-    basis: Matrix, matrix: Matrix, *, precision: contract.Precision = None
-) -> Float[Array, " d"]:
+    basis: Inexact[Array, "*N d d"],
+    matrix: Inexact[Array, "*N d d"],
+    *,
+    precision: contract.Precision = None,
+) -> Float[Array, "*N d"]:
     """`diag(QᴴSQ)` of columns Q and a Hermitian S. Cost: 2·d³ operations."""
     return _quotients(basis, jnp.matmul(matrix, basis, precision=precision))
 
@@ -103,5 +106,7 @@ def power_iteration(
     return jnp.where(jnp.any(matrix != 0), new, jnp.take(basis, order, axis=1)), order
 
 
-def _quotients(basis: Matrix, product: Matrix) -> Float[Array, " d"]:
-    return jnp.sum((basis.conj() * product).real, axis=0)
+def _quotients(
+    basis: Inexact[Array, "*N d d"], product: Inexact[Array, "*N d d"]
+) -> Float[Array, "*N d"]:
+    return jnp.sum((basis.conj() * product).real, axis=-2)

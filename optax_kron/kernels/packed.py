@@ -138,6 +138,12 @@ def keep_factors(stack: Array) -> Array:
     return keep(stack) if stack.ndim == 3 else stack
 
 
+def whole_factors(stack: Array) -> Array:
+    """The inverse of `keep_factors`."""
+    is_packed = stack.ndim == 3 and stack.shape[1] != stack.shape[2]
+    return unpack(stack) if is_packed else stack
+
+
 def of_each(
     function: Callable[[Array], Array], arrays: Sequence[Array | None]
 ) -> tuple[Array | None, ...]:

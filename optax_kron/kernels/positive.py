@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Complex, Float, Inexact
 
 from optax_kron.kernels import contract, flow
 from optax_kron.kernels.contract import matmul_exact
@@ -81,6 +81,49 @@ def inverses(
     return [results[i][0] for i in indices], [results[i][1] for i in indices]
 
 
+def inverse_factors(
+    matrices: Inexact[Array, "N d d"], shifts: Float[Array, " N"]
+) -> Inexact[Array, "N d d"]:
+    """`R = L⁻¹` of every `M + s·I = L Lᴴ`.
+
+    Args:
+      matrices: M, Hermitian, d ≤ 256, or 128 if complex.
+      shifts: s.
+
+    Returns:
+      Lower triangular arrays, with NaN for a matrix that is not positive definite. Cost: 2·d³
+      operations for each matrix; four times those of real numbers if complex.
+    """
+    if jnp.iscomplexobj(matrices):
+        return _extracted(inverse_factors(_embedded(matrices), shifts))
+    size = matrices.shape[-1]
+    padded = _shifted(*_pool([matrices], [shifts], padded_size(size), matrices.dtype))
+    return _inverse_factors(padded, _side_by_side([len(matrices)]))[:, :size, :size]
+
+
+def padded_size(size: int) -> int:
+    """The least size, of at most 256, that needs no padding and is no smaller than this one."""
+    multiple = _panels(size) * _ROUND
+    return -(-size // multiple) * multiple
+
+
+def _embedded(matrices: Complex[Array, "N d d"]) -> Float[Array, "N 2*d 2*d"]:
+    """Real matrices with `[[x, −y], [y, x]]` for every `x + iy`: their Cholesky factor is as real.
+
+    For the diagonal of a Cholesky factor is real, so that those of it are triangular.
+    """
+    re, im = matrices.real, matrices.imag
+    cells = jnp.stack([jnp.stack([re, -im], axis=-1), jnp.stack([im, re], axis=-1)], axis=-2)
+    size = 2 * matrices.shape[-1]
+    return jnp.swapaxes(cells, 2, 3).reshape(len(matrices), size, size)
+
+
+def _extracted(matrices: Float[Array, "N 2*d 2*d"]) -> Complex[Array, "N d d"]:
+    """The inverse of `_embedded`."""
+    left = matrices[:, :, ::2]
+    return jax.lax.complex(left[:, ::2], left[:, 1::2])
+
+
 def _programs(stacks: Sequence[Matrices]) -> list[tuple[int, list[list[int]]]]:
     """Which stacks are padded to one base size: the size, and stacks by how often they are halved.
 
@@ -118,9 +161,7 @@ def _base(size: int) -> tuple[int, int]:
     if size <= _CLOSED_FORM:
         return size, 0
     halvings = max(0, (-(-size // _BASE) - 1).bit_length())
-    block = -(-size >> halvings)
-    multiple = _panels(block) * _ROUND
-    return -(-block // multiple) * multiple, halvings
+    return padded_size(-(-size >> halvings)), halvings
 
 
 def _panels(size: int) -> int:
@@ -150,12 +191,17 @@ def _invert(pools: Sequence[Pool]) -> list[Matrices]:
         factor = jax.vmap(_small_inverse_factor)(_shifted(*pools[0]))
         return [matmul_exact(factor.mT, factor)]
     counts = _eliminations([len(matrices) for matrices, _ in pools])
-    # All eliminations of the program have as many matrices side by side, so as to be compiled once;
-    # one more for each run of the loop, whose steps cost something of their own.
-    together = min(
+    return [inverse for _, inverse in _decompose(pools, _side_by_side(counts))]
+
+
+def _side_by_side(counts: Sequence[int]) -> int:
+    """How many matrices all eliminations of a program have side by side, so as to be compiled once.
+
+    One more counts for each run of the loop, whose steps cost something of their own.
+    """
+    return min(
         range(_TOGETHER, 0, -1), key=lambda n: sum(-(-count // n) * (n + 1) for count in counts)
     )
-    return [inverse for _, inverse in _decompose(pools, together)]
 
 
 def _shifted(matrices: Matrices, diagonals: Float[Array, "N d"]) -> Matrices:

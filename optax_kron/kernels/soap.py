@@ -22,6 +22,11 @@ from optax_kron.kernels import contract, eigenbases, packed
 Bases = Sequence[Inexact[Array, "d d"] | None]
 Values = Sequence[Float[Array, " d"]] | None  # KL variants alone keep them
 
+# In units of rounding, relative to the root mean square of the block.
+_NOISE = 8.0
+# In its own bases a first gradient is diagonal; beside that it is what errors of the bases make.
+_FIRST_NOISE = 1e-3
+
 
 def whitened_moments(
     bases: Bases,
@@ -105,6 +110,20 @@ def adam(
     mean = jnp.sum(second_moment) / jnp.prod(extents).astype(second_moment.dtype)
     least = jnp.square(jnp.asarray(noise).astype(second_moment.dtype)) * mean
     return jnp.where(second_moment > least, scaled, 0)
+
+
+def noise(bases: Bases, newly: Bool[Array, ""]) -> Float[Array, ""] | None:
+    """What is noise in the root of the second moment, for `adam`; `None`: nothing is.
+
+    Args:
+      bases: As they are stored.
+      newly: Whether the gradient is the first one.
+    """
+    rounding = [float(jnp.finfo(Q.dtype).eps) for Q in bases if Q is not None]
+    if not rounding:
+        return None
+    least = _NOISE * max(rounding)
+    return jnp.where(newly, max(_FIRST_NOISE, least), least)
 
 
 def first_scale(gradient: Inexact[Array, "..."], extents: Float[Array, " k"]) -> Float[Array, ""]:

@@ -5,6 +5,7 @@ changes they are carried over, as the diagonal of the same matrix in the new bas
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optax_kron.kernels import contract, flow, packed
 from optax_kron.kernels import ekfac as kernels
 from optax_kron.kernels import kfac as kfac_kernels
+from optax_kron.kernels.eigenbases import rayleigh_quotients
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import LayerPlan
 from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
@@ -28,6 +30,7 @@ from optax_kron.transforms.kfac import identity_bases
 from optax_kron.transforms.layerwise import layerwise
 from optax_kron.transforms.preconditioner import KronState, Seen, Stacks, Step, any_block, total
 from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
+from optax_kron.transforms.turned import follow_pairs
 
 
 class Spectrum(NamedTuple):
@@ -46,8 +49,9 @@ class Spectrum(NamedTuple):
 class Ekfac(LayerFactors):
     """How factors and eigenvalues are estimated and applied; the settings of `scale_by_ekfac`."""
 
+    basis: str  # how bases follow factors
     correct_every: ArrayLike  # steps from one correction of the eigenvalues to the next
-    correcting: ArrayLike = True  # whether this step is one
+    correcting: Bool[Array, ""] | bool = True  # whether this step is one
 
     averages: ClassVar[int] = 3
 
@@ -59,6 +63,51 @@ class Ekfac(LayerFactors):
             *identity_bases(layer, count, dtype),
             values=jnp.ones((count, layer.d_in, layer.d_out), dtype),
             known=jnp.zeros(count, bool),
+        )
+
+    def refresh_all(self, stacks, step) -> tuple[Stacks, Mapping[str, Bool[Array, " N"]]]:
+        """See `Preconditioner`: bases of similar sizes, of all stacks, share a program."""
+        if self.basis == "eigh":
+            return super().refresh_all(stacks, step)
+        pairs = {
+            (label, side): (getattr(stack.inverse, f"{side}_basis"), packed.whole_factors(factor))
+            for label, stack in stacks.items()
+            for side, factor in zip(("input", "output"), stack[:2], strict=True)
+        }
+        dense = {key: pair for key, pair in pairs.items() if pair[0] is not None}
+        followed = follow_pairs(dense, precision=self.precision)
+        done = {
+            label: self._turned(
+                stack, followed.get((label, "input")), followed.get((label, "output"))
+            )
+            for label, stack in stacks.items()
+        }
+        return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+
+    def _turned(self, stack, *followed):
+        """A stack with other bases, `None` for diagonal factors, and what is known in them."""
+        old, usable = stack.inverse, jnp.ones(len(stack.initialized), bool)
+        bases, diagonals, overlaps = [], [], []
+        before = old.input_basis, old.output_basis
+        for new, basis, factor in zip(followed, before, stack[:2], strict=True):
+            if new is None:
+                bases.append(None)
+                diagonals.append(factor)
+                overlaps.append(None)
+                continue
+            Q, _, is_usable = new
+            usable &= is_usable
+            bases.append(Q)
+            A = contract.widen(packed.whole_factors(factor))
+            quotients = rayleigh_quotients(Q, A, precision=self.precision)
+            diagonals.append(jnp.maximum(quotients, 0))  # below zero is rounding
+            overlaps.append(jnp.matmul(Q.mT, contract.widen(basis), precision=self.precision))
+        carry = functools.partial(kernels.carried_over, precision=self.precision)
+        values = jax.vmap(carry)(contract.widen(old.values), *overlaps)
+        new = Spectrum(bases[0], diagonals[0], bases[1], diagonals[1], values, old.known)
+        leaves = jax.tree.leaves((diagonals, values))
+        return guarded(
+            stack, Change({"inverse": new}, stack.initialized, usable & finite_blocks(leaves))
         )
 
     def refresh(self, stack: KfacStack, step: Step) -> tuple[KfacStack, Bool[Array, " N"]]:
@@ -193,6 +242,7 @@ def scale_by_ekfac(
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "exact",
+    basis: str = "eigh",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
@@ -228,12 +278,14 @@ def scale_by_ekfac(
       damping_rule: what is added to the eigenvalues. "exact": δ. "pi": what this rule adds to
         those of `A ⊗ G` in `kfac`, `π√δ·g + √δ/π·a + δ` with a and g those of A and G: much more
         than δ where only one of them is small.
+      basis: "eigh", eigendecompositions, by LAPACK on a CPU; or "power", bases that start at the
+        identity, and at every refresh follow the factors by a power iteration, of matrix products.
       approx: of the factors whose eigenvectors are taken. The eigenvalues are exact in either case.
       momentum: of the velocity.
       factor_every: as in `scale_by_kfac`, of the factors alone.
       correct_every: the eigenvalues take in taps at the first of every so many accepted steps. In
         between they are those of before, carried over to new bases.
-      refresh_every: accepted steps from one eigendecomposition to the next, more often while the
+      refresh_every: accepted steps from one refresh of the bases to the next, more often while the
         factors are young.
       stagger: deal the blocks out to the steps between two refreshes, as in `scale_by_kfac`.
       norm_constraint: a number needs `learning_rate`.
@@ -257,8 +309,9 @@ def scale_by_ekfac(
     Cost, for a layer as in `scale_by_kfac`. State: 1.5·(d_in² + d_out²) + 2·d_in·d_out numbers; a
     diagonal factor has unit vectors for its basis, and 2·d numbers. A step:
     4·d_in·d_out·(d_in + d_out) operations, and for the eigenvalues 2·N·S·(d_in² + V·d_out²) and
-    2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in taps: as there. A refresh: about
-    9·(d_in³ + d_out³), by LAPACK on a CPU, and 2·d_in·d_out·(d_in + d_out).
+    2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in taps: as there. A refresh, for
+    each factor of size d: about 9·d³, by LAPACK on a CPU; with "power" 6·d³ and, once or twice,
+    2.3·d³ at d = 1024 to 6·d³ where d ≤ 128. And 2·d_in·d_out·(d_in + d_out).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -276,10 +329,12 @@ def scale_by_ekfac(
     owner = "ekfac"
     validation.check_choice(owner, "damping_rule", damping_rule, ("exact", "pi"))
     validation.check_interval(owner, "correct_every", correct_every)
+    validation.check_choice(owner, "basis", basis, ("eigh", "power"))
     method = Ekfac(
         **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
         bias_correction=bias_correction,
         damping_rule=damping_rule,
+        basis=basis,
         outlier_clip=outlier_clip,
         precision=precision,
         correct_every=correct_every,
@@ -305,6 +360,7 @@ def ekfac(
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "exact",
+    basis: str = "eigh",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,

@@ -100,6 +100,13 @@ class Seen(NamedTuple):
     newly: Bool[Array, " N"]  # whether it is the first gradient other than zero
     filled: int = 1  # how many blocks there are on all devices, without those that fill up
 
+    def extents(self) -> Float[Array, "N k"]:
+        """How long every block is along its axes without the padding."""
+        if self.sizes is None:
+            count, *shape = self.gradient.shape
+            return jnp.tile(jnp.asarray(shape, float), (count, 1))
+        return jnp.stack(list(map(jnp.asarray, self.sizes)), axis=1).astype(float)
+
 
 class Advanced(NamedTuple):
     """What a step makes of stacks and gradients; numbers are those of all devices."""

@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics; and its variants KL-Shampoo and KL-SOAP."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -19,14 +19,10 @@ from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
+from optax_kron.transforms.turned import first_iterates, follow_statistics
 
 VARIANTS = ("soap", "kl_shampoo", "kl_soap")
-BASES = ("qr", "eigh")
-
-# In units of rounding, relative to the root mean square of the block.
-_NOISE = 8.0
-# In its own bases a first gradient is diagonal; beside that it is what errors of the bases make.
-_FIRST_NOISE = 1e-3
+BASES = ("power", "qr", "eigh")
 
 
 class SoapStack(NamedTuple):
@@ -140,7 +136,7 @@ class Soap(base.Preconditioner):
             initialized = block.initialized | (wanted & finite)
             return new.statistics, new.values, initialized, failed
 
-        gathered = blocks.map_blocks(stack.bases)(gather, stack, seen.gradient, _extents(seen))
+        gathered = blocks.map_blocks(stack.bases)(gather, stack, seen.gradient, seen.extents())
         statistics, values, initialized, failed = gathered
         new = stack._replace(statistics=statistics, values=values, initialized=initialized)
         return new, failed
@@ -157,10 +153,14 @@ class Soap(base.Preconditioner):
         return step.accepted & informs, blocks.squares_fit(largest, gradient.size, kept)
 
     def begin_all(self, stacks, newly) -> tuple[base.Stacks, Int[Array, ""]]:
-        """See `Preconditioner`: blocks with their first gradient get eigenbases of it."""
+        """See `Preconditioner`: blocks with their first gradient get bases of it."""
         turned = {label: stack for label, stack in stacks.items() if self.can_refresh(stack)}
 
         def begin(old, statistics, newly):
+            if self.basis == "power":
+                # That of a KL variant is a multiple of the identity, but for the first moment.
+                shift = self.decay if self.is_kl else None
+                return first_iterates(old, statistics, newly, self.precision, shift)
             return {
                 label: self._first_bases(fields, statistics[label], newly[label])
                 for label, fields in old.items()
@@ -210,7 +210,7 @@ class Soap(base.Preconditioner):
             return block.second_moment, update, failed
 
         second, updates, failed = blocks.map_blocks(stack.bases)(
-            apply, stack, seen.gradient, seen.direction, seen.newly, _extents(seen)
+            apply, stack, seen.gradient, seen.direction, seen.newly, seen.extents()
         )
         return stack._replace(second_moment=second), updates, failed
 
@@ -235,8 +235,15 @@ class Soap(base.Preconditioner):
         else:
             second = block.second_moment
             second = second / blocks.ema_weight(self.b2, step.count, second.dtype)
-            rotated = kernels.adam(second, rotated, self.eps, _noise(block, seen.newly), extents)
+            noise = kernels.noise(block.bases, seen.newly)
+            rotated = kernels.adam(second, rotated, self.eps, noise, extents)
         return contract.out_of_bases(bases, rotated, precision=self.precision)
+
+    def refresh_all(self, stacks, step) -> tuple[base.Stacks, Mapping[str, Bool[Array, " N"]]]:
+        """See `Preconditioner`: bases of similar sizes, of all stacks, share a program."""
+        if self.basis == "power":
+            return follow_statistics(stacks, precision=self.precision)
+        return super().refresh_all(stacks, step)
 
     def refresh(self, stack: SoapStack, step: base.Step) -> tuple[SoapStack, Bool[Array, " N"]]:
         """See `Preconditioner`: new bases, and what is kept in terms of them."""
@@ -266,23 +273,6 @@ def _widened(tree: PyTree) -> PyTree:
     return jax.tree.map(contract.widen, tree)
 
 
-def _noise(block, newly):
-    """What is noise in the second moment, relative to its root mean square; `None`: nothing is."""
-    rounding = [float(jnp.finfo(Q.dtype).eps) for Q in block.bases if Q is not None]
-    if not rounding:
-        return None
-    least = _NOISE * max(rounding)
-    return jnp.where(newly, max(_FIRST_NOISE, least), least)
-
-
-def _extents(seen: base.Seen) -> Float[Array, "N k"]:
-    """How long every block is along its axes without the padding."""
-    if seen.sizes is None:
-        count, *shape = seen.gradient.shape
-        return jnp.tile(jnp.asarray(shape, float), (count, 1))
-    return jnp.stack(list(map(jnp.asarray, seen.sizes)), axis=1).astype(float)
-
-
 def scale_by_soap(
     *,
     variant: str = "soap",
@@ -291,7 +281,7 @@ def scale_by_soap(
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     relative_damping: ArrayLike = 1e-6,
-    basis: str = "qr",
+    basis: str = "power",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     outlier_clip: ArrayLike | None = 10.0,
@@ -319,8 +309,8 @@ def scale_by_soap(
       eps: what Adam adds to the square root of its second moment.
       relative_damping: least of the eigenvalues that are inverted, relative to the largest; KL
         variants only.
-      basis: "qr", one power iteration at every refresh; or "eigh", an eigendecomposition. The first
-        basis is always one of the latter.
+      basis: "power", a power iteration of matrix products alone, the first from the identity; "qr",
+        one by LAPACK; or "eigh", an eigendecomposition, with which "qr" begins too.
       refresh_every: steps from one refresh of the bases to the next: they come after the updates of
         its multiples. The first bases come before the first update.
       stagger: deal the blocks out to the steps between two refreshes, so that each step refreshes
@@ -351,8 +341,9 @@ def scale_by_soap(
 
     Cost, for an m×n parameter with dense factors. State: 1.5·(m² + n²) + 2·mn numbers, without the
     second moment of mn for "kl_shampoo". A step: 8·mn·(m + n) operations for "soap", 12·mn·(m + n)
-    for "kl_soap", 10·mn·(m + n) for "kl_shampoo". A refresh: 2·(m³ + n³) and two QR decompositions,
-    of about 8/3·d³, by LAPACK on a CPU; 2·(m³ + n³) more for the KL variants.
+    for "kl_soap", 10·mn·(m + n) for "kl_shampoo". A refresh, for an axis of length d: 2·d³ and,
+    once or twice, 2.3·d³ at d = 1024 to 6·d³ where d ≤ 128; with "qr" 2·d³ and a QR decomposition
+    of about 8/3·d³; 2·d³ more for the KL variants.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -397,7 +388,7 @@ def soap(
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     relative_damping: ArrayLike = 1e-6,
-    basis: str = "qr",
+    basis: str = "power",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
     weight_decay: ArrayLike | None = 0.0,

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from optax_kron.kernels import eigenbases, ekfac, flow, kfoc, linalg, positive, roots
+from optax_kron.kernels import eigenbases, ekfac, flow, kfoc, linalg, positive, roots, subspace
 
 from .table import ROWS, largest_difference, random_like, regression, updater
 
@@ -26,6 +26,7 @@ SQUARES = {
     "rotation": lambda x: linalg.procrustes_step(x, jnp.ones((linalg.PROBE_ROWS, len(x)))),
     "eigenvectors": lambda x: jax.vmap(eigenbases.hermitian_eigen)(x[None]),
     "power iteration": lambda x: jax.vmap(eigenbases.power_iteration)(x[None], x[None]),
+    "subspace iteration": lambda x: subspace.follow([x[None]], [x[None]]),
     "root": lambda x: jax.vmap(lambda x: roots.inverse_root(x, 4, 1e-6))(x[None]),
     "root, newton": lambda x: roots.inverse_root(x, 4, 1e-6, method="newton"),
     "kfoc": lambda x: kfoc.factors(x[None, :2, :3], x[None, None, :2, :3]),

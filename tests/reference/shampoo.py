@@ -51,10 +51,23 @@ class Shampoo:
 
 
 class Soap:
-    """One block with dense factors on all axes, for every variant."""
+    """One block with dense factors on all axes, for every variant.
 
-    def __init__(self, shape, *, variant="soap", betas=(0.9, 0.8), factor_decay=0.7, every=1):
-        self.shape, self.variant, self.every = shape, variant, every
+    It begins with eigenvectors of the first statistics, or with one power iteration of the identity
+    by the first moments.
+    """
+
+    def __init__(
+        self,
+        shape,
+        *,
+        variant="soap",
+        betas=(0.9, 0.8),
+        factor_decay=0.7,
+        every=1,
+        begins="eigenvectors",
+    ):
+        self.shape, self.variant, self.every, self.begins = shape, variant, every, begins
         (self.beta1, self.beta2), self.factor_decay = betas, factor_decay
         self.M, self.V, self.steps = 0.0, 0.0, 0
         self.statistics = self.bases = None
@@ -86,8 +99,15 @@ class Soap:
             scale = np.mean(np.abs(G) ** 2) ** (1 / G.ndim) if self.variant != "soap" else 0.0
             self.bases = [np.eye(d) for d in self.shape]
             self.statistics = [scale * np.eye(d) for d in self.shape]
+            moments = self.moments(G)
             self.gather(G)
-            self.bases = [np.linalg.eigh(S)[1][:, ::-1] for S in self.statistics]
+            if self.begins == "eigenvectors":
+                self.bases = [np.linalg.eigh(S)[1][:, ::-1] for S in self.statistics]
+            else:
+                orders = [np.argsort(-np.diag(C).real, kind="stable") for C in moments]
+                self.bases = [
+                    np.linalg.qr(C[:, order])[0] for C, order in zip(moments, orders, strict=True)
+                ]
         else:
             self.gather(G)
         self.M = self.beta1 * self.M + (1 - self.beta1) * G

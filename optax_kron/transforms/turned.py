@@ -1,0 +1,138 @@
+"""Stacks whose eigenbases follow their statistics, all of them in one program.
+
+The matrices of all stacks and axes take a step of subspace iteration together, for what they share
+is compiled once. For example, of stacks "256x256" and "256x1024" those are four arrays, [N, d, d].
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, PyTree
+
+from optax_kron.kernels import contract, eigenbases, packed, subspace
+from optax_kron.transforms.preconditioner import AnyStack, Stacks
+from optax_kron.transforms.stacks import Change, guarded
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def follow_statistics(
+    stacks: Stacks, *, precision: contract.Precision, shift: ArrayLike | None = None
+) -> tuple[Stacks, Mapping[str, Bool[Array, " N"]]]:
+    """Stacks after a step of `subspace.follow`, and which of their blocks have failed.
+
+    Args:
+      stacks: Of `bases` and `statistics` per axis, `None` for diagonal ones, and in terms of these
+        the eigenvalues `values` per axis and the `second_moment`, or `None`.
+      precision: Precision of the products with statistics.
+      shift: Which multiple of the identity is left out of statistics where bases are to follow
+        them, relative to the mean of their diagonals. `None`: nothing.
+    """
+    pairs = {
+        (label, axis): (Q, _shifted(_statistics(stack, axis), shift))
+        for label, stack in stacks.items()
+        for axis, Q in enumerate(stack.bases)
+        if Q is not None
+    }
+    followed: dict[str, dict[int, subspace.Followed]] = {label: {} for label in stacks}
+    for (label, axis), new in follow_pairs(pairs, precision=precision).items():
+        followed[label][axis] = new
+    done = {label: _turned(stack, followed[label], precision) for label, stack in stacks.items()}
+    return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+
+
+class _Beginning(NamedTuple):
+    """What `follow_statistics` asks of a stack, before there is a second moment."""
+
+    statistics: tuple[Array | None, ...]
+    bases: tuple[Array | None, ...]
+    values: tuple[Array, ...] | None
+    second_moment: None
+    initialized: Bool[Array, " N"]
+
+
+def first_iterates(
+    fields: Mapping[str, Mapping[str, PyTree]],
+    statistics: Mapping[str, tuple[Array | None, ...]],
+    newly: Mapping[str, Bool[Array, " N"]],
+    precision: contract.Precision,
+    shift: ArrayLike | None,
+) -> dict[str, dict[str, PyTree]]:
+    """The first bases of stacks: what one step makes of those that they have, of the identity.
+
+    More steps would come closer to eigenvectors; training gets no further by them.
+
+    Args:
+      fields: By label, `bases`, `values` and `initialized` of a stack.
+      statistics: By label, those per axis.
+      newly: By label, which blocks get bases. Those that fail are not `initialized` then.
+      precision: As in `follow_statistics`, and so is `shift`.
+    """
+    stacks = {
+        k: _Beginning(statistics[k], x["bases"], x["values"], None, newly[k])
+        for k, x in fields.items()
+    }
+    new, failed = follow_statistics(stacks, precision=precision, shift=shift)
+    return {
+        k: {
+            "bases": new[k].bases,
+            "values": new[k].values,
+            "initialized": x["initialized"] & ~failed[k],
+        }
+        for k, x in fields.items()
+    }
+
+
+def _statistics(stack: AnyStack, axis: int) -> Array:
+    """Those of one axis [N, d, d], in the arithmetic."""
+    return contract.widen(packed.whole_factors(stack.statistics[axis]))
+
+
+def _shifted(statistics: Array, shift: ArrayLike | None) -> Array:
+    """Statistics [N, d, d] less a share of the mean of their diagonals."""
+    if shift is None:
+        return statistics
+    mean = jnp.mean(jnp.diagonal(statistics, axis1=1, axis2=2).real, axis=1)
+    identity = np.eye(statistics.shape[-1], dtype=mean.dtype)[None]
+    return statistics - jnp.asarray(shift, mean.dtype) * mean[:, None, None] * identity
+
+
+def follow_pairs(
+    pairs: Mapping[Key, tuple[Array, Array]], *, precision: contract.Precision
+) -> dict[Key, subspace.Followed]:
+    """`subspace.follow` of pairs of bases and matrices [N, d, d], by any key, in the arithmetic."""
+    bases, matrices = ([contract.widen(pair[i]) for pair in pairs.values()] for i in (0, 1))
+    found = subspace.follow(bases, matrices, precision=precision)
+    return dict(zip(pairs, found, strict=True))
+
+
+def _turned(
+    stack: AnyStack, followed: Mapping[int, subspace.Followed], precision: contract.Precision
+) -> tuple[AnyStack, Bool[Array, " N"]]:
+    """A stack with other bases, and what it keeps in terms of them."""
+    bases, second = list(stack.bases), stack.second_moment
+    values = None if stack.values is None else list(stack.values)
+    usable = jnp.ones(len(stack.initialized), bool)
+    for axis, (Q, order, is_usable) in followed.items():
+        bases[axis] = Q
+        usable &= is_usable
+        if second is not None:
+            second = _reordered(second, order, 1 + axis)
+        if values is not None:
+            S = _statistics(stack, axis)
+            values[axis] = eigenbases.rayleigh_quotients(Q, S, precision=precision)
+            usable &= contract.all_finite(values[axis], axis=1)
+    fields: dict[str, PyTree] = {"bases": tuple(bases), "second_moment": second}
+    fields["values"] = None if values is None else tuple(values)
+    return guarded(stack, Change(fields, stack.initialized, usable))
+
+
+def _reordered(x: Array, order: Array, axis: int) -> Array:
+    """Along one axis of every block, other places [N, d]."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = order.shape
+    return jnp.take_along_axis(x, jax.lax.reshape(order, shape), axis=axis)
