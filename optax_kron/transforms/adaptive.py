@@ -133,6 +133,7 @@ def adaptive_ekfac(
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping_rule: str = "exact",
+    basis: str = "eigh",
     approx: str = "expand",
     factor_every: ArrayLike = 1,
     correct_every: ArrayLike = 1,
