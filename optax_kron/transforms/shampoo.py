@@ -184,11 +184,13 @@ class Shampoo(Preconditioner):
         return stack._replace(roots=new), failed
 
     def _inverse_roots(self, matrices, order, damping):
-        """Roots and residuals by axis; matrices of one shape share a program."""
+        """Roots and residuals by axis; of products, matrices of one shape share a program."""
 
         def find(S):
             return roots.inverse_root(S, order, damping, method=self.root_method)
 
+        if self.root_method == "eigh":  # LAPACK takes a core for each axis, all at once
+            return {axis: find(S) for axis, S in matrices.items()}
         groups, found = collections.defaultdict(list), {}
         for axis, S in matrices.items():
             groups[S.shape].append(axis)
