@@ -314,14 +314,6 @@ def test_power_iterations_lead_to_the_updates_of_eigendecompositions():
     np.testing.assert_allclose(updates[-1]["kernel"], expected["kernel"], rtol=1e-3)
 
 
-def test_power_iterations_do_not_call_lapack():
-    grads, taps = problem()
-    tx = ok.scale_by_ekfac(layers=[DENSE], basis="power")
-    state = tx.init(grads)
-    text = jax.jit(tx.update).lower(grads, state, taps=taps).compile().as_text()
-    assert 'custom_call_target="lapack' not in text
-
-
 def test_a_basis_out_of_range_is_refused():
     with pytest.raises(ValueError, match="ekfac: basis must be one of eigh, power; got 'qr'"):
         scale_by_ekfac(layers=[DENSE], basis="qr")
