@@ -53,7 +53,7 @@ from optax_kron.transforms.stacks import (
 class KfacStack(NamedTuple):
     """Factors of N blocks of one signature."""
 
-    # A, factor_dtype: [N, d_in, d_in], from d_in = 64 on `packed.pack` of it [N, r, c], of which
+    # A, factor_dtype: [N, d_in, d_in], from d_in = 256 on `packed.pack` of it [N, r, c], of which
     # `packed.unpack` is the matrix again; or its diagonal [N, d_in].
     input_factor: Array
     output_factor: Array  # G likewise, with d_out

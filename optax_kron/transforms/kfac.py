@@ -80,7 +80,7 @@ class Kfac(LayerFactors):
     def _inverses(self, stacks):
         """The inverses of the damped factors of all stacks."""
         inputs, outputs = (
-            [contract.widen(jax.vmap(packed.whole)(s[i])) for s in stacks.values()] for i in (0, 1)
+            [contract.widen(packed.whole_factors(s[i])) for s in stacks.values()] for i in (0, 1)
         )
         inverses, finite = kernels.inverses([*inputs, *outputs], self._amounts(inputs, outputs))
         changes = {}
