@@ -15,6 +15,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_kron as ok
+from optax_kron.kernels import packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +89,18 @@ def blocks(sizes):
     return {key: -(-count // devices) * devices for key, count in found.items()}
 
 
+def symmetric(d):
+    """Numbers that are kept of a symmetric matrix."""
+    return d * (d + 1) / 2 if d >= packed.LEAST_SIZE else d * d
+
+
 # What is kept of a block, in numbers: for each dense and each diagonal axis, and each element.
 KEPT = {
     "kron_psgd": (lambda d: d * d, lambda d: d, 1),  # Q; momentum
-    # Statistic and root, packed; momentum, graft.
-    "shampoo": (lambda d: d * (d + 1), lambda d: 2 * d, 2),
-    # Statistic, packed, and basis; momentum, second moment.
-    "soap": (lambda d: d * (d + 1) / 2 + d * d, lambda d: 0, 2),
-    "kl_soap": (lambda d: d * (d + 1) / 2 + d * d + d, lambda d: d, 2),  # the same, and eigenvalues
-    "kl_shampoo": (lambda d: d * (d + 1) / 2 + d * d + d, lambda d: d, 1),
+    "shampoo": (lambda d: 2 * symmetric(d), lambda d: 2 * d, 2),  # statistic, root; momentum, graft
+    "soap": (lambda d: symmetric(d) + d * d, lambda d: 0, 2),  # statistic, basis; both moments
+    "kl_soap": (lambda d: symmetric(d) + d * d + d, lambda d: d, 2),  # the same, and eigenvalues
+    "kl_shampoo": (lambda d: symmetric(d) + d * d + d, lambda d: d, 1),
 }
 # Of Optax's, for each element of a matrix and of a norm; sharded as the parameters.
 KEPT_LIKE_PARAMETERS = {"adamw": (2, 2), "muon": (1, 2)}

@@ -290,6 +290,20 @@ def test_damping_follows_the_ratio_within_its_bounds(x64):
     np.testing.assert_allclose(state.metrics.damping, 0.2, rtol=1e-6)
 
 
+def test_a_damping_that_hides_every_step_in_rounding_falls():
+    """Of a loss of about 1e-8, under a damping as of one of about one."""
+    problem = Quadratic(np.float32)
+    problem.A, problem.b = 1e-8 * problem.A, 1e-8 * problem.b
+    problem.loss = lambda params: Quadratic.loss(problem, params) + 1e-7
+    tx = adaptive(initial_damping=0.1)
+    params, state = problem.params, tx.init(problem.params)
+    step = jax.jit(lambda params, state: problem.step(tx, params, state)[:2])
+    for _ in range(150):
+        params, state = step(params, state)
+    solution = np.linalg.solve(problem.A, problem.b)
+    assert np.linalg.norm(params["x"] - solution) < 0.05 * np.linalg.norm(solution)
+
+
 def test_new_damping_has_the_inverses_made_anew(x64):
     loss_fn, params, batch = regression()
     layers = ok.find_layers(loss_fn, params, *batch)

@@ -289,7 +289,9 @@ class Adaptive:
         self, old: AdaptiveMetrics, model: QuadraticStep, trial: Trial, least: Array
     ) -> AdaptiveMetrics:
         """The metrics after a step, with the next damping."""
-        good = trial.accepted & trial.trusted & (trial.ratio > _GOOD)
+        # Where each step is lost in rounding, a smaller damping makes one that is not.
+        hidden = ~trial.trusted & (model.predicted_decrease > 0)
+        good = trial.accepted & (hidden | (trial.trusted & (trial.ratio > _GOOD)))
         poor = ~trial.accepted | (trial.trusted & (trial.ratio < _POOR))
         factor = jnp.where(
             good,
