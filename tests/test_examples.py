@@ -201,10 +201,14 @@ def test_what_the_compiler_says_of_many_devices(tmp_path):
     expected = sum(n * 8 * a * b * (a + b) for n, a, b in blocks) + 8 * 2000 * 128**2
     done = [x for x in figures["soap"]["operations"] if x["kind"] == "dot"]
     assert sum(x["total"] for x in done if x["when"] == "always") == expected
-    # A refresh: one product and one QR decomposition for each basis.
+    # First bases, and a refresh: for each basis one product of 2·d³ operations, and what makes it
+    # orthonormal, about 6·d³ in panels of 128, which pad 172 rows. It is counted once, as how often
+    # it is done is not known before.
     due = sum(x["total"] for x in done if x["when"] == "due")
-    assert due == 2 * ((2 * 4 + 6 + 1) * 128**3 + 6 * 172**3)
-    assert {x["kind"] for x in figures["soap"]["operations"]} >= {"geqrf", "orgqr", "syevd"}
+    cubes = (2 * 4 + 6 + 1) * 128**3 + 6 * 172**3
+    assert 2 * (2 + 4) * cubes < due < 2 * (2 + 8) * cubes
+    kinds = {x["kind"] for x in figures["soap"]["operations"]}
+    assert not kinds & {"geqrf", "orgqr", "syevd"}
 
 
 def test_examples_are_short_and_use_public_names_alone():
