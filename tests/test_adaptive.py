@@ -11,15 +11,9 @@ import pytest
 
 import optax_kron as ok
 
+from .draws import draw
+
 OTHER = ok.Layer("other", bias="other")  # so that "x" is in no layer, and P is the identity there
-
-
-def draw(*shape, seed=0, dtype=np.float64):
-    rng = np.random.default_rng((seed, *shape))
-    x = rng.normal(size=shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.normal(size=shape)
-    return x.astype(dtype)
 
 
 class Quadratic:

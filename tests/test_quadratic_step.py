@@ -7,15 +7,9 @@ import pytest
 
 import optax_kron as ok
 
+from .draws import draw
+
 SIZE = 7
-
-
-def draw(*shape, seed=0, dtype=np.float64):
-    rng = np.random.default_rng((seed, *shape))
-    x = rng.normal(size=shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        x = x + 1j * rng.normal(size=shape)
-    return x.astype(dtype)
 
 
 def tree(x):

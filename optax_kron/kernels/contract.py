@@ -7,7 +7,7 @@ per axis.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +212,14 @@ def _zero_if_finite(x: Array, axis: int | tuple[int, ...] | None) -> Float[Array
     return jnp.sum(x * 0, axis=axis)
 
 
+def safe_divisor(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Numbers to divide by, one where they are below the smallest normal one.
+
+    XLA makes `(a / b) / x` to `a / (b x)`, where a tiny number in place of zero would underflow.
+    """
+    return jnp.where(x < jnp.finfo(x.dtype).tiny, 1, x)
+
+
 def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`|x|²`, elementwise and real."""
     # jnp.abs would take a square root that squaring undoes.
@@ -221,6 +229,12 @@ def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype of the arithmetic on a floating-point dtype: float32, or float64 for that."""
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
+def widest_dtype(arrays: Iterable[Inexact[Array, "..."]]) -> jnp.dtype:
+    """The real dtype of the arithmetic on several arrays: float64 if any asks for it."""
+    wide = [wide_dtype(real_dtype(x.dtype)) for x in arrays]
+    return max([jnp.dtype(jnp.float32), *wide], key=lambda dtype: dtype.itemsize)
 
 
 def widen(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:

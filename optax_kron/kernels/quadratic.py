@@ -82,15 +82,14 @@ def minimum(
       entry, and no array is formed.
     """
     every = [gradient, *directions, *products]
-    wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for leaves in every for x in leaves]
-    dtype = max([jnp.dtype(jnp.float32), *wide], key=lambda d: d.itemsize)
+    dtype = contract.widest_dtype(x for leaves in every for x in leaves)
     shift = jnp.asarray(shift, dtype)
     g, g_unit = _scaled(gradient, dtype)
     d, d_units = zip(*(_scaled(x, dtype) for x in directions), strict=True)
     p, p_units = zip(*(_scaled(x, dtype) for x in products), strict=True)
     curvatures = [b / a for a, b in zip(d_units, p_units, strict=True)]
     largest = jnp.max(jnp.stack([*curvatures, shift]))
-    unit = _divisor(largest)
+    unit = contract.safe_divisor(largest)
     rows = [
         [
             _inner(x, y, dtype) * (curvature / unit) + _inner(x, z, dtype) * (shift / unit)
@@ -113,13 +112,8 @@ def _scaled(leaves: Leaves, dtype: jnp.dtype) -> tuple[Leaves, Float[Array, ""]]
     """The leaves, widened and divided by the largest magnitude of all; and that."""
     leaves = [contract.widen(x) for x in leaves]
     largest = [contract.unit_of(x).astype(dtype) for x in leaves]
-    unit = _divisor(jnp.max(jnp.stack([jnp.zeros([], dtype), *largest])))
+    unit = contract.safe_divisor(jnp.max(jnp.stack([jnp.zeros([], dtype), *largest])))
     return [x / unit.astype(contract.real_dtype(x.dtype)) for x in leaves], unit
-
-
-def _divisor(x: Float[Array, ""]) -> Float[Array, ""]:
-    """A number to divide by: one where it is below the smallest normal one."""
-    return jnp.where(x < jnp.finfo(x.dtype).tiny, 1, x)
 
 
 def _inner(xs: Leaves, ys: Leaves, dtype: jnp.dtype) -> Float[Array, ""]:

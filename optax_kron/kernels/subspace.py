@@ -142,7 +142,7 @@ def _products(bases, matrices, lengths, precision):
     products = jnp.matmul(rows, matrices, precision=precision)
     quotients = jnp.sum((rows.conj() * products).real, axis=2)
     largest = jnp.max(quotients, axis=1)
-    unit = jnp.where(largest < jnp.finfo(largest.dtype).tiny, 1, largest)[:, None, None]
+    unit = contract.safe_divisor(largest)[:, None, None]
     inside = np.arange(rows.shape[1]) < np.repeat(*np.transpose(lengths)[::-1])[:, None]
     keys = jnp.where(inside, -quotients, jnp.inf)
     order = jnp.argsort(keys, axis=1, stable=True).astype(jnp.int32)

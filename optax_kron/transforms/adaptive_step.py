@@ -230,8 +230,7 @@ class Adaptive:
         """That which was asked for, or one as precise as the parameters."""
         if self.factor_dtype is not None:
             return jnp.dtype(self.factor_dtype)
-        wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in jax.tree.leaves(params)]
-        return max([jnp.dtype(jnp.float32), *wide], key=lambda dtype: dtype.itemsize)
+        return contract.widest_dtype(jax.tree.leaves(params))
 
     def _least_damping(self, params: PyTree) -> Array:
         """The lower bound of λ."""

@@ -24,7 +24,6 @@ from optax_kron.transforms.stacks import (
     ema_weight,
     for_each_stack,
     largest_of_blocks,
-    safe_divisor,
     squares_fit,
 )
 
@@ -221,13 +220,13 @@ def _clip_stack(plan, share, label, stack, valid, rms_clip, max_abs_clip):
     scale = jnp.ones_like(largest)
     if rms_clip is not None:
         # Relative to the largest entry, squares neither overflow nor vanish.
-        unit = safe_divisor(largest)
+        unit = contract.safe_divisor(largest)
         relative = magnitude / contract.along_axis(unit, 0, stack.ndim)
         squares = of_leaf(jnp.sum(jnp.square(relative), axis=axes), "sum")
         rms = unit * jnp.sqrt(squares / elements.astype(real))
         scale = jnp.minimum(scale, rms_clip / rms)
     if max_abs_clip is not None:
-        scale = jnp.minimum(scale, max_abs_clip / safe_divisor(largest))
+        scale = jnp.minimum(scale, max_abs_clip / contract.safe_divisor(largest))
     scale = contract.along_axis(scale.astype(real), 0, stack.ndim)
     kept = contract.along_axis(valid & jnp.isfinite(largest), 0, stack.ndim)
     return jnp.where(kept, stack * scale, 0)

@@ -238,8 +238,7 @@ def _update(
     finite, failed, directions = all_finite(leaves), jnp.zeros([], jnp.int32), leaves
     if branches is not None and any(x.size for x in leaves):
         finite &= all_finite(branches)
-        wide = [contract.wide_dtype(contract.real_dtype(x.dtype)) for x in leaves]
-        compute = max(wide, key=lambda dtype: dtype.itemsize)
+        compute = contract.widest_dtype(leaves)
         key = validation.key_of(state.key)
         key = jax.random.fold_in(key, state.count) if redraw else key
         projected = kernels.project(key, leaves, branches.shape[1], compute)

@@ -28,7 +28,15 @@ from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.kfac import identity_bases
 from optax_kron.transforms.layerwise import layerwise
-from optax_kron.transforms.preconditioner import KronState, Seen, Stacks, Step, any_block, total
+from optax_kron.transforms.preconditioner import (
+    KronState,
+    Seen,
+    Stacks,
+    Step,
+    any_block,
+    separated,
+    total,
+)
 from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
 from optax_kron.transforms.turned import follow_pairs
 
@@ -69,27 +77,27 @@ class Ekfac(LayerFactors):
         """See `Preconditioner`: bases of similar sizes, of all stacks, share a program."""
         if self.basis == "eigh":
             return super().refresh_all(stacks, step)
+        bases = {k: (x.inverse.input_basis, x.inverse.output_basis) for k, x in stacks.items()}
+        factors = {k: tuple(map(packed.whole_factors, x[:2])) for k, x in stacks.items()}
         pairs = {
-            (label, side): (getattr(stack.inverse, f"{side}_basis"), packed.whole_factors(factor))
-            for label, stack in stacks.items()
-            for side, factor in zip(("input", "output"), stack[:2], strict=True)
+            (label, side): (basis, factors[label][side])
+            for label in stacks
+            for side, basis in enumerate(bases[label])
+            if basis is not None
         }
-        dense = {key: pair for key, pair in pairs.items() if pair[0] is not None}
-        followed = follow_pairs(dense, precision=self.precision)
+        followed = follow_pairs(pairs, precision=self.precision)
         done = {
-            label: self._turned(
-                stack, followed.get((label, "input")), followed.get((label, "output"))
-            )
-            for label, stack in stacks.items()
+            k: self._turned(x, factors[k], [followed.get((k, side)) for side in (0, 1)])
+            for k, x in stacks.items()
         }
-        return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+        return separated(done)
 
-    def _turned(self, stack, *followed):
+    def _turned(self, stack, factors, followed):
         """A stack with other bases, `None` for diagonal factors, and what is known in them."""
         old, usable = stack.inverse, jnp.ones(len(stack.initialized), bool)
         bases, diagonals, overlaps = [], [], []
         before = old.input_basis, old.output_basis
-        for new, basis, factor in zip(followed, before, stack[:2], strict=True):
+        for new, basis, factor in zip(followed, before, factors, strict=True):
             if new is None:
                 bases.append(None)
                 diagonals.append(factor)
@@ -98,10 +106,9 @@ class Ekfac(LayerFactors):
             Q, _, is_usable = new
             usable &= is_usable
             bases.append(Q)
-            A = contract.widen(packed.whole_factors(factor))
-            quotients = rayleigh_quotients(Q, A, precision=self.precision)
+            quotients = rayleigh_quotients(Q, contract.widen(factor), precision=self.precision)
             diagonals.append(jnp.maximum(quotients, 0))  # below zero is rounding
-            overlaps.append(jnp.matmul(Q.mT, contract.widen(basis), precision=self.precision))
+            overlaps.append(self._overlap(Q, basis))
         carry = functools.partial(kernels.carried_over, precision=self.precision)
         values = jax.vmap(carry)(contract.widen(old.values), *overlaps)
         new = Spectrum(bases[0], diagonals[0], bases[1], diagonals[1], values, old.known)
@@ -134,7 +141,7 @@ class Ekfac(LayerFactors):
     def _overlap(self, new: Array | None, old: Array | None) -> Array | None:
         if new is None or old is None:
             return None
-        return jnp.matmul(new.T, contract.widen(old), precision=self.precision)
+        return jnp.matmul(new.mT, contract.widen(old), precision=self.precision)
 
     def at(self, state: KronState) -> "Ekfac":
         """See `Preconditioner`."""

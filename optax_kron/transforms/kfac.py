@@ -18,7 +18,7 @@ from optax_kron.transforms import program, validation
 from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.layerwise import layerwise
-from optax_kron.transforms.preconditioner import Seen, Stacks, Step
+from optax_kron.transforms.preconditioner import Seen, Stacks, Step, separated
 from optax_kron.transforms.stacks import Change, guarded, map_blocks
 
 
@@ -64,7 +64,7 @@ class Kfac(LayerFactors):
         else:
             changes = self._inverses(stacks)
         done = {label: guarded(stacks[label], change) for label, change in changes.items()}
-        return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+        return separated(done)
 
     def _eigenbases(self, stack):
         """The eigendecompositions of the factors of a stack."""

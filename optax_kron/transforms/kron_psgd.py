@@ -265,6 +265,7 @@ class KronPsgd(base.Preconditioner):
 
 
 def _update_key(state: base.KronState) -> Array:
+    """The key of one update of the factors."""
     assert state.key is not None  # `init_key` makes one
     return jax.random.fold_in(validation.key_of(state.key), state.refreshes)
 

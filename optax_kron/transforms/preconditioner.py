@@ -350,7 +350,14 @@ class Preconditioner:
     def refresh_all(self, stacks: Stacks, step: Step) -> tuple[Stacks, Mapping[str, Array]]:
         """`refresh` of some stacks, or some rows of one, and which blocks have failed."""
         done = {label: self.refresh(stack, step) for label, stack in stacks.items()}
-        return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+        return separated(done)
+
+
+def separated(
+    done: Mapping[str, tuple[AnyStack, Bool[Array, " N"]]],
+) -> tuple[dict[str, AnyStack], dict[str, Bool[Array, " N"]]]:
+    """Stacks, and which of their blocks have failed, of pairs by label."""
+    return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
 
 
 def real_dtype(seen: Mapping[str, Seen]) -> jnp.dtype:

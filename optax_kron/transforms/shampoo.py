@@ -26,7 +26,6 @@ from optax_kron.transforms.stacks import (
     largest_of_blocks,
     map_blocks,
     norms,
-    safe_divisor,
     times,
 )
 
@@ -210,7 +209,7 @@ class Shampoo(Preconditioner):
         preconditioned = map_blocks(stack.roots)(apply, stack.roots, seen.direction)
         grafted = self._grafted(stack, seen.direction, step)
         if self.grafting is not None:
-            scale = norms(grafted) / safe_divisor(norms(preconditioned))
+            scale = norms(grafted) / contract.safe_divisor(norms(preconditioned))
             preconditioned = contract.scaled_blocks(preconditioned, scale)
         return jnp.where(step.count >= self.start_step, preconditioned, grafted)
 

@@ -171,17 +171,9 @@ def largest_of_blocks(x: Array) -> Float[Array, " N"]:
 
 def norms(x: Array) -> Float[Array, " N"]:
     """The Frobenius norm of every block [N, ...]; squares neither overflow nor vanish."""
-    unit = safe_divisor(contract.unit_of(x, tuple(range(1, x.ndim))))
+    unit = contract.safe_divisor(contract.unit_of(x, tuple(range(1, x.ndim))))
     squares = contract.squared_magnitude(x / unit.reshape(-1, *(1,) * (x.ndim - 1)))
     return unit * jnp.sqrt(jnp.sum(squares.reshape(len(x), -1), axis=1))
-
-
-def safe_divisor(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Numbers to divide by, one where they are below the smallest normal one.
-
-    XLA makes `(a / b) / x` to `a / (b x)`, where a tiny number in place of zero would underflow.
-    """
-    return jnp.where(x < jnp.finfo(x.dtype).tiny, 1, x)
 
 
 def squares_fit(

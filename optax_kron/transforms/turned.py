@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.kernels import contract, eigenbases, packed, subspace
-from optax_kron.transforms.preconditioner import AnyStack, Stacks
+from optax_kron.transforms.preconditioner import AnyStack, Stacks, separated
 from optax_kron.transforms.stacks import Change, guarded
 
 Key = TypeVar("Key", bound=Hashable)
@@ -42,7 +42,7 @@ def follow_statistics(
     for (label, axis), new in follow_pairs(pairs, precision=precision).items():
         followed[label][axis] = new
     done = {label: _turned(stack, followed[label], precision) for label, stack in stacks.items()}
-    return {k: new for k, (new, _) in done.items()}, {k: bad for k, (_, bad) in done.items()}
+    return separated(done)
 
 
 class _Beginning(NamedTuple):
