@@ -37,7 +37,7 @@ class Report:
             return [_line(("training", *TRAIN[1:]), self._train(message))]
         if "failed" in message:
             return [f"{name} FAILED: {message['failed']}"]
-        return [str(message["note"])] if "note" in message else []
+        return [str(message[kind]) for kind in ("note", "stage") if kind in message]
 
     def complete(self, names):
         """Whether every optimizer has figures, all finite, and none has failed."""
