@@ -11,6 +11,11 @@ In floating-point numbers that holds for rows that are well-conditioned. Where t
 same is done again to what has come of it: each round takes the condition number down by a factor of
 the root of the rounding error, and nearly always one or two are enough.
 
+Accelerators are at their best in few large products of low precision. There the panels are wider,
+each is projected onto all others at once, in the precision of the other products, and what that
+leaves is polished: `Z ← Z − ½ (Z Zᴴ − I) Z`, with the one product in brackets exact, squares what
+is missing to orthonormality.
+
 Directions of S that are lost in rounding, or zero, are none to follow. There Q stays as it is, but
 for being made orthogonal to the rest: S + μ·I, with μ of rounding, leads to Q where S has nothing,
 and has the same eigenvectors.
@@ -27,7 +32,7 @@ and has the same eigenvectors.
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,6 +50,9 @@ _ROUNDS = 8
 _GROWTH, _USABLE = 2.0, 64.0
 # After a pivot that was not positive.
 _LARGER_SHIFT = 16.0
+# On accelerators: the sum of squares of a row of `Z Zᴴ − I`, in units of rounding, that a polish is
+# enough for, as it squares what is missing; and polishes, at most.
+_POLISHED, _POLISHES = 8.0, 6
 # Operations more than needed, for a smaller number of programs; and of how many matrices of what
 # size they are counted for nothing, as a program takes longer to compile.
 _SLACK, _FREE = 0.25, 64**3
@@ -88,7 +96,7 @@ def follow(
         Q = _pool([bases[i] for i in members], size, 1)
         S = _pool([matrices[i] for i in members], size, 0)
         rows, order = _products(Q, S, lengths, precision)
-        rows, growth = _orthonormal_rows(rows, panels)
+        rows, growth = _orthonormal_rows(rows, panels, precision)
         new, usable = rows.conj().mT, growth <= _USABLE  # of NaN it is not
         start = 0
         for i, (count, d) in zip(members, lengths, strict=True):
@@ -150,9 +158,92 @@ def _products(bases, matrices, lengths, precision):
     return products / unit.astype(rows.dtype) + float(jnp.finfo(unit.dtype).eps) * rows, order
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _orthonormal_rows(rows: Matrices, panels: int) -> tuple[Matrices, Float[Array, " N"]]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _orthonormal_rows(
+    rows: Matrices, panels: int, precision: contract.Precision
+) -> tuple[Matrices, Float[Array, " N"]]:
     """Orthonormal rows, each in the span of those up to its own; and how much they grew."""
+    return flow.platform_dependent(
+        rows,
+        cpu=functools.partial(_exact_rows, panels=panels),
+        default=functools.partial(_polished_rows, panels=panels, precision=precision),
+    )
+
+
+def _exact_rows(rows: Matrices, panels: int) -> tuple[Matrices, Float[Array, " N"]]:
+    """`_orthonormal_rows` by exact products, none of which has numbers that are not needed."""
+    width = rows.shape[1] // panels
+
+    def project(Z, rows, index):
+        def from_one(i, carry):
+            Z, squares = carry
+            Q = jax.lax.dynamic_slice_in_dim(rows, i * width, width, axis=1)
+            along = matmul_exact(Z, Q.conj().mT)
+            squares = squares + jnp.sum(contract.squared_magnitude(along), axis=2)
+            return Z - matmul_exact(along, Q), squares
+
+        squares = jnp.zeros(Z.shape[:2], contract.real_dtype(Z.dtype))
+        return flow.fori_loop(0, index, from_one, (Z, squares))
+
+    return _by_panels(rows, panels, project)
+
+
+def _polished_rows(
+    rows: Matrices, panels: int, precision: contract.Precision
+) -> tuple[Matrices, Float[Array, " N"]]:
+    """`_orthonormal_rows` by few products, most of them of low precision, and a polish."""
+    is_real = not jnp.iscomplexobj(rows)
+    panels = panels // 2 if panels % 2 == 0 and is_real else panels
+    places = np.arange(rows.shape[1]) // (rows.shape[1] // panels)
+
+    def project(Z, rows, index):
+        along = _product(Z, rows.conj().mT, precision)
+        along = jnp.where(places[None, None] < index, along, 0)
+        squares = jnp.sum(contract.squared_magnitude(along), axis=2)
+        return Z - _product(along, rows, precision), squares
+
+    rows, growth = _by_panels(rows, panels, project)
+    rows, done = _polish(rows, precision)
+    return rows, jnp.where(done, growth, jnp.inf)
+
+
+def _polish(rows: Matrices, precision: contract.Precision) -> tuple[Matrices, Bool[Array, " N"]]:
+    """Nearly orthonormal rows made orthonormal; and whether they are."""
+    identity = np.eye(rows.shape[1], dtype=rows.dtype)[None]
+    dtype = contract.real_dtype(rows.dtype)
+    enough = _POLISHED * float(jnp.finfo(dtype).eps)
+
+    def is_unfinished(carry):
+        done, _, error = carry
+        return (done < _POLISHES) & jnp.any(error > enough)  # of NaN nothing is to be expected
+
+    def one_polish(carry):
+        done, rows, _ = carry
+        missing = matmul_exact(rows, rows.conj().mT) - identity
+        error = jnp.max(jnp.sum(contract.squared_magnitude(missing), axis=2), axis=1)
+        return done + 1, rows - _product(missing / 2, rows, precision), error
+
+    start = jnp.zeros([], jnp.int32), rows, jnp.full(len(rows), jnp.inf, dtype)
+    _, rows, error = flow.while_loop(is_unfinished, one_polish, start)
+    return rows, error <= enough
+
+
+def _product(x: Array, y: Array, precision: contract.Precision) -> Array:
+    """A product whose rounding is made good for later."""
+    return jnp.matmul(x, y, precision=precision)
+
+
+def _by_panels(
+    rows: Matrices, panels: int, project: Callable[[Array, Array, Array], tuple[Array, Array]]
+) -> tuple[Matrices, Float[Array, " N"]]:
+    """Panels of orthonormal rows, one after the other; and how much rows have grown.
+
+    Args:
+      rows: All rows.
+      panels: Their number.
+      project: From a panel, all rows and the panel's index to what is orthogonal to those of lower
+        index, and the squares of what was taken away from each row.
+    """
     width = rows.shape[1] // panels
     growth = jnp.ones(len(rows), contract.real_dtype(rows.dtype))
 
@@ -160,7 +251,7 @@ def _orthonormal_rows(rows: Matrices, panels: int) -> tuple[Matrices, Float[Arra
         rows, growth = carry
         start = i * width
         panel = jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1)
-        panel, grown = _orthonormal_panel(panel, rows, i)
+        panel, grown = _orthonormal_panel(panel, lambda Z: project(Z, rows, i))
         rows = jax.lax.dynamic_update_slice_in_dim(rows, panel, start, axis=1)
         return rows, jnp.maximum(growth, grown)
 
@@ -168,13 +259,13 @@ def _orthonormal_rows(rows: Matrices, panels: int) -> tuple[Matrices, Float[Arra
 
 
 @_orthonormal_rows.defjvp
-def _orthonormal_rows_jvp(panels, primals, tangents):
+def _orthonormal_rows_jvp(panels, precision, primals, tangents):
     """That of Y = L Z with lower triangular L: `dZ = Ω Z` with Ω skew-Hermitian.
 
     `L⁻¹ dY Zᴴ = L⁻¹ dL + Ω`, of which the first has nothing above its diagonal, and is real on it.
     """
     (Y,), (dY,) = primals, tangents
-    Z, growth = _orthonormal_rows(Y, panels)
+    Z, growth = _orthonormal_rows(Y, panels, precision)
     adjoint = Z.conj().mT
     lower = jnp.tril(matmul_exact(Y, adjoint))
 
@@ -192,9 +283,9 @@ def _orthonormal_rows_jvp(panels, primals, tangents):
 
 
 def _orthonormal_panel(
-    panel: Inexact[Array, "N w d"], rows: Matrices, index: Int[Array, ""]
+    panel: Inexact[Array, "N w d"], project: Callable[[Array], tuple[Array, Array]]
 ) -> tuple[Inexact[Array, "N w d"], Float[Array, " N"]]:
-    """A panel of orthonormal rows, orthogonal to all panels of lower index; and its growth."""
+    """A panel of orthonormal rows, orthogonal to what they are projected onto; and its growth."""
 
     def is_unfinished(carry):
         done, _, growth = carry
@@ -202,26 +293,17 @@ def _orthonormal_panel(
 
     def one_round(carry):
         done, panel, growth = carry
-        return done + 1, *_round(panel, growth, rows, index)
+        return done + 1, *_round(panel, growth, project)
 
     growth = jnp.full(len(panel), jnp.inf, contract.real_dtype(panel.dtype))
     start = jnp.zeros([], jnp.int32), panel, growth
     return flow.while_loop(is_unfinished, one_round, start)[1:]
 
 
-def _round(panel, growth, rows, index):
+def _round(panel, growth, project):
     """Gram–Schmidt against earlier panels, and Cholesky QR; how much rows have grown by it."""
     width = panel.shape[1]
-
-    def project(i, carry):
-        Z, squares = carry
-        Q = jax.lax.dynamic_slice_in_dim(rows, i * width, width, axis=1)
-        along = matmul_exact(Z, Q.conj().mT)
-        squares = squares + jnp.sum(contract.squared_magnitude(along), axis=2)
-        return Z - matmul_exact(along, Q), squares
-
-    squares = jnp.zeros(panel.shape[:2], growth.dtype)
-    Z, squares = flow.fori_loop(0, index, project, (panel, squares))
+    Z, squares = project(panel)
     gram = matmul_exact(Z, Z.conj().mT)
     # A product adds squares up one by one, to a sum that drifts where all are equal.
     rest = jnp.sum(contract.squared_magnitude(Z), axis=2)
