@@ -243,9 +243,15 @@ def test_members_of_an_ensemble_may_have_seeds_of_their_own():
     assert len({tuple(key.tolist()) for key in state[0].key}) == 3
 
 
-def test_factors_are_float32_unless_asked(x64):
-    params = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 3), jnp.float64)}
-    for asked, expected in [(None, jnp.float32), (jnp.float64, jnp.float64)]:
+def test_factors_are_as_precise_as_the_parameters_unless_asked(x64):
+    narrow = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 3), jnp.float32)}
+    wide = narrow | {"b": jnp.ones((3, 3), jnp.float64)}
+    for params, asked, expected in [
+        (narrow, None, jnp.float32),
+        (wide, None, jnp.float64),
+        (narrow, jnp.float64, jnp.float64),
+        (wide, jnp.float32, jnp.float32),
+    ]:
         state = ok.scale_by_kron_psgd(factor_dtype=asked).init(params)
         for stack in state.stacks.values():
             assert {q.dtype for q in stack.factors} == {jnp.dtype(expected)}

@@ -10,6 +10,7 @@ import pytest
 
 from optax_kron import Blocking, scale_by_soap, soap
 from optax_kron.kernels import packed
+from optax_kron.kernels import soap as kernels
 from tests.reference import shampoo as reference
 from tests.test_shampoo import (
     assert_close,
@@ -123,6 +124,49 @@ def test_the_second_moment_changes_places_with_the_columns_of_the_basis():
     grown[2, 2] += float(1 - jnp.float32(1 - 1e-6)) * 1e4
     order = [2, 0, 1]
     np.testing.assert_allclose(after, grown[order][:, order], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["soap", "kl_soap"])
+@pytest.mark.parametrize("basis", ["power", "qr"])
+@pytest.mark.parametrize("period", [1, 7, 20])
+def test_in_no_bases_an_update_is_larger_than_that_of_adam_can_be(basis, variant, period):
+    # With zeros between, a basis turns by much at once, away from what the second moment is of.
+    rare = (np.arange(42) % period == 0)[:, None, None]
+    stream = gradients((24, 16), steps=42).astype(np.float32) * rare
+    updates, states = run(scale_by_soap(variant=variant, basis=basis), stream)
+    bases = [next(iter(state.stacks.values())).bases for state in states]
+    for update, (first, last) in zip(updates[1:], bases, strict=False):
+        rotated = np.asarray(first[0]).T @ update @ np.asarray(last[0])
+        assert np.max(np.abs(rotated)) < 1 + 1e-5
+
+
+@pytest.mark.parametrize("variant", ["soap", "kl_soap"])
+@pytest.mark.parametrize("basis", ["power", "qr"])
+@pytest.mark.parametrize(("shape", "rank"), [((128, 96), 5), ((64, 256), 1), ((24, 4, 16), 2)])
+def test_updates_of_gradients_of_low_rank_are_of_their_space(shape, rank, basis, variant):
+    rng = np.random.default_rng(0)
+    spaces = [np.linalg.qr(rng.standard_normal((d, rank)))[0] for d in shape]
+    cores = rng.standard_normal((32, *[rank] * len(shape)))
+    stream = np.stack([reference.psgd.apply(spaces, core) for core in cores])
+    updates, _ = run(scale_by_soap(variant=variant, basis=basis), stream.astype(np.float32))
+    # One power iteration of the identity is not yet as near to the space as its rounding.
+    for update in updates[30 if basis == "power" else 1 :]:
+        inside = reference.psgd.apply([U @ U.T for U in spaces], update.astype(np.float64))
+        assert np.linalg.norm(update - inside) < 0.01 * np.linalg.norm(update)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("b2", [0.0, 0.5, 0.9, 0.99])
+def test_the_largest_update_of_adam(b1, b2):
+    for count in (1, 2, 10):
+        w, v = (b ** np.arange(count) / np.sum(b ** np.arange(count)) for b in (b1, b2))
+        found = kernels.largest_update(b1, b2, jnp.asarray(count), np.float64)
+        if np.any(w[v == 0] > 0):
+            assert found > 1e100
+        else:
+            ratios = w[v > 0] / v[v > 0]
+            np.testing.assert_allclose(found, np.sqrt(np.max(ratios)), rtol=1e-9)
 
 
 def test_one_sided():

@@ -251,7 +251,9 @@ def identities(count: int, size: int, dtype: DTypeLike, *, diagonal: bool = Fals
 
 def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
     """The real dtype, or the complex one of its precision (at least complex64)."""
-    return jnp.promote_types(dtype, jnp.complex64) if is_complex else jnp.dtype(dtype)
+    if not is_complex:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.complex128 if jnp.finfo(dtype).bits > 32 else jnp.complex64)
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from optax_kron.kernels import contract, eigenbases, packed
 
 Bases = Sequence[Inexact[Array, "d d"] | None]
 Values = Sequence[Float[Array, " d"]] | None  # KL variants alone keep them
 
-# In units of rounding, relative to the root mean square of the block.
-_NOISE = 8.0
+# In units of rounding: errors of numbers that are rounded, relative to the root mean square of what
+# they are added up with; and of sums, relative to the norm of that. Of a gradient of low rank they
+# are 1.1 times rounding at most in orthonormal bases, but those are so to 40 times rounding.
+_ROUNDED, _SUMMED = 8.0, 64.0
 # In its own bases a first gradient is diagonal; beside that it is what errors of the bases make.
 _FIRST_NOISE = 1e-3
 
@@ -89,8 +91,8 @@ def adam(
     second_moment: Float[Array, "..."],
     rotated: Inexact[Array, "..."],
     eps: ArrayLike,
-    noise: ArrayLike | None,
-    extents: Float[Array, " k"],
+    least: ArrayLike | None,
+    largest: ArrayLike,
 ) -> Inexact[Array, "..."]:
     """Adam's update of a momentum in the eigenbases.
 
@@ -98,32 +100,77 @@ def adam(
       second_moment: Of the gradient in the bases, without the bias of its average.
       rotated: The momentum in the bases.
       eps: What is added to the square root of the second moment.
-      noise: Where the square root of the second moment is no larger than this, relative to the root
-        mean square of the block, it is a rounding error of the rotation, and the update is zero: to
-        divide by it would blow up noise. `None`: nothing is rotated.
-      extents: Lengths of the axes without padding.
+      least: Where the second moment is no larger, the update is zero, see `noise_floor`. `None`:
+        nothing is rotated.
+      largest: No element of the update is larger, see `largest_update`.
     """
     divisor = jnp.sqrt(second_moment) + jnp.asarray(eps, second_moment.dtype)
     scaled = rotated / jnp.where(divisor > 0, divisor, 1)
-    if noise is None:
+    if least is None:
         return scaled
-    mean = jnp.sum(second_moment) / jnp.prod(extents).astype(second_moment.dtype)
-    least = jnp.square(jnp.asarray(noise).astype(second_moment.dtype)) * mean
+    # A second moment that was gathered in other bases can be far less than the momentum's square.
+    excess = jnp.abs(scaled) / jnp.asarray(largest).astype(second_moment.dtype)
+    scaled = scaled / jnp.maximum(excess, 1)
     return jnp.where(second_moment > least, scaled, 0)
 
 
-def noise(bases: Bases, newly: Bool[Array, ""]) -> Float[Array, ""] | None:
-    """What is noise in the root of the second moment, for `adam`; `None`: nothing is.
+def largest_update(
+    momentum: ArrayLike, b2: ArrayLike, count: Int[Array, ""], dtype: DTypeLike
+) -> Float[Array, ""]:
+    """The largest element of Adam's update, whatever the gradients, in bases that stay as they are.
+
+    With weights w of the gradients in the momentum, and v of their squares in the second moment,
+    that is the root of the largest `w_k / v_k`: by Cauchy and Schwarz, as the w add up to one,
+    `|Σ w_k g_k|² ≤ Σ w_k |g_k|² ≤ max(w_k / v_k) Σ v_k |g_k|²`. Of equal decays it is one.
+
+    Args:
+      momentum: Decay of the momentum.
+      b2: Decay of the second moment.
+      count: How many gradients both have taken in, at least one.
+      dtype: Of the result, and of the arithmetic.
+    """
+    b1, b2 = jnp.asarray(momentum, dtype), jnp.asarray(b2, dtype)
+    age = jnp.maximum(count, 1).astype(dtype)
+    last = (1 - b1) / (1 - b1**age) * (1 - b2**age) / (1 - b2)
+    # w_k / v_k is a power of b1 / b2: it is largest for the last gradient, or for the first.
+    first = (b1 / jnp.maximum(b2, jnp.finfo(dtype).tiny)) ** (age - 1)
+    return jnp.sqrt(last * jnp.where(b1 > b2, first, 1))
+
+
+def noise_floor(
+    bases: Bases,
+    second_moment: Float[Array, "..."],
+    newly: Bool[Array, ""],
+    extents: Float[Array, " k"],
+) -> Float[Array, "..."] | None:
+    """Second moments up to which there are rounding errors of the rotation alone; `None`: nowhere.
+
+    To divide by them would blow up noise: of a gradient of low rank, most of the update would be
+    that. Errors of an element are relative to what it is a sum of, which has the norm of the fiber
+    that goes through it along an axis; a share of the others' spreads over the block.
 
     Args:
       bases: As they are stored.
+      second_moment: Of the gradient in the bases.
       newly: Whether the gradient is the first one.
+      extents: Lengths of the axes without padding.
     """
     rounding = [float(jnp.finfo(Q.dtype).eps) for Q in bases if Q is not None]
     if not rounding:
         return None
-    least = _NOISE * max(rounding)
-    return jnp.where(newly, max(_FIRST_NOISE, least), least)
+    dtype = second_moment.dtype
+    extents = extents.astype(dtype)
+    rounded = (_ROUNDED * max(rounding)) ** 2
+    summed = (_SUMMED * float(jnp.finfo(dtype).eps)) ** 2
+    size = jnp.prod(extents)
+    share = jnp.maximum(rounded, summed * jnp.sqrt(size))
+    share = jnp.where(newly, jnp.maximum(share, _FIRST_NOISE**2), share)
+    least = share * (jnp.sum(second_moment) / size)
+    for axis, Q in enumerate(bases):
+        if Q is not None:
+            fibers = jnp.sum(second_moment, axis=axis, keepdims=True)
+            least = jnp.maximum(least, jnp.maximum(rounded / extents[axis], summed) * fibers)
+    return least
 
 
 def first_scale(gradient: Inexact[Array, "..."], extents: Float[Array, " k"]) -> Float[Array, ""]:

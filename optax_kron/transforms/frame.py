@@ -20,6 +20,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PyTree
 
+from optax_kron.kernels import contract
 from optax_kron.transforms import exchange, mesh, outliers, program, validation
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import ALONE, WHOLE, Share, Spec
@@ -47,7 +48,8 @@ class Frame:
       method: What is kept of the blocks, and what is made of it.
       layout: How gradients become blocks.
       outlier_clip: How many times a block's usual norm is an outlier, or `None`.
-      factor_dtype: Real dtype of the factors.
+      factor_dtype: Real dtype of the factors; `None`: as precise as the parameters, but at least
+        float32.
       share: Which blocks are on a device.
     """
 
@@ -55,18 +57,25 @@ class Frame:
     method: Preconditioner
     layout: Layout
     outlier_clip: ArrayLike | None
-    factor_dtype: jnp.dtype
+    factor_dtype: jnp.dtype | None
     share: Share = ALONE
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         """The real dtype of the arithmetic, at least float32."""
-        return jnp.promote_types(self.factor_dtype, jnp.float32)
+        return contract.wide_dtype(self.factor_dtype)
+
+    def _as_precise_as(self, tree: PyTree) -> "Frame":
+        """The frame with a dtype of factors, that of some arrays if none was asked for."""
+        if self.factor_dtype is not None:
+            return self
+        arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return dataclasses.replace(self, factor_dtype=contract.widest_dtype(arrays))
 
     def init(self, params: PyTree) -> KronState:
         """The state before the first step."""
         params = program.as_arrays(params)
-        now = dataclasses.replace(self, share=mesh.ambient())
+        now = dataclasses.replace(self._as_precise_as(params), share=mesh.ambient())
         plan = now.plan(params)
         make = functools.partial(now._init, plan)
         state = now.share.globally(make, params, out=now._specs(jax.eval_shape(make, params)))
@@ -111,7 +120,9 @@ class Frame:
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         method, layout = self.method.at(state), self.layout.at(state)
-        now = dataclasses.replace(self, method=method, layout=layout, share=share)
+        # Gradients may be of another dtype than the parameters.
+        precise = self._as_precise_as(stacks or state.momentum)
+        now = dataclasses.replace(precise, method=method, layout=layout, share=share)
         extra = method.read(plan, updates, state, extra_args)
         rest, others, fallback = None, {}, state.fallback
         if layout.has_fallback:

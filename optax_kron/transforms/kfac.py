@@ -209,8 +209,8 @@ def scale_by_kfac(
         that is one block. A longer one is cut into equal blocks, each with its part of that factor
         and a copy of the other; on a mesh they are on different devices. Damping and outlier clip
         are those of each block. `None`: the axis is whole.
-      factor_dtype: real dtype of the stored factors and inverses, float32 by default also for
-        bfloat16 and float64 parameters. The arithmetic is at least float32.
+      factor_dtype: real dtype of the stored factors and inverses. `None`: as precise as the
+        parameters, but at least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 

@@ -89,7 +89,7 @@ class KronPsgd(base.Preconditioner):
         cache = tuple(jnp.zeros(q.shape, psgd.cache_dtype(q.dtype)) for q in factors)
         return KronStack(
             factors=tuple(factors),
-            bounds=jnp.zeros((count, len(factors)), jnp.promote_types(dtype, jnp.float32)),
+            bounds=jnp.zeros((count, len(factors)), contract.wide_dtype(dtype)),
             initialized=jnp.full(count, self.init_scale is not None),
             preconditioner=cache if self.cache else None,
         )
@@ -319,8 +319,8 @@ def scale_by_kron_psgd(
       cache_preconditioner: keep `P = QᴴQ` in the state between moves of the factors. Steps without
         a move take half the operations (in "EQ" 0.8 of them, as Q is half zeros), the factors twice
         the memory. `None`: in all geometries but "EQ".
-      factor_dtype: real dtype of the stored factors, float32 by default also for bfloat16 and
-        float64 parameters. The arithmetic is at least float32.
+      factor_dtype: real dtype of the stored factors. `None`: as precise as the parameters, but at
+        least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       seed: an integer or a PRNG key; the noise of the fit is drawn from it.

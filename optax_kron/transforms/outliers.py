@@ -63,7 +63,7 @@ def bound(norms: Array, usual: Usual, factor: ArrayLike) -> Bounded:
       factor: how many times the usual is an outlier, ≥ 1.
     """
     limits = jnp.finfo(jnp.float32)
-    x = jnp.minimum(norms, limits.max).astype(jnp.float32)
+    x = jnp.minimum(norms, float(limits.max)).astype(jnp.float32)
     u, age, run = usual
     factor = jnp.asarray(factor, x.dtype)
     counts = jnp.isfinite(norms) & (x > limits.tiny**0.5)

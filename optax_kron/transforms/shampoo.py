@@ -88,7 +88,7 @@ class Shampoo(Preconditioner):
             zeros.append(jnp.zeros_like(identities[-1]))
         graft = None
         if self.grafting not in (None, "sgd"):
-            wide = jnp.promote_types(dtype, jnp.float32)
+            wide = contract.wide_dtype(dtype)
             graft = jnp.zeros((count, *signature.shape), wide)
         initialized = jnp.zeros(count, bool)
         return ShampooStack(tuple(zeros), tuple(identities), graft, initialized)
@@ -146,7 +146,7 @@ class Shampoo(Preconditioner):
 
     def _new_roots(self, stack, step, wanted, *, diagonal):
         """New roots along axes with diagonal statistics, or along all others."""
-        real = jnp.promote_types(contract.real_dtype(stack.statistics[0].dtype), jnp.float32)
+        real = contract.wide_dtype(contract.real_dtype(stack.statistics[0].dtype))
         weight = jnp.ones([], real)
         if self.decay is not None and self.bias_correction:
             weight = ema_weight(self.decay, step.count, real)
@@ -286,8 +286,8 @@ def scale_by_shampoo(
       blocking: how parameters become blocks, and which axes get a diagonal statistic. By default
         axes longer than 1024 are cut, and those longer than 8192, as of vocabularies, get a
         diagonal one instead: `ok.Blocking(block_size=1024, max_cut=8192)`.
-      factor_dtype: real dtype of statistics and roots, float32 by default also for bfloat16 and
-        float64 parameters. The arithmetic is at least float32.
+      factor_dtype: real dtype of statistics and roots. `None`: as precise as the parameters, but at
+        least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
       precision: of the matrix products, but for those of the roots, which take the highest.
 

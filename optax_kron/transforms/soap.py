@@ -51,6 +51,7 @@ class Soap(base.Preconditioner):
 
     schedule: RefreshSchedule
     variant: str
+    momentum: ArrayLike | None
     decay: ArrayLike
     b2: ArrayLike
     eps: ArrayLike
@@ -76,7 +77,7 @@ class Soap(base.Preconditioner):
         """See `Preconditioner`: statistics of zero, bases of the identity."""
         own = contract.complex_like(dtype, signature.is_complex)
         axes = list(zip(signature.shape, signature.diagonal, strict=True))
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = contract.wide_dtype(dtype)
         return SoapStack(
             statistics=tuple(
                 None if diag else packed.keep(jnp.zeros((count, d, d), own)) for d, diag in axes
@@ -235,8 +236,10 @@ class Soap(base.Preconditioner):
         else:
             second = block.second_moment
             second = second / blocks.ema_weight(self.b2, step.count, second.dtype)
-            noise = kernels.noise(block.bases, seen.newly)
-            rotated = kernels.adam(second, rotated, self.eps, noise, extents)
+            least = kernels.noise_floor(block.bases, second, seen.newly, extents)
+            b1 = 0.0 if self.momentum is None else self.momentum
+            largest = kernels.largest_update(b1, self.b2, step.count, second.dtype)
+            rotated = kernels.adam(second, rotated, self.eps, least, largest)
         return contract.out_of_bases(bases, rotated, precision=self.precision)
 
     def refresh_all(self, stacks, step) -> tuple[base.Stacks, Mapping[str, Bool[Array, " N"]]]:
@@ -320,8 +323,8 @@ def scale_by_soap(
         `None`: no bound.
       blocking: how parameters become blocks, and which axes get a diagonal factor. The one-sided
         variant is `ok.Blocking(dense_axes=1)`; merged axes are `ok.Blocking(merge_below=...)`.
-      factor_dtype: real dtype of statistics and bases, float32 by default also for bfloat16 and
-        float64 parameters. The arithmetic is at least float32.
+      factor_dtype: real dtype of statistics and bases. `None`: as precise as the parameters, but at
+        least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
       precision: of the matrix products.
 
@@ -332,7 +335,9 @@ def scale_by_soap(
       skipped steps. A block whose bases would not be finite keeps the last ones. When columns of a
       basis change places, so does the second moment that is kept along them. Where the second
       moment is no more than rounding of the rotation, or at a block's first gradient than 1e-3 of
-      its root mean square, the update is zero.
+      its root mean square, the update is zero. Where it was gathered in other bases, it may be too
+      small for the momentum: in the bases no element of the update is larger than Adam's can be,
+      which is 1 if `momentum` and `b2` are equal.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; for a parameter
@@ -368,6 +373,7 @@ def scale_by_soap(
     method = Soap(
         schedule=refresh_schedule(owner, refresh_every, stagger),
         variant=variant,
+        momentum=momentum,
         decay=decay,
         b2=b2,
         eps=eps,

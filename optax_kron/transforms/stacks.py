@@ -99,7 +99,11 @@ def select_blocks(condition: Bool[Array, "..."], new: Array, old: Array) -> Arra
 
 def select(condition: ArrayLike, new: PyTree, old: PyTree) -> PyTree:
     """`new` where a scalar condition holds, else `old`, leaf by leaf, in the dtypes of `old`."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y).astype(y.dtype), new, old)
+
+    def choose(x, y):
+        return jnp.where(condition, x if x.dtype == y.dtype else x.astype(y.dtype), y)
+
+    return jax.tree.map(choose, new, old)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -147,13 +147,15 @@ def is_off(value: Unchecked) -> bool:
     return value is None or (isinstance(value, int | float | np.number) and value == 0)
 
 
-def real_factor_dtype(owner: str, dtype: Unchecked) -> jnp.dtype:
-    """The dtype in which factors are stored, float32 unless asked otherwise.
+def real_factor_dtype(owner: str, dtype: Unchecked) -> jnp.dtype | None:
+    """The dtype in which factors are to be stored, if one is asked for.
 
     Raises:
       ValueError: if the dtype is not real floating-point, or needs x64 while that is off.
     """
-    asked = _known_dtype(jnp.float32 if dtype is None else dtype)
+    if dtype is None:
+        return None
+    asked = _known_dtype(dtype)
     if asked is None or not jnp.issubdtype(asked, jnp.floating):
         raise ValueError(
             f"{owner}: factor_dtype must be a real floating-point dtype; got {dtype!r}. Factors of "

@@ -29,7 +29,7 @@ class Adagrad(Preconditioner):
     eps: float
 
     def init(self, count, signature, dtype):
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = contract.wide_dtype(dtype)
         return AdagradStack(jnp.zeros((count, *signature.shape), wide), jnp.zeros(count, bool))
 
     def rescale(self, stack, past):

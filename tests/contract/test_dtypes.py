@@ -57,8 +57,18 @@ def test_real_dtypes(row, dtype):
 
 
 @core_rows
-def test_float64(row, x64):
-    _check_abstract(row, _filled(jnp.float64))
+@pytest.mark.parametrize("of_gradients", NAMES | {"float64": jnp.float64})
+def test_float64(row, of_gradients, x64):
+    params = _filled(jnp.float64)
+    grads = jax.tree.map(lambda x: x.astype(of_gradients), params)
+    state = _check_abstract(row, params, grads)
+    for name in row.curvature:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(get(state, name)):
+            # Usual norms, of which outliers are many times as large, are float32.
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and ".usual" not in jax.tree_util.keystr(
+                path
+            ):
+                assert leaf.dtype == jnp.float64
 
 
 @core_rows

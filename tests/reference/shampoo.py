@@ -125,10 +125,17 @@ class Soap:
             self.V = self.beta2 * self.V + (1 - self.beta2) * np.abs(rotated) ** 2
             second = self.V / (1 - self.beta2**self.steps)
             update = psgd.apply_adjoint(self.bases, M) / (np.sqrt(second) + 1e-8)
+            update /= np.maximum(np.abs(update) / self.largest_update(), 1)
         update = psgd.apply(self.bases, update)
         if self.steps > 1 and self.steps % self.every == 0:
             self.refresh()
         return update
+
+    def largest_update(self):
+        """That of Adam with any gradients in bases that stay."""
+        ages = np.arange(self.steps)
+        w, v = self.beta1**ages, self.beta2**ages
+        return np.sqrt(np.max((w / np.sum(w)) / (v / np.sum(v))))
 
     def refresh(self):
         for axis, (Q, S) in enumerate(zip(self.bases, self.statistics, strict=True)):
