@@ -658,6 +658,46 @@ def bias_added_twice(p, x, y):
     return classify(x @ p["w"] + p["b"] + p["b"], y)
 
 
+# What is subtracted has the input -1 beside those of its kernel.
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def subtracted_bias(p, x, y):
+    return classify(jnp.tanh(x @ p["w1"] - p["b1"]) @ p["w2"] - p["b2"], y)
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def bias_minus_product(p, x, y):
+    return classify(p["b2"] - (-jnp.tanh(p["b1"] - x @ p["w1"])) @ p["w2"], y)
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def bias_of_negated_product(p, x, y):
+    return classify(p["b2"] - (-(jnp.tanh(-(x @ p["w1"]) + p["b1"]) @ p["w2"])), y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=1)
+def negated_kernel(p, x, y):
+    return classify(x @ (0 - p["w"]) - p["b"], y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=2)
+def bias_added_and_subtracted(p, x, y):
+    return classify(2 * jnp.tanh(x @ p["w"] + p["b"]) - p["b"], y)
+
+
+# The derivative of the product is negated before it meets the data.
+@pattern(MLP, draw(N, 4), labels(), uncovered=("b2",), layers=2)
+def slope_of_a_subtracted_product(p, x, y):
+    def net(x):
+        return jnp.tanh(p["b1"] - x @ p["w1"]) @ p["w2"] + p["b2"]
+
+    return classify(jax.vmap(lambda x: jax.jvp(net, (x,), (jnp.arange(4.0),))[1])(x), y)
+
+
+@pattern({"w": draw(4, 3), "center": draw(4)}, draw(N, 4), labels(), layers=2)
+def centered_inputs(p, x, y):
+    return classify((x - p["center"]) @ p["w"], y)
+
+
 # A bias of each example: its elements are not shared.
 @pattern(
     {"w": draw(4, 3), "b": draw(N, 3)},
@@ -755,7 +795,6 @@ def _declared(name, params, kernel, d_in=4):
 
 _W, _PAIR = {"w": draw(4, 3)}, {"w": draw(4, 3), "v": draw(4, 3, seed=1)}
 _UPPER = jnp.triu(jnp.ones((4, 3)))
-_declared("negated_kernel", _W, lambda p: 0 - p["w"])
 _declared("scaled_kernel", _W, lambda p: 2 * p["w"])
 _declared("doubled_kernel", _W, lambda p: p["w"] + p["w"])
 _declared("pruned_kernel", _W, lambda p: p["w"] * _UPPER)

@@ -19,6 +19,7 @@ CHOSEN = (
     "kernel_split",
     "weight_used_twice",
     "bias_of_two_kernels",
+    "subtracted_bias",
     "conv_grouped",
     "conv_strided",
     "positions",

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int, Shaped
 
 from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.rules.batch_axes import Link, Separate
-from optax_kron.capture.rules.contraction import IndexInputs, RoleFactor, RoleFactors
+from optax_kron.capture.rules.contraction import DenseInputs, IndexInputs, RoleFactor, RoleFactors
 from optax_kron.capture.rules.indexing import reaching
 from optax_kron.layers.layer import AxisFactor
 
@@ -218,11 +218,20 @@ class Canonical:
         inputs = self.use.contraction.inputs
         if inputs is None or record is None:
             return self._arranged(jnp.ones((), dtype), [], _INPUT_ROLES)
-        return self._arranged(inputs.read(record), self._operand, _INPUT_ROLES, inputs.fill)
+        x = self._arranged(inputs.read(record), self._operand, _INPUT_ROLES, inputs.fill)
+        return x if isinstance(inputs, IndexInputs) else self._scaled(x)
 
     def output_grads(self, gradient: Shaped[Array, "..."]) -> Shaped[Array, "B N S d_out"]:
         """Of the cotangent of a perturbation."""
-        return self._arranged(gradient, self._output, _OUTPUT_ROLES)
+        g = self._arranged(gradient, self._output, _OUTPUT_ROLES)
+        # Beside an index, or the one of a bias, it is the gradient that a scaled parameter scales.
+        scales_inputs = isinstance(self.use.contraction.inputs, DenseInputs)
+        return g if scales_inputs else self._scaled(g)
+
+    def _scaled(self, x: Array) -> Array:
+        """An array, multiplied by what the parameter is multiplied by before its use."""
+        scale = self.use.view.scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _arranged(
         self, x: Array, axes: Sequence[Sequence[_Part]], roles: Sequence[str], fill: int = 0

@@ -40,12 +40,12 @@ class CapturedLayer:
     Attributes:
       layer: The layer as the user sees it.
       groups: Uses that share their examples; each group makes one tap.
-      biased: The uses to which the layer's bias is added.
+      biased: The uses to which the layer's bias is added, and its input there: mostly one.
     """
 
     layer: Layer
     groups: Sequence[Sequence[Use]]
-    biased: frozenset[Use]
+    biased: Mapping[Use, float]
 
     @property
     def uses(self) -> list[Use]:
@@ -55,7 +55,7 @@ class CapturedLayer:
     def without_bias(self) -> "CapturedLayer":
         """The layer of the kernel alone."""
         layer = dataclasses.replace(self.layer, bias=None, bias_view=None)
-        return CapturedLayer(layer, self.groups, frozenset())
+        return CapturedLayer(layer, self.groups, {})
 
     def with_max_size(self, max_size: int) -> "CapturedLayer":
         """The layer with another longest axis that has a dense factor."""
@@ -324,12 +324,10 @@ class _Assembly:
         """Make a bias one more input of its kernel where it is added to nothing else."""
         merged, gone = [], set()
         for part in parts:
-            layer, biased = (
-                self._with_bias(part),
-                frozenset(u for u in part.uses if u in self._biases),
-            )
+            layer = self._with_bias(part)
+            biased = {use: self._biases[use].value for use in part.uses if use in self._biases}
             if layer is None:
-                layer, biased = _without_bias(part), frozenset()
+                layer, biased = _without_bias(part), {}
             else:
                 gone.add(layer.bias)
             merged.append((part.path, CapturedLayer(layer, part.groups, biased)))

@@ -80,10 +80,12 @@ class MergedBias:
 
     Attributes:
       use: The bias as a use by itself.
+      value: The input that it has beside those of the kernel: -1 where it is subtracted.
       beside: For each factor of the kernel's blocks and outputs, the bias's factors beside it.
     """
 
     use: Use
+    value: float
     beside: tuple[tuple[AxisFactor, AxisFactors], ...]
 
 
@@ -246,7 +248,7 @@ class _Pass:
             self._follow(node, shown[0], env)
             return
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
-        if len(parameters) == 1 and rules.adds:
+        if len(parameters) == 1 and rules.signs is not None:
             shown = self._add(node, parameters[0][0], shown, env, scope)
         elif len(parameters) == 1 and rules.layer is not None:
             ((i, view),) = parameters
@@ -263,7 +265,9 @@ class _Pass:
     ) -> list[View | None]:
         """A parameter, operand `i`, plus something else; returns the views not dealt with."""
         output, view, other = node.outputs[0], shown[i], shown[1 - i]
+        signs = record(node).signs or (1, 1)
         assert view is not None
+        view = view.times(signs[i])
         if other is not None and other.origin in self._pending:
             # Neither is combined with batch data: as what stopped one, tell of both.
             self._gap(other, node)
@@ -278,7 +282,7 @@ class _Pass:
         if contraction is None:
             return shown
         use = Use(view, contraction, node, output, *scope)
-        self._merge(use, node.operands[1 - i], other)
+        self._merge(use, node.operands[1 - i], other and other.times(signs[1 - i]))
         self._note(use, env)
         return [other]
 
@@ -330,7 +334,10 @@ class _Pass:
             return
         output_axes = tuple(roles for roles in axes if roles is not None)
         contraction = dataclasses.replace(use.contraction, output_axes=output_axes)
-        self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
+        shown = use.view.times(view.scale)
+        self.found.uses.append(
+            dataclasses.replace(use, view=shown, contraction=contraction, output=point)
+        )
 
     def _merge(self, bias: Use, other: Operand, view: View | None) -> None:
         """Give a bias to the kernel whose output it is added to, if each is read once, here."""
@@ -347,7 +354,9 @@ class _Pass:
             if other is view.origin:
                 pairs = _beside(kernel, view, bias)
                 if pairs is not None:
-                    self._biases[kernel] = MergedBias(bias, pairs)
+                    # f·z + c·b is f·(z + c/f·b).
+                    value = bias.view.scale / view.scale
+                    self._biases[kernel] = MergedBias(bias, value, pairs)
                 return
             other = self._before[other]
 

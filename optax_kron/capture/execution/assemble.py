@@ -145,7 +145,7 @@ def _use_tap(
     else:
         x = form.inputs(linearized.inputs[use], g.dtype)
         if captured.layer.bias is not None:
-            x = with_bias(x, use in captured.biased)
+            x = with_bias(x, captured.biased.get(use, 0))
     w = loss_weights.of(use, form, marks)
     taken = linearized.taken[use]
     if taken is not None:

@@ -44,7 +44,7 @@ class InsideMoments:
       use: A use of its kernel.
       batching: Where the use's output holds the examples.
       weights: The weights of the examples in the loss, or of their positions inside the scans.
-      biased: Whether the layer's bias is added to this use.
+      bias: The input of the layer's bias at this use, zero if it is not added to it.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class InsideMoments:
         use: Use,
         batching: Separate,
         weights: Float[Array, " N"] | Float[Array, "N S"],
-        biased: bool,
+        bias: float,
     ):
-        self.layer, self.use, self.biased = layer, use, biased
+        self.layer, self.use, self.bias = layer, use, bias
         self.weights = weights
         self.form = Canonical(use, batching, inside=True)
         self.stacked = frozenset(scan for scan, _ in use.view.steps)
@@ -83,7 +83,7 @@ class InsideMoments:
             return frequencies[..., None] * total
         x = contract.widen(x)
         if self.layer.bias is not None:
-            x = with_bias(x, self.biased)
+            x = with_bias(x, self.bias)
         if self.layer.has_diagonal_input:
             return kfac.input_moment(x, weights, diagonal=True)[..., None] * total
         return kfac.input_moment(x, weights) * total

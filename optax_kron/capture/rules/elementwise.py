@@ -26,6 +26,10 @@ def _cast_view(node: Node, view: View) -> list[View] | None:
     return [view] if all(kind in "fcV" for kind in kinds) else None
 
 
+def _negated_view(node: Node, view: View) -> list[View]:
+    return [view.times(-1)]
+
+
 def _mul_layer(node: Node, i: int, view: View) -> Contraction | None:
     """A scale is a layer with one input and one output for every feature."""
     x, out = node.operands[1 - i], node.outputs[0]
@@ -61,7 +65,6 @@ def _select_integers(node: Node, which: np.ndarray, *cases: np.ndarray) -> np.nd
 
 
 _FUNCTIONS = {
-    "sub": np.subtract,
     "max": np.maximum,
     "min": np.minimum,
     "lt": np.less,
@@ -86,7 +89,9 @@ RECORDS = {
     "convert_element_type": Primitive(same_axis, view=_cast_view, integers=_same),
     "stop_gradient": Primitive(integers=_same, stops=True),
     "select_n": Primitive(same_axis, integers=_select_integers),
-    "add": Primitive(same_axis, layer=_bias_layer, integers=_integers(np.add), adds=True),
-    "add_any": Primitive(same_axis, layer=_bias_layer, adds=True),
+    "add": Primitive(same_axis, layer=_bias_layer, integers=_integers(np.add), signs=(1, 1)),
+    "add_any": Primitive(same_axis, layer=_bias_layer, signs=(1, 1)),
+    "sub": Primitive(same_axis, layer=_bias_layer, integers=_integers(np.subtract), signs=(1, -1)),
+    "neg": Primitive(same_axis, view=_negated_view),
     "mul": Primitive(same_axis, layer=_mul_layer, integers=_integers(np.multiply)),
 }

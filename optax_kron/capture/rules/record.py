@@ -40,7 +40,7 @@ class Primitive:
       view: Which images of its operand the outputs are.
       layer: How it uses a parameter linearly.
       integers: What it computes, of arrays that are known when the program is traced.
-      adds: Whether it adds its two operands: one may be a bias.
+      signs: Of what adds its two operands, of which one may be a bias: the signs of both.
       stops: Whether no derivative passes through it.
     """
 
@@ -50,7 +50,7 @@ class Primitive:
     view: ViewRule | None = None
     layer: LayerRule | None = None
     integers: IntegerRule | None = None
-    adds: bool = False
+    signs: tuple[int, int] | None = None
     stops: bool = False
 
 

@@ -34,12 +34,14 @@ class View:
       part: For each axis of the origin, the range of indices that is shown.
       axes: For each axis of the value, its factors.
       steps: Factors that the steps of a scan enumerate, by scan.
+      scale: The number by which it shows all of the origin multiplied.
     """
 
     origin: Value
     part: tuple[tuple[int, int], ...]
     axes: tuple[AxisFactors, ...]
     steps: tuple[tuple[Node, AxisFactors], ...] = ()
+    scale: float = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,6 +53,10 @@ class View:
         return dataclasses.replace(
             self, axes=self.axes[1:], steps=(*self.steps, (scan, self.axes[0]))
         )
+
+    def times(self, number: float) -> "View":
+        """What is shown, multiplied by a number."""
+        return dataclasses.replace(self, scale=self.scale * number)
 
 
 def whole(origin: Value) -> View:
