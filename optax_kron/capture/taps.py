@@ -187,7 +187,7 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
     inside: dict[Use, InsideMoments] = {}
     for captured in analysis.layers:
         batchings = {use: analysis.batching(use) for use in captured.uses}
-        if not all(can_be_inside(captured.layer, batching) for batching in batchings.values()):
+        if not all(can_be_inside(captured.layer, *pair) for pair in batchings.items()):
             continue
         moments: dict[Use, InsideMoments] = {}
         for group in captured.groups:

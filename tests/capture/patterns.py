@@ -801,7 +801,6 @@ _declared("pruned_kernel", _W, lambda p: p["w"] * _UPPER)
 _declared("masked_kernel", _W, lambda p: jnp.where(_UPPER > 0, p["w"], 0))
 _declared("flipped_kernel", _W, lambda p: p["w"][::-1])
 _declared("sum_of_kernels", _PAIR, lambda p: p["w"] + p["v"])
-_declared("concatenated_kernels", _PAIR, lambda p: jnp.concatenate([p["w"], p["v"]]), d_in=8)
 _declared("outer_product", {"u": draw(4), "v": draw(3)}, lambda p: jnp.outer(p["u"], p["v"]))
 _declared(
     "chosen_kernel",

@@ -29,7 +29,14 @@ from jaxtyping import Float, Int, Shaped
 
 from optax_kron.capture.analysis.uses import Use
 from optax_kron.capture.rules.batch_axes import Link, Separate
-from optax_kron.capture.rules.contraction import DenseInputs, IndexInputs, RoleFactor, RoleFactors
+from optax_kron.capture.rules.contraction import (
+    Cut,
+    DenseInputs,
+    IndexInputs,
+    RoleFactor,
+    RoleFactors,
+    cut,
+)
 from optax_kron.capture.rules.indexing import reaching
 from optax_kron.layers.layer import AxisFactor
 
@@ -127,6 +134,8 @@ class Canonical:
             return None, 1
         inner = 1
         axes = self.use.contraction.output_axes
+        if any(batching.number == c.axis + len(axes) for c in self.use.contraction.output_cuts):
+            raise ValueError("the examples are cut")
         for factor in reversed(axes[batching.number] if batching.number < len(axes) else ()):
             fits = inner <= batching.after
             fits &= batching.after * batching.size <= inner * factor.size
@@ -218,15 +227,21 @@ class Canonical:
         inputs = self.use.contraction.inputs
         if inputs is None or record is None:
             return self._arranged(jnp.ones((), dtype), [], _INPUT_ROLES)
-        x = self._arranged(inputs.read(record), self._operand, _INPUT_ROLES, inputs.fill)
+        x = self._own(inputs.read(record), self.use.contraction.operand_cuts, len(self._operand))
+        x = self._arranged(x, self._operand, _INPUT_ROLES, inputs.fill)
         return x if isinstance(inputs, IndexInputs) else self._scaled(x)
 
     def output_grads(self, gradient: Shaped[Array, "..."]) -> Shaped[Array, "B N S d_out"]:
         """Of the cotangent of a perturbation."""
-        g = self._arranged(gradient, self._output, _OUTPUT_ROLES)
+        g = self._own(gradient, self.use.contraction.output_cuts, len(self._output))
+        g = self._arranged(g, self._output, _OUTPUT_ROLES)
         # Beside an index, or the one of a bias, it is the gradient that a scaled parameter scales.
         scales_inputs = isinstance(self.use.contraction.inputs, DenseInputs)
         return g if scales_inputs else self._scaled(g)
+
+    def _own(self, x: Array, cuts: Sequence[Cut], ndim: int) -> Array:
+        """The part of an array that belongs to the use, which has `ndim` axes with the steps."""
+        return cut(cut(x, cuts), self.use.step_cuts, behind=ndim - len(self._steps))
 
     def _scaled(self, x: Array) -> Array:
         """An array, multiplied by what the parameter is multiplied by before its use."""
@@ -324,6 +339,7 @@ class Canonical:
         return weights if blocks else weights[0]
 
     def _taken(self, taken: Float[Array, "..."]) -> Float[Array, "B N S"]:
+        taken = self._own(taken, (), len(self._steps))
         return self._arranged(taken, self._steps, ("block", "example", "position"))
 
     def merged_blocks(self, stacked: Shaped[Array, "..."]) -> Shaped[Array, "B d width"]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from optax_kron.capture.analysis import marks as marked
 from optax_kron.capture.analysis.batching import Batchings
 from optax_kron.capture.analysis.canonical import fits
+from optax_kron.capture.analysis.joined import apart
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
@@ -176,7 +177,8 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
         batchings = Batchings(graph, marks, known)
         # Of what has no elements nothing is followed.
         used = [leaf for leaf in leaves.values() if 0 not in leaf.shape]
-        assembly = _Assembly(leaves, batchings, find_uses(graph, used, batchings))
+        consumed = apart(find_uses(graph, used, batchings))
+        assembly = _Assembly(leaves, batchings, consumed)
         layers, uncovered = assembly.layers(), assembly.uncovered
         positions = Positions(graph, marks, known)
         return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)

@@ -28,12 +28,15 @@ from optax_kron.capture.rules import views
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate
 from optax_kron.capture.rules.contraction import (
     Contraction,
+    Cut,
     IndexInputs,
     RoleFactor,
     RoleFactors,
 )
+from optax_kron.capture.rules.elementwise import placed
+from optax_kron.capture.rules.record import JoinRule
 from optax_kron.capture.rules.table import record
-from optax_kron.capture.rules.views import NEW, View
+from optax_kron.capture.rules.views import NEW, Part, View
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 
@@ -48,6 +51,7 @@ class Use:
       output: The value to perturb.
       scans: The scans around it, from the outside.
       branch: The branches around it, as (equation, number).
+      step_cuts: Which steps of scans are meant, if not all, as `Contraction.output_cuts`.
     """
 
     view: View
@@ -56,6 +60,7 @@ class Use:
     output: Value
     scans: tuple[Node, ...]
     branch: Branch
+    step_cuts: tuple[Cut, ...] = ()
 
     @property
     def leaf(self) -> Value:
@@ -105,11 +110,13 @@ class Consumption(NamedTuple):
       uses: Those that are understood.
       gaps: Those that are not.
       biases: What is added to the output of a use, and to nothing else, by use.
+      joins: What values are joined of: those are followed as parameters are.
     """
 
     uses: list[Use]
     gaps: list[Gap]
     biases: Mapping[Use, MergedBias]
+    joins: Mapping[Value, Sequence[Part]]
 
 
 def find_uses(graph: Graph, leaves: Iterable[Value], batchings: Batchings) -> Consumption:
@@ -129,7 +136,8 @@ Env = dict[Value, View]  # what values show of a parameter, or of a pending outp
 class _Pass:
     def __init__(self, graph: Graph, leaves: Sequence[Value], batchings: Batchings):
         self._biases: dict[Use, MergedBias] = {}
-        self.found = Consumption([], [], self._biases)
+        self._joins: dict[Value, list[Part]] = {}
+        self.found = Consumption([], [], self._biases, self._joins)
         self._leaves = set(leaves)
         self._batchings = batchings
         self._made: dict[Value, Use] = {}  # by output
@@ -227,8 +235,13 @@ class _Pass:
             batching = self._batchings[origin]
             if isinstance(batching, Mixed) and batching.node is not None and reason is None:
                 reason, node = batching.why, batching.node
-            origin = self._pending[origin].leaf
-        if origin in self._leaves:
+            view = self._pending[origin].view
+            origin = view.origin
+        if origin in self._joins:
+            for part in self._joins[origin]:
+                if part.overlaps(view):
+                    self._gap(part.view, node, reason)
+        elif origin in self._leaves:
             self.found.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
 
     # --------------------------------------------------------------------------------- equations
@@ -244,7 +257,9 @@ class _Pass:
                 if view is not None:
                     self._show(value, view, node.operands[i], env)
             return
-        if len(shown) == 1 and shown[0] is not None:
+        if rules.join is not None:
+            shown = self._join(node, rules.join, shown, env, scope)
+        elif len(shown) == 1 and shown[0] is not None:
             self._follow(node, shown[0], env)
             return
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
@@ -285,6 +300,24 @@ class _Pass:
         self._merge(use, node.operands[1 - i], other and other.times(signs[1 - i]))
         self._note(use, env)
         return [other]
+
+    def _join(
+        self, node: Node, rule: JoinRule, shown: list[View | None], env: Env, scope: Scope
+    ) -> list[View | None]:
+        """Parameters beside each other, or beside others; returns the views not dealt with."""
+        output = node.outputs[0]
+        views_of = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
+        parts = [rule(node, i, view) for i, view in views_of]
+        if isinstance(self._batchings[output], Mixed):
+            if parts:
+                self._joins[output] = parts
+                self._leaves.add(output)
+                env[output] = views.whole(output)
+        else:
+            for part in parts:
+                self._note(Use(part.view, placed(part, output), node, output, *scope), env)
+        left = {i for i, _ in views_of}
+        return [None if i in left else view for i, view in enumerate(shown)]
 
     def _follow(self, node: Node, view: View, env: Env) -> None:
         rule = record(node).view

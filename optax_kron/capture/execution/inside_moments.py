@@ -27,13 +27,15 @@ from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import with_bias
 
 
-def can_be_inside(layer: Layer, batching: Separate) -> bool:
+def can_be_inside(layer: Layer, use: Use, batching: Separate) -> bool:
     """Whether the moments of a use can be formed where it is.
 
     Not those of a bias alone, whose gradients are summed over all positions before they are
-    squared; nor where the steps of a scan count the examples. Both are small, or formed afterwards.
+    squared; nor where the steps of a scan count the examples, or some of them are of other
+    parameters. All of these are small, or formed afterwards.
     """
-    return layer.kernel is not None and not isinstance(batching.axis, Node)
+    alike = not isinstance(batching.axis, Node) and not use.step_cuts
+    return layer.kernel is not None and alike
 
 
 class InsideMoments:

@@ -59,6 +59,31 @@ class View:
         return dataclasses.replace(self, scale=self.scale * number)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a value shows of an origin in a part of it, beside others.
+
+    Attributes:
+      view: What is shown, with the axes of the value.
+      axis: The axis of the value along which others are beside it.
+      start: Where it starts along that axis.
+    """
+
+    view: View
+    axis: int
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where it ends along the axis."""
+        return self.start + self.view.shape[self.axis]
+
+    def overlaps(self, image: View) -> bool:
+        """Whether it is in an image of the value."""
+        low, high = image.part[self.axis]
+        return max(low, self.start) < min(high, self.stop)
+
+
 def whole(origin: Value) -> View:
     """A value as an image of itself."""
     shape = origin.shape
