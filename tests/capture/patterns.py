@@ -915,6 +915,85 @@ def two_heads_time_major(p, x, y, z):
     return classify(logits, y) + jnp.mean(losses.squared_error(values, z))
 
 
+LAST = jnp.array([5, 2, 0, 3, 4])
+
+
+def _last_states(p, x, select):
+    def step(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, h
+
+    _, h = jax.lax.scan(step, jnp.zeros((x.shape[0], 5)), x.swapaxes(0, 1))
+    return select(h.swapaxes(0, 1)) @ p["out"]
+
+
+def _last(name, select):
+    def loss_fn(p, x, last, y):
+        return classify(_last_states(p, x, lambda h: select(h, last)), y)
+
+    loss_fn.__name__ = name
+    pattern(RNN, draw(N, 6, 4), LAST, labels(), layers=4)(loss_fn)
+
+
+_last("last_by_two_indices", lambda h, last: h[jnp.arange(len(h)), last])
+_last("last_by_negative_indices", lambda h, last: h[jnp.arange(len(h)), last - 6])
+_last("last_by_two_indices_time_major", lambda h, last: h.swapaxes(0, 1)[last, jnp.arange(len(h))])
+_last("last_along_an_axis", lambda h, last: jnp.take_along_axis(h, last[:, None, None], 1)[:, 0])
+_last("last_under_vmap", lambda h, last: jax.vmap(lambda h, i: h[i])(h, last))
+_last("last_by_a_slice", lambda h, last: jax.vmap(jax.lax.dynamic_index_in_dim)(h, last)[:, 0])
+_last(
+    "last_by_one_hot",
+    lambda h, last: jnp.einsum("nt,ntd->nd", jax.nn.one_hot(last, 6), h),
+)
+
+
+@pattern(NET, draw(N, 6, 4), LAST, labels(), layers=2)
+def last_in_a_flat_batch(p, x, last, y):
+    logits = net(p, x).reshape(-1, 3)
+    return classify(logits[jnp.arange(len(y)) * 6 + last], y)
+
+
+# ---------------------------------------------------------------------------------- blocked einsums
+
+BLOCKED = {"w": draw(2, 4, 3, 5, 6), "b": draw(2, 3, 5, 6), "v": draw(90, 3)}
+
+
+# Blocks b and j, positions i, k inputs, m and n outputs.
+@pattern(BLOCKED, draw(N, 2, 7, 5, 4), labels(), layers=2)
+def blocked_einsum(p, x, y):
+    h = jnp.einsum("zbijk,bkmjn->zbijmn", x, p["w"]) + p["b"].swapaxes(1, 2)[:, None]
+    return classify(jnp.tanh(h).sum((1, 2)).reshape(len(y), -1) @ p["v"], y)
+
+
+@pattern(BLOCKED, draw(N, 2, 7, 5, 4), labels(), layers=2)
+def blocked_einsum_under_vmap(p, x, y):
+    def one(x):
+        h = jnp.einsum("bijk,bkmjn->bijmn", x, p["w"]) + p["b"].swapaxes(1, 2)[:, None]
+        return jnp.tanh(h).sum((0, 1)).ravel() @ p["v"]
+
+    return classify(jax.vmap(one)(x), y)
+
+
+@pattern({"w": draw(4, 2, 3, 2), "v": draw(6, 3)}, draw(N, 2, 3, 2), labels(), layers=2)
+def einsum_with_blocks_behind(p, x, y):
+    h = jnp.tanh(jnp.einsum("zjki,mjki->zmkj", x, p["w"])).sum(1)
+    return classify(h.reshape(len(y), -1) @ p["v"], y)
+
+
+# A kernel of each example: its elements are not shared.
+@pattern(
+    {"w": draw(N, 4, 3, 5, 6), "v": draw(90, 3)},
+    draw(N, 7, 5, 4),
+    labels(),
+    uncovered=("w",),
+    layers=1,
+    has_examples=False,
+)
+def blocks_that_are_examples(p, x, y):
+    h = jnp.einsum("bijk,bkmjn->bijmn", x, p["w"])
+    return classify(jnp.tanh(h).sum(1).reshape(len(y), -1) @ p["v"], y)
+
+
 # ------------------------------------------------------------------------ lookups by a single index
 
 TABLE = {"e": draw(7, 4), "v": draw(4, 3)}
