@@ -994,6 +994,31 @@ def blocks_that_are_examples(p, x, y):
     return classify(jnp.tanh(h).sum(1).reshape(len(y), -1) @ p["v"], y)
 
 
+# ------------------------------------------------------------------------ inputs without batch axis
+
+ATOMS = draw(6, 2)
+GEOMETRY = {"w": draw(4, 4), "b": draw(4), "g": draw(2, 4), "v": draw(4, 3)}
+
+
+# What meets the examples linearly is perturbed there.
+@pattern(GEOMETRY, draw(N, 4), labels(), layers=3)
+def features_of_one_atom(p, x, y):
+    return classify(jnp.tanh(x @ p["w"] + p["b"] - ATOMS[0] @ p["g"]) @ p["v"], y)
+
+
+# What all examples share before is no function of one of them.
+@pattern(GEOMETRY, draw(N, 4), labels(), uncovered=("g",), layers=2)
+def features_of_a_molecule(p, x, y):
+    molecule = jnp.tanh(ATOMS @ p["g"]).sum(0)
+    return classify(jnp.tanh(x @ p["w"] + p["b"] + molecule) @ p["v"], y)
+
+
+@pattern(GEOMETRY, draw(N, 4), labels(), uncovered=("g",), layers=2)
+def envelopes_of_atoms(p, x, y):
+    h = jnp.tanh(x @ p["w"] + p["b"])
+    return classify(jnp.tanh(h @ jnp.tanh(ATOMS @ p["g"]).T) @ ATOMS @ p["v"][:2], y)
+
+
 # ------------------------------------------------------------------------ lookups by a single index
 
 TABLE = {"e": draw(7, 4), "v": draw(4, 3)}

@@ -328,7 +328,7 @@ RECORDS = {
     "transpose": Primitive(_transpose_axis, view=_transpose_view, integers=_transpose_integers),
     "squeeze": Primitive(_squeeze_axis, view=_squeeze_view, integers=_reshape_integers),
     "broadcast_in_dim": Primitive(
-        _broadcast_axis, view=_broadcast_view, integers=_broadcast_integers
+        _broadcast_axis, view=_broadcast_view, integers=_broadcast_integers, shares=True
     ),
     "slice": Primitive(same_axis, select=_slice_select, view=_slice_view, integers=_slice_integers),
     "rev": Primitive(_rev_axis, select=_rev_select, integers=_rev_integers),

@@ -46,6 +46,7 @@ class Primitive:
       integers: What it computes, of arrays that are known when the program is traced.
       signs: Of what adds its two operands, of which one may be a bias: the signs of both.
       stops: Whether no derivative passes through it.
+      shares: Whether all of an operand goes to each element of an axis that it does not have.
     """
 
     axis: AxisRule | None = None
@@ -57,6 +58,7 @@ class Primitive:
     integers: IntegerRule | None = None
     signs: tuple[int, int] | None = None
     stops: bool = False
+    shares: bool = False
 
 
 def same_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
