@@ -246,3 +246,79 @@ def stacked_with_a_token(p, x, y):
 )
 def parameter_in_the_place_of_an_example(p, x, y):
     return classify(jnp.concatenate([p["row"], (x @ p["w"])[1:]]), y)
+
+
+# ---------------------------------------------------------- parameters as states and in their place
+
+STATE = {"h": draw(4), "u": draw(4, 4), "v": draw(4, 3)}
+STEPS = draw(N, 6, 4), labels()
+
+
+def _run(p, start, x):
+    h, _ = jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ p["u"]), None), start, x.swapaxes(0, 1))
+    return h @ p["v"]
+
+
+@pattern(STATE, *STEPS, layers=3)
+def first_carry(p, x, y):
+    return classify(_run(p, jnp.broadcast_to(p["h"], (len(y), 4)), x), y)
+
+
+@pattern(STATE, *STEPS, layers=3)
+def first_carry_under_vmap(p, x, y):
+    # Steps stand second in `_run`, as the batch axis is first.
+    return classify(jax.vmap(lambda x: _run(p, -p["h"][None], x[None])[0])(x), y)
+
+
+@pattern(STATE, *STEPS, layers=3)
+def two_first_carries_of_one(p, x, y):
+    def step(carry, x):
+        c, h = carry
+        h = jnp.tanh(x + h @ p["u"])
+        return (c / 2 + h, h), None
+
+    start = jnp.tile(p["h"], (len(y), 1))
+    (c, h), _ = jax.lax.scan(step, (start, start), x.swapaxes(0, 1))
+    return classify((c * h) @ p["v"], y)
+
+
+@pattern(STATE, *STEPS, layers=3)
+def carry_that_is_reset(p, x, y):
+    def step(h, x):
+        h = jnp.where(x[:, :1] > 0, p["h"], h)
+        return jnp.tanh(x + h @ p["u"]), None
+
+    start = jnp.zeros((len(y), 4))
+    return classify(jax.lax.scan(step, start, x.swapaxes(0, 1))[0] @ p["v"], y)
+
+
+LAYERED = {"h": draw(2, 4), "u": draw(2, 4, 4), "v": draw(4, 3)}
+
+
+@pattern(LAYERED, *STEPS, layers=3)
+def first_carries_of_scanned_layers(p, x, y):
+    def layer(x, uh):
+        u, h = uh
+        start = jnp.broadcast_to(h, (len(y), 4))
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ u),) * 2, start, x)[1], None
+
+    x, _ = jax.lax.scan(layer, x.swapaxes(0, 1), (p["u"], p["h"]))
+    return classify(x[-1] @ p["v"], y)
+
+
+# What is read twice, as a carry and as something else, is perturbed nowhere.
+@pattern(STATE, *STEPS, uncovered=("h",), layers=2)
+def first_carry_and_more(p, x, y):
+    start = jnp.broadcast_to(p["h"], (len(y), 4))
+    return classify(_run(p, start, x) + jnp.sin(start) @ p["v"], y)
+
+
+@pattern({"token": draw(4), "w": draw(4, 4), "v": draw(4, 3)}, *TOKENS, layers=3)
+def token_of_what_is_masked(p, x, y):
+    h = jnp.where(x[..., :1] > 0, p["token"], x @ p["w"])
+    return classify(jnp.tanh(jnp.cumsum(h, 1)[:, -1]) @ p["v"], y)
+
+
+@pattern({"t": draw(), "least": draw(5, 4), "w": draw(4, 3)}, *TOKENS, layers=3)
+def temperature_and_thresholds(p, x, y):
+    return classify(jnp.maximum(x, p["least"]).sum(1) @ p["w"] / p["t"], y)

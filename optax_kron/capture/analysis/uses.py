@@ -17,7 +17,6 @@ with batch data, and is perturbed there.
 # where it is broadcast to [8, 4]: there the second use of w is perturbed.
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,9 +30,9 @@ from optax_kron.capture.rules.contraction import (
     Cut,
     IndexInputs,
     RoleFactor,
-    RoleFactors,
+    roles_of,
 )
-from optax_kron.capture.rules.elementwise import placed
+from optax_kron.capture.rules.elementwise import bias, placed
 from optax_kron.capture.rules.record import JoinRule
 from optax_kron.capture.rules.table import record
 from optax_kron.capture.rules.views import NEW, Part, View
@@ -174,7 +173,7 @@ class _Pass:
             elif node.kind == "plain":
                 self._plain(node, env, scope)
             else:
-                self._stop(node, node.values, env)
+                self._stop(node, node.values, env, scope)
 
     def _into(self, body: Graph, operands: Sequence[Operand], env: Env) -> Env:
         """The views of a body's inputs."""
@@ -196,17 +195,17 @@ class _Pass:
 
     def _cond(self, node: Node, env: Env, scope: Scope) -> None:
         index, *operands = node.operands
-        self._stop(node, [index], env)
+        self._stop(node, [index], env, scope)
         for i, body in enumerate(node.bodies):
             inner = self._without_pending(node, self._into(body, operands, env))
             self._visit(body, inner, scope.in_branch(node, i))
-            self._stop(node, body.outputs, inner)
+            self._stop(node, body.outputs, inner, scope.in_branch(node, i))
 
     def _scan(self, node: Node, env: Env, scope: Scope) -> None:
         (body,) = node.bodies
         first = node.loop.constants
         last = first + node.loop.carries
-        self._stop(node, node.operands[first:last], env)
+        self._stop(node, node.operands[first:last], env, scope)
         inner = self._without_pending(node, self._into(body, node.operands, env))
         for value in body.inputs[first:last]:
             inner.pop(value, None)
@@ -214,7 +213,7 @@ class _Pass:
             if value in inner:
                 inner[value] = inner[value].stepped(node)
         self._visit(body, inner, scope.in_scan(node))
-        self._stop(node, body.outputs, inner)
+        self._stop(node, body.outputs, inner, scope.in_scan(node))
 
     def _without_pending(self, node: Node, inner: Env) -> Env:
         """What enters a loop or a branch, but for outputs that the examples should have met."""
@@ -223,10 +222,20 @@ class _Pass:
                 self._gap(view, node)
         return {v: view for v, view in inner.items() if view.origin not in self._pending}
 
-    def _stop(self, node: Node, operands: Iterable[Operand], env: Env) -> None:
-        for value in operands:
-            if isinstance(value, Value) and value in env and self._batchings[value] is not None:
-                self._gap(env[value], node)
+    def _stop(self, node: Node, operands: Iterable[Operand], env: Env, scope: Scope) -> None:
+        """What is consumed in a way that is not followed.
+
+        Where a parameter was broadcast to the examples before, and is read by nothing else, it is
+        a bias of that: the first carry of a scan, or a token in the place of masked ones.
+        """
+        read = [x for x in operands if isinstance(x, Value) and x in env]
+        for value in dict.fromkeys(read):
+            view, batching = env[value], self._batchings[value]
+            once = self._readers[value] == read.count(value)
+            if once and isinstance(batching, Separate) and view.origin in self._leaves:
+                self._note(Use(view, bias(view), node, value, *scope), env)
+            elif batching is not None:
+                self._gap(view, node)
 
     def _gap(self, view: View, node: Node, reason: str | None = None) -> None:
         """Note a consumption that is not understood, if it is one of a parameter."""
@@ -271,9 +280,8 @@ class _Pass:
             if contraction is not None:
                 self._note(Use(view, contraction, node, node.outputs[0], *scope), env)
                 shown[i] = None
-        for view in shown:
-            if view is not None:
-                self._gap(view, node)
+        left = [x for x, view in zip(node.operands, shown, strict=True) if view is not None]
+        self._stop(node, left, env, scope)
 
     def _add(
         self, node: Node, i: int, shown: list[View | None], env: Env, scope: Scope
@@ -286,12 +294,14 @@ class _Pass:
         if other is not None and other.origin in self._pending:
             # Neither is combined with batch data: as what stopped one, tell of both.
             self._gap(other, node)
-            self.found.gaps.append(dataclasses.replace(self.found.gaps[-1], leaf=view.origin))
-            return []
+            gap = self.found.gaps[-1]
+            self._gap(view, gap.node, gap.reason)
+            return [None, None]
+        left = [None if k == i else v for k, v in enumerate(shown)]
         if isinstance(self._batchings[output], Mixed):
             env[output] = view  # a parameter plus something else is still an image of it
             self._before[output] = node.operands[i]
-            return [other]
+            return left
         rule = record(node).layer
         contraction = rule and rule(node, i, view)
         if contraction is None:
@@ -299,7 +309,7 @@ class _Pass:
         use = Use(view, contraction, node, output, *scope)
         self._merge(use, node.operands[1 - i], other and other.times(signs[1 - i]))
         self._note(use, env)
-        return [other]
+        return left
 
     def _join(
         self, node: Node, rule: JoinRule, shown: list[View | None], env: Env, scope: Scope
@@ -355,7 +365,7 @@ class _Pass:
         """A pending output meets the examples at `point`, an image of it: perturb it there."""
         use = self._pending[view.origin]
         axes = [
-            _roles_of(factors, use.contraction.output_axes, ("new", a))
+            roles_of(factors, use.contraction.output_axes, ("new", a))
             for a, factors in enumerate(view.axes)
         ]
         # All of the output is perturbed or none: the rest would get no gradient.
@@ -399,26 +409,6 @@ def why_mixed(batching: Batching) -> str | None:
     return batching.reason if isinstance(batching, Mixed) else None
 
 
-def _roles_of(
-    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
-) -> RoleFactors | None:
-    """The role factors of an output that some factors of its axes enumerate."""
-    roles: list[RoleFactor] = []
-    for n, factor in enumerate(factors):
-        if factor.axis == NEW:
-            roles.append(RoleFactor("free", (name, n), factor.size))
-            continue
-        inner, part = 1, []
-        for role in reversed(axes[factor.axis]):
-            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
-                part.insert(0, role)
-            inner *= role.size
-        if math.prod(role.size for role in part) != factor.size:
-            return None
-        roles.extend(part)
-    return tuple(roles)
-
-
 def _beside(
     kernel: Use, view: View, bias: Use
 ) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
@@ -436,7 +426,7 @@ def _beside(
             return None
         pairs.update(zip(factors, groups, strict=True))
     for factors, beside in zip(view.axes, bias.view.axes, strict=True):
-        roles = _roles_of(factors, kernel.contraction.output_axes, None)
+        roles = roles_of(factors, kernel.contraction.output_axes, None)
         groups = None if roles is None else views.regroup(beside, [role.size for role in roles])
         if roles is None or groups is None:
             return None

@@ -10,6 +10,7 @@
 # of them is which, the batch axis of the output tells.
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
@@ -58,6 +59,32 @@ def role_factors(role: str, factors: AxisFactors, axis: int) -> RoleFactors:
 def free(axis: int, size: int) -> RoleFactors:
     """All of an axis that the kernel does not have."""
     return (RoleFactor("free", (axis, 0), size),)
+
+
+def roles_of(
+    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
+) -> RoleFactors | None:
+    """The role factors of an output that some factors of its axes enumerate.
+
+    Args:
+      factors: Of the axes of the output; those that a broadcast made are free.
+      axes: The role factors of each axis.
+      name: A name for the free ones.
+    """
+    roles: list[RoleFactor] = []
+    for n, factor in enumerate(factors):
+        if factor.axis == NEW:
+            roles.append(RoleFactor("free", (name, n), factor.size))
+            continue
+        inner, part = 1, []
+        for role in reversed(axes[factor.axis]):
+            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
+                part.insert(0, role)
+            inner *= role.size
+        if math.prod(role.size for role in part) != factor.size:
+            return None
+        roles.extend(part)
+    return tuple(roles)
 
 
 class Cut(NamedTuple):

@@ -40,10 +40,10 @@ def _mul_layer(node: Node, i: int, view: View) -> Contraction | None:
 
 
 def _added_layer(node: Node, i: int, view: View) -> Contraction:
-    return _bias_layer(view)
+    return bias(view)
 
 
-def _bias_layer(view: View) -> Contraction:
+def bias(view: View) -> Contraction:
     """A bias by itself: the last axis of the parameter is the output, the others count blocks."""
     last = max((f.axis for factors in view.axes for f in factors), default=0)
 
@@ -61,7 +61,7 @@ def _bias_layer(view: View) -> Contraction:
 
 def placed(part: Part, whole: Value) -> Contraction:
     """A parameter in a part of a value that has more in it: a bias of that part."""
-    contraction = _bias_layer(part.view)
+    contraction = bias(part.view)
     if part.view.shape == whole.shape:
         return contraction
     cut = Cut(part.axis - whole.ndim, part.start, part.stop)
