@@ -321,4 +321,5 @@ def token_of_what_is_masked(p, x, y):
 
 @pattern({"t": draw(), "least": draw(5, 4), "w": draw(4, 3)}, *TOKENS, layers=3)
 def temperature_and_thresholds(p, x, y):
-    return classify(jnp.maximum(x, p["least"]).sum(1) @ p["w"] / p["t"], y)
+    least = jnp.exp(jnp.broadcast_to(p["least"], x.shape))
+    return classify(jnp.maximum(x, least).sum(1) @ p["w"] / p["t"], y)

@@ -269,7 +269,7 @@ class _Pass:
         if rules.join is not None:
             shown = self._join(node, rules.join, shown, env, scope)
         elif len(shown) == 1 and shown[0] is not None:
-            self._follow(node, shown[0], env)
+            self._follow(node, shown[0], env, scope)
             return
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
         if len(parameters) == 1 and rules.signs is not None:
@@ -329,11 +329,11 @@ class _Pass:
         left = {i for i, _ in views_of}
         return [None if i in left else view for i, view in enumerate(shown)]
 
-    def _follow(self, node: Node, view: View, env: Env) -> None:
+    def _follow(self, node: Node, view: View, env: Env, scope: Scope) -> None:
         rule = record(node).view
         images = rule and rule(node, view)
         if images is None:
-            self._gap(view, node)
+            self._stop(node, node.operands, env, scope)
             return
         for output, image in zip(node.outputs, images, strict=True):
             self._show(output, image, node.operands[0], env)
