@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from .patterns import _2D, MLP, N, _conv, classify, draw, labels, pattern
+from .patterns import _2D, MLP, N, _conv, classify, draw, labels, largest_singular_value, pattern
 
 # ------------------------------------------------------------------------------- joined kernels
 
@@ -323,3 +323,69 @@ def token_of_what_is_masked(p, x, y):
 def temperature_and_thresholds(p, x, y):
     least = jnp.exp(jnp.broadcast_to(p["least"], x.shape))
     return classify(jnp.maximum(x, least).sum(1) @ p["w"] / p["t"], y)
+
+
+# ------------------------------------------------------------ parameters that are scaled before use
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def scaled_by_numbers(p, x, y):
+    h = jnp.tanh(x @ (p["w1"] / 2) + 0.1 * p["b1"])
+    return classify(h @ (p["w2"] * 6**-0.5) - p["b2"] / 3, y)
+
+
+# Of a bias that is scaled by what is known only when the program runs no kernel has one more input.
+@pattern(MLP, draw(N, 4), labels(), layers=3)
+def scaled_by_values(p, x, y):
+    scale = jnp.exp(jnp.cos(jnp.arange(3.0)))[1]
+    h = jnp.tanh(x @ (p["w1"] / scale) + p["b1"] * scale)
+    return classify(h @ (scale * p["w2"]) + p["b2"], y)
+
+
+@pattern({"w": draw(4, 3), "s": draw()}, draw(N, 4), labels(), uncovered=("s",), layers=1)
+def scaled_by_a_parameter(p, x, y):
+    return classify(x @ (p["w"] * p["s"]), y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=1)
+def spectral_scaling_without_its_derivative(p, x, y):
+    scale = jax.lax.stop_gradient(largest_singular_value(p["w"]))
+    return classify(x @ (p["w"] / scale) + p["b"], y)
+
+
+@pattern({"e": draw(7, 4), "v": draw(4, 3)}, labels(7), labels(), layers=2)
+def scaled_table(p, t, y):
+    return classify(jnp.tanh((p["e"] * jnp.sin(jnp.arange(3.0)[1]))[t]) @ (-2 * p["v"]), y)
+
+
+@pattern({"w": draw(3, 4, 4), "v": draw(4, 3)}, draw(N, 4), labels(), layers=2)
+def scaled_in_a_branch_of_a_scan(p, x, y):
+    def layer(h, ws):
+        w, s = ws
+        h = jax.lax.cond(s > 1.5, lambda: jnp.tanh(h @ (w / jnp.exp(s))), lambda: h @ (w * s))
+        return h, None
+
+    h, _ = jax.lax.scan(layer, x, (p["w"], jnp.arange(1.0, 4.0)))
+    return classify(h @ p["v"], y)
+
+
+@pattern(QKV | {"o": draw(4, 3)}, draw(N, 4), labels(), layers=4)
+def scaled_joined_and_scanned(p, x, y):
+    w = jnp.stack([p[name]["w"] / (1 + i) for i, name in enumerate("qkv")])
+    b = jnp.stack([p[name]["b"] for name in "qkv"])
+
+    def layer(h, wbs):
+        w, b, s = wbs
+        return jnp.tanh(h @ (w * s) - b), None
+
+    h, _ = jax.lax.scan(layer, x, (w, b, jnp.arange(1.0, 4.0)))
+    return classify(h @ p["o"], y)
+
+
+@pattern(MLP, draw(N, 4), labels(), uncovered=("b2",), layers=2)
+def slope_of_scaled_kernels(p, x, y):
+    def net(x):
+        h = jnp.tanh(3 * p["b1"] - x @ (p["w1"] / 2))
+        return h @ (p["w2"] * jnp.exp(jnp.ones(()))) + p["b2"]
+
+    return classify(jax.vmap(lambda x: jax.jvp(net, (x,), (jnp.arange(4.0),))[1])(x), y)

@@ -784,7 +784,17 @@ def gradient_of_an_energy(p, x, y):
     return regress(jax.vmap(jax.grad(energy))(x), y)
 
 
-# Each of these is a function of the parameter that is not a layout of it.
+def largest_singular_value(w):
+    u = jnp.ones(4) / 2
+    for _ in range(2):
+        v = w.T @ u
+        v /= jnp.linalg.norm(v)
+        u = w @ v
+        u /= jnp.linalg.norm(u)
+    return jax.lax.stop_gradient(u) @ w @ jax.lax.stop_gradient(v)
+
+
+# Each of these is a function of the parameter that is no layout of it, times a number.
 def _declared(name, params, kernel, d_in=4):
     def loss_fn(p, x, y):
         return classify(x @ kernel(p), y)
@@ -795,7 +805,13 @@ def _declared(name, params, kernel, d_in=4):
 
 _W, _PAIR = {"w": draw(4, 3)}, {"w": draw(4, 3), "v": draw(4, 3, seed=1)}
 _UPPER = jnp.triu(jnp.ones((4, 3)))
-_declared("scaled_kernel", _W, lambda p: 2 * p["w"])
+_declared("kernel_times_zero", _W, lambda p: 0 * p["w"])
+_declared(
+    "normalized_weights",
+    _W | {"g": draw(3)},
+    lambda p: p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0),
+)
+_declared("spectral_norm", _W, lambda p: p["w"] / largest_singular_value(p["w"]))
 _declared("doubled_kernel", _W, lambda p: p["w"] + p["w"])
 _declared("pruned_kernel", _W, lambda p: p["w"] * _UPPER)
 _declared("masked_kernel", _W, lambda p: jnp.where(_UPPER > 0, p["w"], 0))

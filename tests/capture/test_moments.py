@@ -40,6 +40,9 @@ CHOSEN = (
     "stacked_layers_then_scanned",
     "joined_in_a_scan",
     "class_token",
+    "scaled_by_numbers",
+    "scaled_in_a_branch_of_a_scan",
+    "scaled_joined_and_scanned",
 )
 chosen = pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if p.name in CHOSEN], ids=lambda p: p.name

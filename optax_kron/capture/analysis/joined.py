@@ -152,11 +152,8 @@ def _with_factors(
     step_cuts = tuple(
         c._replace(axis=use.scans.index(scans[c.axis + len(scans)]) - len(use.scans)) for c in steps
     )
-    shown = dataclasses.replace(
-        view,
-        steps=(*view.steps, *own_steps),
-        scale=view.scale * use.view.scale,
-    )
+    shown = dataclasses.replace(view, steps=(*view.steps, *own_steps))
+    shown = shown.times(use.view.scale, use.view.scales)
     contraction = dataclasses.replace(
         contraction,
         operand_axes=new[0],

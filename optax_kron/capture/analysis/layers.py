@@ -106,6 +106,11 @@ class Analysis:
         return list(dict.fromkeys(read for link in links for _, read in link.reads))
 
     @property
+    def scales(self) -> list[Value]:
+        """The values by which parameters are multiplied before their use."""
+        return list(dict.fromkeys(s.value for use in self.uses for s in use.view.scales))
+
+    @property
     def closes_over_tracers(self) -> bool:
         """Whether it is of a trace around the loss function, and ends with it."""
         return any(isinstance(value.constant, jax.core.Tracer) for value in self.graph.constants)

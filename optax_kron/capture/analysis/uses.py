@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from optax_kron.capture.analysis.batching import Batchings
+from optax_kron.capture.analysis.beside import beside
 from optax_kron.capture.program.equations import is_reference
 from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Scope, Value
 from optax_kron.capture.rules import views
@@ -32,7 +33,7 @@ from optax_kron.capture.rules.contraction import (
     RoleFactor,
     roles_of,
 )
-from optax_kron.capture.rules.elementwise import bias, placed
+from optax_kron.capture.rules.elementwise import as_bias, placed
 from optax_kron.capture.rules.record import JoinRule
 from optax_kron.capture.rules.table import record
 from optax_kron.capture.rules.views import NEW, Part, View
@@ -233,7 +234,7 @@ class _Pass:
             view, batching = env[value], self._batchings[value]
             once = self._readers[value] == read.count(value)
             if once and isinstance(batching, Separate) and view.origin in self._leaves:
-                self._note(Use(view, bias(view), node, value, *scope), env)
+                self._note(Use(view, as_bias(view), node, value, *scope), env)
             elif batching is not None:
                 self._gap(view, node)
 
@@ -271,6 +272,8 @@ class _Pass:
         elif len(shown) == 1 and shown[0] is not None:
             self._follow(node, shown[0], env, scope)
             return
+        if rules.powers is not None and isinstance(self._batchings[node.outputs[0]], Mixed):
+            shown = self._scale(node, rules.powers, shown, env, scope)
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
         if len(parameters) == 1 and rules.signs is not None:
             shown = self._add(node, parameters[0][0], shown, env, scope)
@@ -310,6 +313,27 @@ class _Pass:
         self._merge(use, node.operands[1 - i], other and other.times(signs[1 - i]))
         self._note(use, env)
         return left
+
+    def _scale(
+        self,
+        node: Node,
+        powers: tuple[int, int],
+        shown: list[View | None],
+        env: Env,
+        scope: Scope,
+    ) -> list[View | None]:
+        """A parameter times what has one element; returns the views not dealt with."""
+        for i, view in enumerate(shown):
+            one = self._batchings.known.single(node.operands[1 - i])
+            if view is None or one is None or powers[i] != 1:
+                continue
+            scaled = views.scaled(view, one, powers[1 - i], scope.scans)
+            if scaled is not None:
+                self._show(node.outputs[0], scaled, node.operands[i], env)
+                if shown[1 - i] is not None:  # a parameter, too, that has one element
+                    self._stop(node, [node.operands[1 - i]], env, scope)
+                return [None, None]
+        return shown
 
     def _join(
         self, node: Node, rule: JoinRule, shown: list[View | None], env: Env, scope: Scope
@@ -377,7 +401,7 @@ class _Pass:
             return
         output_axes = tuple(roles for roles in axes if roles is not None)
         contraction = dataclasses.replace(use.contraction, output_axes=output_axes)
-        shown = use.view.times(view.scale)
+        shown = use.view.times(view.scale, view.scales)
         self.found.uses.append(
             dataclasses.replace(use, view=shown, contraction=contraction, output=point)
         )
@@ -389,13 +413,15 @@ class _Pass:
         kernel = self._made[view.origin]
         if kernel.output in self._pending or kernel in self._biases:
             return
+        if bias.view.scales or view.scales:
+            return  # its input would be known only when the program runs
         apart = kernel.scans != bias.scans or kernel.branch != bias.branch or view.steps
         if isinstance(kernel.contraction.inputs, IndexInputs) or apart:
             return
         # From here back to the kernel's output nobody else may read what is between.
         while isinstance(other, Value) and self._readers.get(other, 0) == 1:
             if other is view.origin:
-                pairs = _beside(kernel, view, bias)
+                pairs = beside(kernel, view, bias)
                 if pairs is not None:
                     # f·z + c·b is f·(z + c/f·b).
                     value = bias.view.scale / view.scale
@@ -407,33 +433,3 @@ class _Pass:
 def why_mixed(batching: Batching) -> str | None:
     """Why examples are mixed, if they are and more is known of it than the equation."""
     return batching.reason if isinstance(batching, Mixed) else None
-
-
-def _beside(
-    kernel: Use, view: View, bias: Use
-) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
-    """Which factors of a bias stand beside which of the kernel's blocks and outputs.
-
-    `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
-    """
-    pairs: dict[AxisFactor, AxisFactors] = {}
-    steps = dict(bias.view.steps)
-    if set(steps) != {scan for scan, _ in kernel.view.steps}:
-        return None
-    for scan, factors in kernel.view.steps:
-        groups = views.regroup(steps[scan], [f.size for f in factors])
-        if groups is None:
-            return None
-        pairs.update(zip(factors, groups, strict=True))
-    for factors, beside in zip(view.axes, bias.view.axes, strict=True):
-        roles = roles_of(factors, kernel.contraction.output_axes, None)
-        groups = None if roles is None else views.regroup(beside, [role.size for role in roles])
-        if roles is None or groups is None:
-            return None
-        for role, group in zip(roles, groups, strict=True):
-            if any((f.axis == NEW) != (role.role == "free") for f in group):
-                return None
-            if role.role != "free":
-                pairs[role.of_kernel] = group
-    expected = {f.of_kernel for f in kernel.role_factors if f.role in ("block", "output")}
-    return tuple(pairs.items()) if set(pairs) == expected else None

@@ -32,9 +32,9 @@ def can_be_inside(layer: Layer, use: Use, batching: Separate) -> bool:
 
     Not those of a bias alone, whose gradients are summed over all positions before they are
     squared; nor where the steps of a scan count the examples, or some of them are of other
-    parameters. All of these are small, or formed afterwards.
+    parameters; nor of parameters that are scaled by values. All are small, or formed afterwards.
     """
-    alike = not isinstance(batching.axis, Node) and not use.step_cuts
+    alike = not isinstance(batching.axis, Node) and not (use.step_cuts or use.view.scales)
     return layer.kernel is not None and alike
 
 

@@ -51,6 +51,7 @@ class Linearized:
       inputs: What was recorded at each use, `None` for a bias.
       taken: One if the branch around a use was taken, else zero; `None` outside of branches.
       indices: At which rows were read between the layers and the losses.
+      scales: The values by which parameters are multiplied before their use.
       pull: The cotangents, from those of the loss and of each mark's logits.
     """
 
@@ -59,6 +60,7 @@ class Linearized:
     inputs: Mapping[Use, Array | None]
     taken: Mapping[Use, Array | None]
     indices: Mapping[Read, Array]
+    scales: Mapping[Value, Array]
     pull: Callable[[Array, Sequence[Array]], Cotangents]
 
     def no_logits(self) -> list[Array]:
@@ -123,6 +125,7 @@ def linearize(
         inputs={use: records.get(key) for use, key in zip(uses, inputs_of, strict=True)},
         taken={use: records.get(("taken", i)) for i, use in enumerate(uses)},
         indices={read: records["read", j] for j, read in enumerate(analysis.reads)},
+        scales={value: records["scale", j] for j, value in enumerate(analysis.scales)},
         pull=pull,
     )
 
@@ -159,6 +162,8 @@ def _probes(
             probes.taken.setdefault(use.branch[-1], []).append(("taken", i))
     for j, read in enumerate(analysis.reads):
         record(read.operand, ("read", j))
+    for j, value in enumerate(analysis.scales):
+        record(value, ("scale", j))
     for m, mark in enumerate(analysis.marks):
         perturb(mark.node.outputs[0], ("loss", m), mark.scans)
         for j, operand in enumerate(mark.node.operands):

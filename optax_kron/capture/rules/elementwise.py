@@ -40,10 +40,10 @@ def _mul_layer(node: Node, i: int, view: View) -> Contraction | None:
 
 
 def _added_layer(node: Node, i: int, view: View) -> Contraction:
-    return bias(view)
+    return as_bias(view)
 
 
-def bias(view: View) -> Contraction:
+def as_bias(view: View) -> Contraction:
     """A bias by itself: the last axis of the parameter is the output, the others count blocks."""
     last = max((f.axis for factors in view.axes for f in factors), default=0)
 
@@ -61,7 +61,7 @@ def bias(view: View) -> Contraction:
 
 def placed(part: Part, whole: Value) -> Contraction:
     """A parameter in a part of a value that has more in it: a bias of that part."""
-    contraction = bias(part.view)
+    contraction = as_bias(part.view)
     if part.view.shape == whole.shape:
         return contraction
     cut = Cut(part.axis - whole.ndim, part.start, part.stop)
@@ -106,5 +106,6 @@ RECORDS = {
     "add_any": Primitive(same_axis, layer=_added_layer, signs=(1, 1)),
     "sub": Primitive(same_axis, layer=_added_layer, integers=_integers(np.subtract), signs=(1, -1)),
     "neg": Primitive(same_axis, view=_negated_view),
-    "mul": Primitive(same_axis, layer=_mul_layer, integers=_integers(np.multiply)),
+    "mul": Primitive(same_axis, layer=_mul_layer, integers=_integers(np.multiply), powers=(1, 1)),
+    "div": Primitive(same_axis, powers=(1, -1)),
 }

@@ -45,6 +45,7 @@ class Primitive:
       join: Where each operand is in the output, if that is all of them side by side.
       integers: What it computes, of arrays that are known when the program is traced.
       signs: Of what adds its two operands, of which one may be a bias: the signs of both.
+      powers: Of what multiplies its two operands: the powers of both.
       stops: Whether no derivative passes through it.
       shares: Whether all of an operand goes to each element of an axis that it does not have.
     """
@@ -57,6 +58,7 @@ class Primitive:
     join: JoinRule | None = None
     integers: IntegerRule | None = None
     signs: tuple[int, int] | None = None
+    powers: tuple[int, int] | None = None
     stops: bool = False
     shares: bool = False
 
