@@ -187,7 +187,7 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
     inside: dict[Use, InsideMoments] = {}
     for captured in analysis.layers:
         batchings = {use: analysis.batching(use) for use in captured.uses}
-        if not all(can_be_inside(captured.layer, batching) for batching in batchings.values()):
+        if not all(can_be_inside(captured.layer, *pair) for pair in batchings.items()):
             continue
         moments: dict[Use, InsideMoments] = {}
         for group in captured.groups:
@@ -195,10 +195,8 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
             for use in group:
                 weight = weights.inside(use, batchings[use], marks)
                 if weight is not None:
-                    biased = use in captured.biased
-                    moments[use] = InsideMoments(
-                        captured.layer, use, batchings[use], weight, biased
-                    )
+                    bias = captured.biased.get(use, 0)
+                    moments[use] = InsideMoments(captured.layer, use, batchings[use], weight, bias)
         # All uses of a layer or none: their moments add up.
         if len(moments) == len(batchings):
             inside |= moments

@@ -154,8 +154,13 @@ def combined(moments: Sequence[Moments]) -> Moments:
     return Moments(sum(inputs[1:], inputs[0]), sum(outputs[1:], outputs[0]), total)
 
 
-def with_bias(x: Shaped[Array, "*batch d"], biased: bool) -> Shaped[Array, "*batch d+1"]:
-    """Inputs with a column more, the input of the bias: one, or zero for a use without it."""
+def with_bias(x: Shaped[Array, "*batch d"], value: float) -> Shaped[Array, "*batch d+1"]:
+    """Inputs with a column more, the input of the bias.
+
+    Args:
+      x: The inputs of the kernel.
+      value: One; minus one where the bias is subtracted; zero for a use without it.
+    """
     # Like a column of the inputs, which may be sharded.
-    column = jnp.full_like(x[..., :1], 1 if biased else 0)
+    column = jnp.full_like(x[..., :1], value)
     return jnp.concatenate([x, column], axis=-1)

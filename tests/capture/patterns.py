@@ -658,6 +658,46 @@ def bias_added_twice(p, x, y):
     return classify(x @ p["w"] + p["b"] + p["b"], y)
 
 
+# What is subtracted has the input -1 beside those of its kernel.
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def subtracted_bias(p, x, y):
+    return classify(jnp.tanh(x @ p["w1"] - p["b1"]) @ p["w2"] - p["b2"], y)
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def bias_minus_product(p, x, y):
+    return classify(p["b2"] - (-jnp.tanh(p["b1"] - x @ p["w1"])) @ p["w2"], y)
+
+
+@pattern(MLP, draw(N, 4), labels(), layers=2)
+def bias_of_negated_product(p, x, y):
+    return classify(p["b2"] - (-(jnp.tanh(-(x @ p["w1"]) + p["b1"]) @ p["w2"])), y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=1)
+def negated_kernel(p, x, y):
+    return classify(x @ (0 - p["w"]) - p["b"], y)
+
+
+@pattern({"w": draw(4, 3), "b": draw(3)}, draw(N, 4), labels(), layers=2)
+def bias_added_and_subtracted(p, x, y):
+    return classify(2 * jnp.tanh(x @ p["w"] + p["b"]) - p["b"], y)
+
+
+# The derivative of the product is negated before it meets the data.
+@pattern(MLP, draw(N, 4), labels(), uncovered=("b2",), layers=2)
+def slope_of_a_subtracted_product(p, x, y):
+    def net(x):
+        return jnp.tanh(p["b1"] - x @ p["w1"]) @ p["w2"] + p["b2"]
+
+    return classify(jax.vmap(lambda x: jax.jvp(net, (x,), (jnp.arange(4.0),))[1])(x), y)
+
+
+@pattern({"w": draw(4, 3), "center": draw(4)}, draw(N, 4), labels(), layers=2)
+def centered_inputs(p, x, y):
+    return classify((x - p["center"]) @ p["w"], y)
+
+
 # A bias of each example: its elements are not shared.
 @pattern(
     {"w": draw(4, 3), "b": draw(N, 3)},
@@ -744,7 +784,17 @@ def gradient_of_an_energy(p, x, y):
     return regress(jax.vmap(jax.grad(energy))(x), y)
 
 
-# Each of these is a function of the parameter that is not a layout of it.
+def largest_singular_value(w):
+    u = jnp.ones(4) / 2
+    for _ in range(2):
+        v = w.T @ u
+        v /= jnp.linalg.norm(v)
+        u = w @ v
+        u /= jnp.linalg.norm(u)
+    return jax.lax.stop_gradient(u) @ w @ jax.lax.stop_gradient(v)
+
+
+# Each of these is a function of the parameter that is no layout of it, times a number.
 def _declared(name, params, kernel, d_in=4):
     def loss_fn(p, x, y):
         return classify(x @ kernel(p), y)
@@ -755,14 +805,18 @@ def _declared(name, params, kernel, d_in=4):
 
 _W, _PAIR = {"w": draw(4, 3)}, {"w": draw(4, 3), "v": draw(4, 3, seed=1)}
 _UPPER = jnp.triu(jnp.ones((4, 3)))
-_declared("negated_kernel", _W, lambda p: 0 - p["w"])
-_declared("scaled_kernel", _W, lambda p: 2 * p["w"])
+_declared("kernel_times_zero", _W, lambda p: 0 * p["w"])
+_declared(
+    "normalized_weights",
+    _W | {"g": draw(3)},
+    lambda p: p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0),
+)
+_declared("spectral_norm", _W, lambda p: p["w"] / largest_singular_value(p["w"]))
 _declared("doubled_kernel", _W, lambda p: p["w"] + p["w"])
 _declared("pruned_kernel", _W, lambda p: p["w"] * _UPPER)
 _declared("masked_kernel", _W, lambda p: jnp.where(_UPPER > 0, p["w"], 0))
 _declared("flipped_kernel", _W, lambda p: p["w"][::-1])
 _declared("sum_of_kernels", _PAIR, lambda p: p["w"] + p["v"])
-_declared("concatenated_kernels", _PAIR, lambda p: jnp.concatenate([p["w"], p["v"]]), d_in=8)
 _declared("outer_product", {"u": draw(4), "v": draw(3)}, lambda p: jnp.outer(p["u"], p["v"]))
 _declared(
     "chosen_kernel",
@@ -875,6 +929,110 @@ def two_heads_time_major(p, x, y, z):
 
     _, (logits, values) = jax.lax.scan(step, jnp.zeros((N, 6)), x)
     return classify(logits, y) + jnp.mean(losses.squared_error(values, z))
+
+
+LAST = jnp.array([5, 2, 0, 3, 4])
+
+
+def _last_states(p, x, select):
+    def step(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, h
+
+    _, h = jax.lax.scan(step, jnp.zeros((x.shape[0], 5)), x.swapaxes(0, 1))
+    return select(h.swapaxes(0, 1)) @ p["out"]
+
+
+def _last(name, select):
+    def loss_fn(p, x, last, y):
+        return classify(_last_states(p, x, lambda h: select(h, last)), y)
+
+    loss_fn.__name__ = name
+    pattern(RNN, draw(N, 6, 4), LAST, labels(), layers=4)(loss_fn)
+
+
+_last("last_by_two_indices", lambda h, last: h[jnp.arange(len(h)), last])
+_last("last_by_negative_indices", lambda h, last: h[jnp.arange(len(h)), last - 6])
+_last("last_by_two_indices_time_major", lambda h, last: h.swapaxes(0, 1)[last, jnp.arange(len(h))])
+_last("last_along_an_axis", lambda h, last: jnp.take_along_axis(h, last[:, None, None], 1)[:, 0])
+_last("last_under_vmap", lambda h, last: jax.vmap(lambda h, i: h[i])(h, last))
+_last("last_by_a_slice", lambda h, last: jax.vmap(jax.lax.dynamic_index_in_dim)(h, last)[:, 0])
+_last(
+    "last_by_one_hot",
+    lambda h, last: jnp.einsum("nt,ntd->nd", jax.nn.one_hot(last, 6), h),
+)
+
+
+@pattern(NET, draw(N, 6, 4), LAST, labels(), layers=2)
+def last_in_a_flat_batch(p, x, last, y):
+    logits = net(p, x).reshape(-1, 3)
+    return classify(logits[jnp.arange(len(y)) * 6 + last], y)
+
+
+# ---------------------------------------------------------------------------------- blocked einsums
+
+BLOCKED = {"w": draw(2, 4, 3, 5, 6), "b": draw(2, 3, 5, 6), "v": draw(90, 3)}
+
+
+# Blocks b and j, positions i, k inputs, m and n outputs.
+@pattern(BLOCKED, draw(N, 2, 7, 5, 4), labels(), layers=2)
+def blocked_einsum(p, x, y):
+    h = jnp.einsum("zbijk,bkmjn->zbijmn", x, p["w"]) + p["b"].swapaxes(1, 2)[:, None]
+    return classify(jnp.tanh(h).sum((1, 2)).reshape(len(y), -1) @ p["v"], y)
+
+
+@pattern(BLOCKED, draw(N, 2, 7, 5, 4), labels(), layers=2)
+def blocked_einsum_under_vmap(p, x, y):
+    def one(x):
+        h = jnp.einsum("bijk,bkmjn->bijmn", x, p["w"]) + p["b"].swapaxes(1, 2)[:, None]
+        return jnp.tanh(h).sum((0, 1)).ravel() @ p["v"]
+
+    return classify(jax.vmap(one)(x), y)
+
+
+@pattern({"w": draw(4, 2, 3, 2), "v": draw(6, 3)}, draw(N, 2, 3, 2), labels(), layers=2)
+def einsum_with_blocks_behind(p, x, y):
+    h = jnp.tanh(jnp.einsum("zjki,mjki->zmkj", x, p["w"])).sum(1)
+    return classify(h.reshape(len(y), -1) @ p["v"], y)
+
+
+# A kernel of each example: its elements are not shared.
+@pattern(
+    {"w": draw(N, 4, 3, 5, 6), "v": draw(90, 3)},
+    draw(N, 7, 5, 4),
+    labels(),
+    uncovered=("w",),
+    layers=1,
+    has_examples=False,
+)
+def blocks_that_are_examples(p, x, y):
+    h = jnp.einsum("bijk,bkmjn->bijmn", x, p["w"])
+    return classify(jnp.tanh(h).sum(1).reshape(len(y), -1) @ p["v"], y)
+
+
+# ------------------------------------------------------------------------ inputs without batch axis
+
+ATOMS = draw(6, 2)
+GEOMETRY = {"w": draw(4, 4), "b": draw(4), "g": draw(2, 4), "v": draw(4, 3)}
+
+
+# What meets the examples linearly is perturbed there.
+@pattern(GEOMETRY, draw(N, 4), labels(), layers=3)
+def features_of_one_atom(p, x, y):
+    return classify(jnp.tanh(x @ p["w"] + p["b"] - ATOMS[0] @ p["g"]) @ p["v"], y)
+
+
+# What all examples share before is no function of one of them.
+@pattern(GEOMETRY, draw(N, 4), labels(), uncovered=("g",), layers=2)
+def features_of_a_molecule(p, x, y):
+    molecule = jnp.tanh(ATOMS @ p["g"]).sum(0)
+    return classify(jnp.tanh(x @ p["w"] + p["b"] + molecule) @ p["v"], y)
+
+
+@pattern(GEOMETRY, draw(N, 4), labels(), uncovered=("g",), layers=2)
+def envelopes_of_atoms(p, x, y):
+    h = jnp.tanh(x @ p["w"] + p["b"])
+    return classify(jnp.tanh(h @ jnp.tanh(ATOMS @ p["g"]).T) @ ATOMS @ p["v"][:2], y)
 
 
 # ------------------------------------------------------------------------ lookups by a single index

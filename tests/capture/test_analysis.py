@@ -142,3 +142,22 @@ def test_half_of_an_output_that_no_example_has_met_is_declared():
     layers = ok.find_layers(constant_direction, jnp.ones((3, 2)), X, Y)
     assert not len(layers)
     assert "sliced before it is combined with batch data" in layers.uncovered[0].reason
+
+
+def test_why_a_layer_whose_input_has_no_batch_axis_is_declared():
+    def loss_of(shared):
+        def loss_fn(params, x, atoms, y):
+            h = jnp.tanh(x @ params["a"])
+            return ok.losses.squared_error(shared(h, atoms @ params["g"]), y).mean()
+
+        return loss_fn
+
+    params, atoms = {"a": PARAMS["a"], "g": jnp.ones((2, 4))}, RNG.normal(size=(2, 2))
+    for shared, name in (
+        (lambda h, z: (h + jnp.tanh(z).sum(0))[:, :2], "broadcast_in_dim"),
+        (lambda h, z: h @ jnp.tanh(z).T, "dot_general"),
+    ):
+        layers = ok.find_layers(loss_of(shared), params, X, atoms, Y)
+        assert [layer.name for layer in layers] == ["a"]
+        (uncovered,) = layers.uncovered
+        assert f"all examples share what it makes, in {name} (" in uncovered.reason

@@ -95,6 +95,17 @@ def linen_convolutions():
 
 
 @case
+def linen_optimized_lstm():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.RNN(nn.OptimizedLSTMCell(2))(x)[:, -1])
+
+    # Its four kernels of inputs, and four of states with their biases, are joined in every step.
+    return _linen(Model(), SERIES, Y, [(3, 2, 1)] * 4 + [(3, 3, 1)] + [(4, 2, 1)] * 4)
+
+
+@case
 def linen_batch_norm():
     class Model(nn.Module):
         @nn.compact

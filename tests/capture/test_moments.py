@@ -9,6 +9,7 @@ from optax_kron.capture.find import find_layers
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.layers.moments import moments_of
 
+from . import joined_patterns  # noqa: F401  (which adds to the patterns)
 from .patterns import PATTERNS
 
 CHOSEN = (
@@ -19,6 +20,7 @@ CHOSEN = (
     "kernel_split",
     "weight_used_twice",
     "bias_of_two_kernels",
+    "subtracted_bias",
     "conv_grouped",
     "conv_strided",
     "positions",
@@ -33,6 +35,14 @@ CHOSEN = (
     "flattened_tokens",
     "masked_losses",
     "masked_steps",
+    "fused_heads",
+    "joined_inputs",
+    "stacked_layers_then_scanned",
+    "joined_in_a_scan",
+    "class_token",
+    "scaled_by_numbers",
+    "scaled_in_a_branch_of_a_scan",
+    "scaled_joined_and_scanned",
 )
 chosen = pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if p.name in CHOSEN], ids=lambda p: p.name

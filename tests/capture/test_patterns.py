@@ -6,6 +6,7 @@ import pytest
 
 from optax_kron.capture.find import find_layers
 
+from . import joined_patterns  # noqa: F401  (which adds to the patterns)
 from .helpers import assert_examples
 from .patterns import PATTERNS, N
 

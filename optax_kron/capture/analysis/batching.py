@@ -33,10 +33,13 @@ class Batchings:
       graph: The graph of the whole loss.
       marks: Those that count, and where each holds its examples.
       known: What is known of the graph.
+
+    Attributes:
+      known: The same.
     """
 
     def __init__(self, graph: Graph, marks: Iterable[Mark], known: Knowledge):
-        self._known = known
+        self.known = known
         self._of: dict[Value, Batching] = {}
         self._marks = {mark.node: (number, mark) for number, mark in enumerate(marks)}
         self._visit(graph)
@@ -105,7 +108,7 @@ class Batchings:
                 inner = self._through(body, batchings)
                 merged = [merge(a, b, node) for a, b in zip(merged, inner, strict=True)]
             return [*[None] * (len(node.operands) - len(merged)), *merged]
-        return batchings_before(node, batchings, self._known)
+        return batchings_before(node, batchings, self.known)
 
     def _through(self, body: Graph, batchings: Sequence[Batching]) -> list[Batching]:
         """The batchings of a body's inputs from those of its outputs."""

@@ -19,7 +19,7 @@ make the form.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +28,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from optax_kron.capture.analysis.uses import Use
+from optax_kron.capture.program.graph import Value
 from optax_kron.capture.rules.batch_axes import Link, Separate
-from optax_kron.capture.rules.contraction import IndexInputs, RoleFactor, RoleFactors
+from optax_kron.capture.rules.contraction import (
+    Cut,
+    DenseInputs,
+    IndexInputs,
+    RoleFactor,
+    RoleFactors,
+    cut,
+)
 from optax_kron.capture.rules.indexing import reaching
 from optax_kron.layers.layer import AxisFactor
 
@@ -127,6 +135,8 @@ class Canonical:
             return None, 1
         inner = 1
         axes = self.use.contraction.output_axes
+        if any(batching.number == c.axis + len(axes) for c in self.use.contraction.output_cuts):
+            raise ValueError("the examples are cut")
         for factor in reversed(axes[batching.number] if batching.number < len(axes) else ()):
             fits = inner <= batching.after
             fits &= batching.after * batching.size <= inner * factor.size
@@ -212,17 +222,57 @@ class Canonical:
     # ----------------------------------------------------------------------------------- arrays
 
     def inputs(
-        self, record: Shaped[Array, "..."] | None, dtype: DTypeLike
+        self,
+        record: Shaped[Array, "..."] | None,
+        dtype: DTypeLike,
+        scales: Mapping[Value, Array] | None = None,
     ) -> Shaped[Array, "B N S d_in"]:
-        """Of what was recorded; ones for a bias."""
+        """Of what was recorded; ones for a bias.
+
+        Args:
+          record: what was recorded.
+          dtype: that of the ones.
+          scales: the values that scale the parameter before its use, if there are some.
+        """
         inputs = self.use.contraction.inputs
         if inputs is None or record is None:
             return self._arranged(jnp.ones((), dtype), [], _INPUT_ROLES)
-        return self._arranged(inputs.read(record), self._operand, _INPUT_ROLES, inputs.fill)
+        x = self._own(inputs.read(record), self.use.contraction.operand_cuts, len(self._operand))
+        x = self._arranged(x, self._operand, _INPUT_ROLES, inputs.fill)
+        return x if isinstance(inputs, IndexInputs) else self._scaled(x, scales)
 
-    def output_grads(self, gradient: Shaped[Array, "..."]) -> Shaped[Array, "B N S d_out"]:
-        """Of the cotangent of a perturbation."""
-        return self._arranged(gradient, self._output, _OUTPUT_ROLES)
+    def output_grads(
+        self, gradient: Shaped[Array, "..."], scales: Mapping[Value, Array] | None = None
+    ) -> Shaped[Array, "B N S d_out"]:
+        """Of the cotangent of a perturbation; `scales` as for `inputs`."""
+        g = self._own(gradient, self.use.contraction.output_cuts, len(self._output))
+        g = self._arranged(g, self._output, _OUTPUT_ROLES)
+        # Beside an index, or the one of a bias, it is the gradient that a scaled parameter scales.
+        scales_inputs = isinstance(self.use.contraction.inputs, DenseInputs)
+        return g if scales_inputs else self._scaled(g, scales)
+
+    def _own(self, x: Array, cuts: Sequence[Cut], ndim: int) -> Array:
+        """The part of an array that belongs to the use, which has `ndim` axes with the steps."""
+        return cut(cut(x, cuts), self.use.step_cuts, behind=ndim - len(self._steps))
+
+    def _scaled(self, x: Array, scales: Mapping[Value, Array] | None) -> Array:
+        """An array, multiplied by what the parameter is multiplied by before its use."""
+        view = self.use.view
+        if view.scale != 1:
+            x = x * jnp.asarray(view.scale, x.dtype)
+        for value, power, scans in view.scales:
+            assert scales is not None
+            depth = len(scans)
+            own = scales[value].reshape([scan.loop.length for scan in scans]).astype(x.dtype)
+            # Cuts of steps count from the innermost scan, which may be one around the use alone.
+            inner = len(self.use.scans) - depth
+            cuts = [c._replace(axis=c.axis + inner) for c in self.use.step_cuts]
+            own = cut(own, [c for c in cuts if c.axis < 0])
+            own = self._arranged(own, self._steps[:depth], ("block", "example", "position"))
+            own = own[..., None]
+            # Nothing was recorded where a branch was not taken.
+            x = x * own if power == 1 else x / jnp.where(own == 0, 1, own)
+        return x
 
     def _arranged(
         self, x: Array, axes: Sequence[Sequence[_Part]], roles: Sequence[str], fill: int = 0
@@ -315,6 +365,7 @@ class Canonical:
         return weights if blocks else weights[0]
 
     def _taken(self, taken: Float[Array, "..."]) -> Float[Array, "B N S"]:
+        taken = self._own(taken, (), len(self._steps))
         return self._arranged(taken, self._steps, ("block", "example", "position"))
 
     def merged_blocks(self, stacked: Shaped[Array, "..."]) -> Shaped[Array, "B d width"]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from optax_kron.capture.analysis import marks as marked
 from optax_kron.capture.analysis.batching import Batchings
 from optax_kron.capture.analysis.canonical import fits
+from optax_kron.capture.analysis.joined import apart
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
@@ -40,12 +41,12 @@ class CapturedLayer:
     Attributes:
       layer: The layer as the user sees it.
       groups: Uses that share their examples; each group makes one tap.
-      biased: The uses to which the layer's bias is added.
+      biased: The uses to which the layer's bias is added, and its input there: mostly one.
     """
 
     layer: Layer
     groups: Sequence[Sequence[Use]]
-    biased: frozenset[Use]
+    biased: Mapping[Use, float]
 
     @property
     def uses(self) -> list[Use]:
@@ -55,7 +56,7 @@ class CapturedLayer:
     def without_bias(self) -> "CapturedLayer":
         """The layer of the kernel alone."""
         layer = dataclasses.replace(self.layer, bias=None, bias_view=None)
-        return CapturedLayer(layer, self.groups, frozenset())
+        return CapturedLayer(layer, self.groups, {})
 
     def with_max_size(self, max_size: int) -> "CapturedLayer":
         """The layer with another longest axis that has a dense factor."""
@@ -103,6 +104,11 @@ class Analysis:
         """The reads of rows between the layers and their losses."""
         links = (link for use in self.uses for _, link in self.batching(use).links)
         return list(dict.fromkeys(read for link in links for _, read in link.reads))
+
+    @property
+    def scales(self) -> list[Value]:
+        """The values by which parameters are multiplied before their use."""
+        return list(dict.fromkeys(s.value for use in self.uses for s in use.view.scales))
 
     @property
     def closes_over_tracers(self) -> bool:
@@ -176,7 +182,8 @@ def analyse(program: Program, paths: Iterable[str]) -> Analysis:
         batchings = Batchings(graph, marks, known)
         # Of what has no elements nothing is followed.
         used = [leaf for leaf in leaves.values() if 0 not in leaf.shape]
-        assembly = _Assembly(leaves, batchings, find_uses(graph, used, batchings))
+        consumed = apart(find_uses(graph, used, batchings))
+        assembly = _Assembly(leaves, batchings, consumed)
         layers, uncovered = assembly.layers(), assembly.uncovered
         positions = Positions(graph, marks, known)
         return Analysis(program, graph, leaves, marks, batchings, layers, uncovered, positions)
@@ -324,12 +331,10 @@ class _Assembly:
         """Make a bias one more input of its kernel where it is added to nothing else."""
         merged, gone = [], set()
         for part in parts:
-            layer, biased = (
-                self._with_bias(part),
-                frozenset(u for u in part.uses if u in self._biases),
-            )
+            layer = self._with_bias(part)
+            biased = {use: self._biases[use].value for use in part.uses if use in self._biases}
             if layer is None:
-                layer, biased = _without_bias(part), frozenset()
+                layer, biased = _without_bias(part), {}
             else:
                 gone.add(layer.bias)
             merged.append((part.path, CapturedLayer(layer, part.groups, biased)))

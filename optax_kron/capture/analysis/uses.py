@@ -17,23 +17,26 @@ with batch data, and is perturbed there.
 # where it is broadcast to [8, 4]: there the second use of w is perturbed.
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from optax_kron.capture.analysis.batching import Batchings
+from optax_kron.capture.analysis.beside import beside
 from optax_kron.capture.program.equations import is_reference
 from optax_kron.capture.program.graph import Branch, Graph, Node, Operand, Scope, Value
 from optax_kron.capture.rules import views
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate
 from optax_kron.capture.rules.contraction import (
     Contraction,
+    Cut,
     IndexInputs,
     RoleFactor,
-    RoleFactors,
+    roles_of,
 )
+from optax_kron.capture.rules.elementwise import as_bias, placed
+from optax_kron.capture.rules.record import JoinRule
 from optax_kron.capture.rules.table import record
-from optax_kron.capture.rules.views import NEW, View
+from optax_kron.capture.rules.views import NEW, Part, View
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 
@@ -48,6 +51,7 @@ class Use:
       output: The value to perturb.
       scans: The scans around it, from the outside.
       branch: The branches around it, as (equation, number).
+      step_cuts: Which steps of scans are meant, if not all, as `Contraction.output_cuts`.
     """
 
     view: View
@@ -56,6 +60,7 @@ class Use:
     output: Value
     scans: tuple[Node, ...]
     branch: Branch
+    step_cuts: tuple[Cut, ...] = ()
 
     @property
     def leaf(self) -> Value:
@@ -80,10 +85,12 @@ class MergedBias:
 
     Attributes:
       use: The bias as a use by itself.
+      value: The input that it has beside those of the kernel: -1 where it is subtracted.
       beside: For each factor of the kernel's blocks and outputs, the bias's factors beside it.
     """
 
     use: Use
+    value: float
     beside: tuple[tuple[AxisFactor, AxisFactors], ...]
 
 
@@ -103,11 +110,13 @@ class Consumption(NamedTuple):
       uses: Those that are understood.
       gaps: Those that are not.
       biases: What is added to the output of a use, and to nothing else, by use.
+      joins: What values are joined of: those are followed as parameters are.
     """
 
     uses: list[Use]
     gaps: list[Gap]
     biases: Mapping[Use, MergedBias]
+    joins: Mapping[Value, Sequence[Part]]
 
 
 def find_uses(graph: Graph, leaves: Iterable[Value], batchings: Batchings) -> Consumption:
@@ -127,7 +136,8 @@ Env = dict[Value, View]  # what values show of a parameter, or of a pending outp
 class _Pass:
     def __init__(self, graph: Graph, leaves: Sequence[Value], batchings: Batchings):
         self._biases: dict[Use, MergedBias] = {}
-        self.found = Consumption([], [], self._biases)
+        self._joins: dict[Value, list[Part]] = {}
+        self.found = Consumption([], [], self._biases, self._joins)
         self._leaves = set(leaves)
         self._batchings = batchings
         self._made: dict[Value, Use] = {}  # by output
@@ -164,7 +174,7 @@ class _Pass:
             elif node.kind == "plain":
                 self._plain(node, env, scope)
             else:
-                self._stop(node, node.values, env)
+                self._stop(node, node.values, env, scope)
 
     def _into(self, body: Graph, operands: Sequence[Operand], env: Env) -> Env:
         """The views of a body's inputs."""
@@ -186,17 +196,17 @@ class _Pass:
 
     def _cond(self, node: Node, env: Env, scope: Scope) -> None:
         index, *operands = node.operands
-        self._stop(node, [index], env)
+        self._stop(node, [index], env, scope)
         for i, body in enumerate(node.bodies):
             inner = self._without_pending(node, self._into(body, operands, env))
             self._visit(body, inner, scope.in_branch(node, i))
-            self._stop(node, body.outputs, inner)
+            self._stop(node, body.outputs, inner, scope.in_branch(node, i))
 
     def _scan(self, node: Node, env: Env, scope: Scope) -> None:
         (body,) = node.bodies
         first = node.loop.constants
         last = first + node.loop.carries
-        self._stop(node, node.operands[first:last], env)
+        self._stop(node, node.operands[first:last], env, scope)
         inner = self._without_pending(node, self._into(body, node.operands, env))
         for value in body.inputs[first:last]:
             inner.pop(value, None)
@@ -204,7 +214,7 @@ class _Pass:
             if value in inner:
                 inner[value] = inner[value].stepped(node)
         self._visit(body, inner, scope.in_scan(node))
-        self._stop(node, body.outputs, inner)
+        self._stop(node, body.outputs, inner, scope.in_scan(node))
 
     def _without_pending(self, node: Node, inner: Env) -> Env:
         """What enters a loop or a branch, but for outputs that the examples should have met."""
@@ -213,10 +223,20 @@ class _Pass:
                 self._gap(view, node)
         return {v: view for v, view in inner.items() if view.origin not in self._pending}
 
-    def _stop(self, node: Node, operands: Iterable[Operand], env: Env) -> None:
-        for value in operands:
-            if isinstance(value, Value) and value in env and self._batchings[value] is not None:
-                self._gap(env[value], node)
+    def _stop(self, node: Node, operands: Iterable[Operand], env: Env, scope: Scope) -> None:
+        """What is consumed in a way that is not followed.
+
+        Where a parameter was broadcast to the examples before, and is read by nothing else, it is
+        a bias of that: the first carry of a scan, or a token in the place of masked ones.
+        """
+        read = [x for x in operands if isinstance(x, Value) and x in env]
+        for value in dict.fromkeys(read):
+            view, batching = env[value], self._batchings[value]
+            once = self._readers[value] == read.count(value)
+            if once and isinstance(batching, Separate) and view.origin in self._leaves:
+                self._note(Use(view, as_bias(view), node, value, *scope), env)
+            elif batching is not None:
+                self._gap(view, node)
 
     def _gap(self, view: View, node: Node, reason: str | None = None) -> None:
         """Note a consumption that is not understood, if it is one of a parameter."""
@@ -225,8 +245,13 @@ class _Pass:
             batching = self._batchings[origin]
             if isinstance(batching, Mixed) and batching.node is not None and reason is None:
                 reason, node = batching.why, batching.node
-            origin = self._pending[origin].leaf
-        if origin in self._leaves:
+            view = self._pending[origin].view
+            origin = view.origin
+        if origin in self._joins:
+            for part in self._joins[origin]:
+                if part.overlaps(view):
+                    self._gap(part.view, node, reason)
+        elif origin in self._leaves:
             self.found.gaps.append(Gap(origin, reason or f"used by {node.name}", node))
 
     # --------------------------------------------------------------------------------- equations
@@ -242,11 +267,15 @@ class _Pass:
                 if view is not None:
                     self._show(value, view, node.operands[i], env)
             return
-        if len(shown) == 1 and shown[0] is not None:
-            self._follow(node, shown[0], env)
+        if rules.join is not None:
+            shown = self._join(node, rules.join, shown, env, scope)
+        elif len(shown) == 1 and shown[0] is not None:
+            self._follow(node, shown[0], env, scope)
             return
+        if rules.powers is not None and isinstance(self._batchings[node.outputs[0]], Mixed):
+            shown = self._scale(node, rules.powers, shown, env, scope)
         parameters = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
-        if len(parameters) == 1 and rules.adds:
+        if len(parameters) == 1 and rules.signs is not None:
             shown = self._add(node, parameters[0][0], shown, env, scope)
         elif len(parameters) == 1 and rules.layer is not None:
             ((i, view),) = parameters
@@ -254,39 +283,81 @@ class _Pass:
             if contraction is not None:
                 self._note(Use(view, contraction, node, node.outputs[0], *scope), env)
                 shown[i] = None
-        for view in shown:
-            if view is not None:
-                self._gap(view, node)
+        left = [x for x, view in zip(node.operands, shown, strict=True) if view is not None]
+        self._stop(node, left, env, scope)
 
     def _add(
         self, node: Node, i: int, shown: list[View | None], env: Env, scope: Scope
     ) -> list[View | None]:
         """A parameter, operand `i`, plus something else; returns the views not dealt with."""
         output, view, other = node.outputs[0], shown[i], shown[1 - i]
+        signs = record(node).signs or (1, 1)
         assert view is not None
+        view = view.times(signs[i])
         if other is not None and other.origin in self._pending:
             # Neither is combined with batch data: as what stopped one, tell of both.
             self._gap(other, node)
-            self.found.gaps.append(dataclasses.replace(self.found.gaps[-1], leaf=view.origin))
-            return []
+            gap = self.found.gaps[-1]
+            self._gap(view, gap.node, gap.reason)
+            return [None, None]
+        left = [None if k == i else v for k, v in enumerate(shown)]
         if isinstance(self._batchings[output], Mixed):
             env[output] = view  # a parameter plus something else is still an image of it
             self._before[output] = node.operands[i]
-            return [other]
+            return left
         rule = record(node).layer
         contraction = rule and rule(node, i, view)
         if contraction is None:
             return shown
         use = Use(view, contraction, node, output, *scope)
-        self._merge(use, node.operands[1 - i], other)
+        self._merge(use, node.operands[1 - i], other and other.times(signs[1 - i]))
         self._note(use, env)
-        return [other]
+        return left
 
-    def _follow(self, node: Node, view: View, env: Env) -> None:
+    def _scale(
+        self,
+        node: Node,
+        powers: tuple[int, int],
+        shown: list[View | None],
+        env: Env,
+        scope: Scope,
+    ) -> list[View | None]:
+        """A parameter times what has one element; returns the views not dealt with."""
+        for i, view in enumerate(shown):
+            one = self._batchings.known.single(node.operands[1 - i])
+            if view is None or one is None or powers[i] != 1:
+                continue
+            scaled = views.scaled(view, one, powers[1 - i], scope.scans)
+            if scaled is not None:
+                self._show(node.outputs[0], scaled, node.operands[i], env)
+                if shown[1 - i] is not None:  # a parameter, too, that has one element
+                    self._stop(node, [node.operands[1 - i]], env, scope)
+                return [None, None]
+        return shown
+
+    def _join(
+        self, node: Node, rule: JoinRule, shown: list[View | None], env: Env, scope: Scope
+    ) -> list[View | None]:
+        """Parameters beside each other, or beside others; returns the views not dealt with."""
+        output = node.outputs[0]
+        views_of = [(i, v) for i, v in enumerate(shown) if v and v.origin in self._leaves]
+        parts = [rule(node, i, view) for i, view in views_of]
+        if isinstance(self._batchings[output], Mixed):
+            if parts:
+                self._joins[output] = parts
+                self._leaves.add(output)
+                env[output] = views.whole(output)
+        else:
+            for part in parts:
+                self._note(Use(part.view, placed(part, output), node, output, *scope), env)
+        left = {i for i, _ in views_of}
+        return [None if i in left else view for i, view in enumerate(shown)]
+
+    def _follow(self, node: Node, view: View, env: Env, scope: Scope) -> None:
         rule = record(node).view
         images = rule and rule(node, view)
         if images is None:
-            self._gap(view, node)
+            self._stop(node, node.operands, env, scope)
             return
         for output, image in zip(node.outputs, images, strict=True):
             self._show(output, image, node.operands[0], env)
@@ -318,7 +389,7 @@ class _Pass:
         """A pending output meets the examples at `point`, an image of it: perturb it there."""
         use = self._pending[view.origin]
         axes = [
-            _roles_of(factors, use.contraction.output_axes, ("new", a))
+            roles_of(factors, use.contraction.output_axes, ("new", a))
             for a, factors in enumerate(view.axes)
         ]
         # All of the output is perturbed or none: the rest would get no gradient.
@@ -330,7 +401,10 @@ class _Pass:
             return
         output_axes = tuple(roles for roles in axes if roles is not None)
         contraction = dataclasses.replace(use.contraction, output_axes=output_axes)
-        self.found.uses.append(dataclasses.replace(use, contraction=contraction, output=point))
+        shown = use.view.times(view.scale, view.scales)
+        self.found.uses.append(
+            dataclasses.replace(use, view=shown, contraction=contraction, output=point)
+        )
 
     def _merge(self, bias: Use, other: Operand, view: View | None) -> None:
         """Give a bias to the kernel whose output it is added to, if each is read once, here."""
@@ -339,15 +413,19 @@ class _Pass:
         kernel = self._made[view.origin]
         if kernel.output in self._pending or kernel in self._biases:
             return
+        if bias.view.scales or view.scales:
+            return  # its input would be known only when the program runs
         apart = kernel.scans != bias.scans or kernel.branch != bias.branch or view.steps
         if isinstance(kernel.contraction.inputs, IndexInputs) or apart:
             return
         # From here back to the kernel's output nobody else may read what is between.
         while isinstance(other, Value) and self._readers.get(other, 0) == 1:
             if other is view.origin:
-                pairs = _beside(kernel, view, bias)
+                pairs = beside(kernel, view, bias)
                 if pairs is not None:
-                    self._biases[kernel] = MergedBias(bias, pairs)
+                    # f·z + c·b is f·(z + c/f·b).
+                    value = bias.view.scale / view.scale
+                    self._biases[kernel] = MergedBias(bias, value, pairs)
                 return
             other = self._before[other]
 
@@ -355,53 +433,3 @@ class _Pass:
 def why_mixed(batching: Batching) -> str | None:
     """Why examples are mixed, if they are and more is known of it than the equation."""
     return batching.reason if isinstance(batching, Mixed) else None
-
-
-def _roles_of(
-    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
-) -> RoleFactors | None:
-    """The role factors of an output that some factors of its axes enumerate."""
-    roles: list[RoleFactor] = []
-    for n, factor in enumerate(factors):
-        if factor.axis == NEW:
-            roles.append(RoleFactor("free", (name, n), factor.size))
-            continue
-        inner, part = 1, []
-        for role in reversed(axes[factor.axis]):
-            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
-                part.insert(0, role)
-            inner *= role.size
-        if math.prod(role.size for role in part) != factor.size:
-            return None
-        roles.extend(part)
-    return tuple(roles)
-
-
-def _beside(
-    kernel: Use, view: View, bias: Use
-) -> tuple[tuple[AxisFactor, AxisFactors], ...] | None:
-    """Which factors of a bias stand beside which of the kernel's blocks and outputs.
-
-    `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
-    """
-    pairs: dict[AxisFactor, AxisFactors] = {}
-    steps = dict(bias.view.steps)
-    if set(steps) != {scan for scan, _ in kernel.view.steps}:
-        return None
-    for scan, factors in kernel.view.steps:
-        groups = views.regroup(steps[scan], [f.size for f in factors])
-        if groups is None:
-            return None
-        pairs.update(zip(factors, groups, strict=True))
-    for factors, beside in zip(view.axes, bias.view.axes, strict=True):
-        roles = _roles_of(factors, kernel.contraction.output_axes, None)
-        groups = None if roles is None else views.regroup(beside, [role.size for role in roles])
-        if roles is None or groups is None:
-            return None
-        for role, group in zip(roles, groups, strict=True):
-            if any((f.axis == NEW) != (role.role == "free") for f in group):
-                return None
-            if role.role != "free":
-                pairs[role.of_kernel] = group
-    expected = {f.of_kernel for f in kernel.role_factors if f.role in ("block", "output")}
-    return tuple(pairs.items()) if set(pairs) == expected else None

@@ -59,13 +59,16 @@ def assembled(
       out: The shardings of the result there, as of `explicit.untyped`.
     """
     analysis, linearized, output_grads, weights = recorded
-    uses, reads = analysis.uses, list(linearized.indices)
+    uses, reads, scales = analysis.uses, list(linearized.indices), list(linearized.scales)
 
-    def make_from(inputs, taken, indices, grads, losses):
+    def make_from(inputs, taken, indices, scaling, grads, losses):
         by_use = (dict(zip(uses, x, strict=True)) for x in (inputs, taken, grads))
         inputs, taken, grads = by_use
         indices = dict(zip(reads, indices, strict=True))
-        point = dataclasses.replace(linearized, inputs=inputs, taken=taken, indices=indices)
+        scaling = dict(zip(scales, scaling, strict=True))
+        point = dataclasses.replace(
+            linearized, inputs=inputs, taken=taken, indices=indices, scales=scaling
+        )
         return make(Recorded(analysis, point, grads, LossWeights(analysis, losses, indices)))
 
     return explicit.untyped(
@@ -73,6 +76,7 @@ def assembled(
         [linearized.inputs[use] for use in uses],
         [linearized.taken[use] for use in uses],
         [linearized.indices[read] for read in reads],
+        [linearized.scales[value] for value in scales],
         [output_grads[use] for use in uses],
         weights.arrays,
         out=out,
@@ -137,15 +141,16 @@ def _use_tap(
 ) -> _UseTap:
     analysis, linearized, output_grads, loss_weights = recorded
     form = Canonical(use, analysis.batching(use))
-    g = jax.vmap(form.output_grads)(output_grads[use])
+    scales = linearized.scales
+    g = jax.vmap(lambda g: form.output_grads(g, scales))(output_grads[use])
     if captured.layer.kernel is None:
         # A bias alone has the same input, one, everywhere: its gradient is a plain sum.
         g = jnp.sum(g, axis=-2, keepdims=True)
         x = jnp.ones((*g.shape[1:4], 1), g.dtype)
     else:
-        x = form.inputs(linearized.inputs[use], g.dtype)
+        x = form.inputs(linearized.inputs[use], g.dtype, scales)
         if captured.layer.bias is not None:
-            x = with_bias(x, use in captured.biased)
+            x = with_bias(x, captured.biased.get(use, 0))
     w = loss_weights.of(use, form, marks)
     taken = linearized.taken[use]
     if taken is not None:

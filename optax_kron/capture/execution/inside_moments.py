@@ -27,13 +27,15 @@ from optax_kron.layers.layer import Layer
 from optax_kron.layers.moments import with_bias
 
 
-def can_be_inside(layer: Layer, batching: Separate) -> bool:
+def can_be_inside(layer: Layer, use: Use, batching: Separate) -> bool:
     """Whether the moments of a use can be formed where it is.
 
     Not those of a bias alone, whose gradients are summed over all positions before they are
-    squared; nor where the steps of a scan count the examples. Both are small, or formed afterwards.
+    squared; nor where the steps of a scan count the examples, or some of them are of other
+    parameters; nor of parameters that are scaled by values. All are small, or formed afterwards.
     """
-    return layer.kernel is not None and not isinstance(batching.axis, Node)
+    alike = not isinstance(batching.axis, Node) and not (use.step_cuts or use.view.scales)
+    return layer.kernel is not None and alike
 
 
 class InsideMoments:
@@ -44,7 +46,7 @@ class InsideMoments:
       use: A use of its kernel.
       batching: Where the use's output holds the examples.
       weights: The weights of the examples in the loss, or of their positions inside the scans.
-      biased: Whether the layer's bias is added to this use.
+      bias: The input of the layer's bias at this use, zero if it is not added to it.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class InsideMoments:
         use: Use,
         batching: Separate,
         weights: Float[Array, " N"] | Float[Array, "N S"],
-        biased: bool,
+        bias: float,
     ):
-        self.layer, self.use, self.biased = layer, use, biased
+        self.layer, self.use, self.bias = layer, use, bias
         self.weights = weights
         self.form = Canonical(use, batching, inside=True)
         self.stacked = frozenset(scan for scan, _ in use.view.steps)
@@ -83,7 +85,7 @@ class InsideMoments:
             return frequencies[..., None] * total
         x = contract.widen(x)
         if self.layer.bias is not None:
-            x = with_bias(x, self.biased)
+            x = with_bias(x, self.bias)
         if self.layer.has_diagonal_input:
             return kfac.input_moment(x, weights, diagonal=True)[..., None] * total
         return kfac.input_moment(x, weights) * total

@@ -9,7 +9,7 @@
 # `zeros`.
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,6 +51,7 @@ class Linearized:
       inputs: What was recorded at each use, `None` for a bias.
       taken: One if the branch around a use was taken, else zero; `None` outside of branches.
       indices: At which rows were read between the layers and the losses.
+      scales: The values by which parameters are multiplied before their use.
       pull: The cotangents, from those of the loss and of each mark's logits.
     """
 
@@ -59,6 +60,7 @@ class Linearized:
     inputs: Mapping[Use, Array | None]
     taken: Mapping[Use, Array | None]
     indices: Mapping[Read, Array]
+    scales: Mapping[Value, Array]
     pull: Callable[[Array, Sequence[Array]], Cotangents]
 
     def no_logits(self) -> list[Array]:
@@ -88,7 +90,9 @@ def linearize(
         is pulled back to them.
       widely: Evaluate in 32 bits what the program does in fewer.
     """
-    probes, zeros = _probes(analysis, uses, inside or {})
+    inside = inside or {}
+    probes, zeros = _probes(analysis, uses, inside)
+    outputs_of, inputs_of = _outputs(uses, inside), _operands_of(uses, inside)
     if analysis.renewed or widely:
         bind = bind_widely if widely else lambda node, *operands: node.bind(*operands)
         probes.bind = lambda node, *operands: bind(node.renewed(analysis.renewed), *operands)
@@ -111,16 +115,17 @@ def linearize(
         params, perturbations = pullback((loss, list(logits)))
         return Cotangents(
             params,
-            [perturbations["use", i] for i in range(len(uses))],
+            [perturbations[key] for key in outputs_of],
             [perturbations["loss", m] for m in range(len(marks))],
         )
 
     return Linearized(
         outputs=outputs,
         operands=[_operands(m, mark, records) for m, mark in enumerate(marks)],
-        inputs={use: records.get(("input", i)) for i, use in enumerate(uses)},
+        inputs={use: records.get(key) for use, key in zip(uses, inputs_of, strict=True)},
         taken={use: records.get(("taken", i)) for i, use in enumerate(uses)},
         indices={read: records["read", j] for j, read in enumerate(analysis.reads)},
+        scales={value: records["scale", j] for j, value in enumerate(analysis.scales)},
         pull=pull,
     )
 
@@ -133,32 +138,57 @@ def _probes(
     zeros: dict[Key, Array] = {}
 
     def perturb(value: Value, key: Key, scans: Sequence[Node]) -> None:
-        probes.perturb.setdefault(value, []).append(key)
+        known = probes.perturb.setdefault(value, [])
+        known.extend([key] if key not in known else [])
         if key not in zeros:
             zeros[key] = _zeros(value, scans)
 
     def record(value: object, key: Key) -> None:
         if isinstance(value, Value):
-            probes.record.setdefault(value, []).append(key)
+            known = probes.record.setdefault(value, [])
+            known.extend([key] if key not in known else [])
 
-    for i, use in enumerate(uses):
+    keys = zip(_outputs(uses, inside), _operands_of(uses, inside), strict=True)
+    for i, (use, (output, operand)) in enumerate(zip(uses, keys, strict=True)):
         if use in inside:
             moments = inside[use]
-            zeros["use", i] = moments.dummy()
-            probes.apply["use", i] = moments.watch
-            probes.transform["input", i] = moments.of_inputs
-            probes.stacked["use", i] = probes.stacked["input", i] = moments.stacked
-        perturb(use.output, ("use", i), use.scans)
-        record(use.contraction.operand, ("input", i))
+            zeros[output] = moments.dummy()
+            probes.apply[output] = moments.watch
+            probes.transform[operand] = moments.of_inputs
+            probes.stacked[output] = probes.stacked[operand] = moments.stacked
+        perturb(use.output, output, use.scans)
+        record(use.contraction.operand, operand)
         if use.branch:
             probes.taken.setdefault(use.branch[-1], []).append(("taken", i))
     for j, read in enumerate(analysis.reads):
         record(read.operand, ("read", j))
+    for j, value in enumerate(analysis.scales):
+        record(value, ("scale", j))
     for m, mark in enumerate(analysis.marks):
         perturb(mark.node.outputs[0], ("loss", m), mark.scans)
         for j, operand in enumerate(mark.node.operands):
             record(operand, (f"mark{m}", j))
     return probes, zeros
+
+
+# Parts of kernels that are joined have one output, or one operand: both are there once.
+
+
+def _outputs(uses: Sequence[Use], inside: Collection[Use]) -> list[Key]:
+    """The key of the perturbation of each use."""
+    return _keys("use", [use if use in inside else use.output for use in uses])
+
+
+def _operands_of(uses: Sequence[Use], inside: Collection[Use]) -> list[Key]:
+    """The key of what is recorded of each use."""
+    return _keys(
+        "input", [use if use in inside else use.contraction.operand or use for use in uses]
+    )
+
+
+def _keys(kind: str, things: Sequence[Hashable]) -> list[Key]:
+    first: dict[Hashable, int] = {}
+    return [(kind, first.setdefault(thing, i)) for i, thing in enumerate(things)]
 
 
 def _zeros(value: Value, scans: Sequence[Node]) -> Array:

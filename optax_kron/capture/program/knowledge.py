@@ -76,6 +76,15 @@ class Knowledge:
         """The equation that makes a value; `None` for inputs, constants and numbers."""
         return self._maker.get(value) if isinstance(value, Value) else None
 
+    def single(self, value: Operand) -> Operand | None:
+        """What has one element, of which all elements of a value are copies, if that is known."""
+        while math.prod(value.shape) != 1:
+            node = self.maker(value)
+            if node is None or node.name not in ("broadcast_in_dim", "reshape"):
+                return None
+            value = node.operands[0]
+        return value
+
     def array(self, value: Operand) -> np.ndarray | None:
         """A value of integers or booleans, if it is known when the program is traced."""
         if not isinstance(value, Value):

@@ -197,15 +197,19 @@ class Mixed:
       marks: Numbers of the losses that it reaches.
       node: The equation that made it so.
       reason: What that does, if more is known than that it mixes examples.
+      shared: Whether nothing in it is of one example: equations give all of it to all of them.
     """
 
     marks: frozenset[int]
     node: Node | None = dataclasses.field(default=None, compare=False)
     reason: str | None = dataclasses.field(default=None, compare=False)
+    shared: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def why(self) -> str:
         """What is to be told of it."""
+        if self.shared and self.node:
+            return f"all examples share what it makes, in {self.node.name}"
         return self.reason or (f"{self.node.name} mixes examples" if self.node else "mixed")
 
 
@@ -268,7 +272,8 @@ def merge(first: Batching, second: Batching, node: Node | None = None) -> Batchi
         return _both(first, second, node)
     mixed = first if isinstance(first, Mixed) else second
     assert isinstance(mixed, Mixed)
-    return Mixed(marks, mixed.node, mixed.reason)
+    shared = all(isinstance(b, Mixed) and b.shared for b in (first, second))
+    return Mixed(marks, mixed.node, mixed.reason, shared)
 
 
 def _both(first: Separate, second: Separate, node: Node | None) -> Batching:

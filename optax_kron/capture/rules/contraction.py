@@ -10,7 +10,9 @@
 # of them is which, the batch axis of the output tells.
 
 import dataclasses
-from typing import ClassVar
+import math
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,50 @@ def role_factors(role: str, factors: AxisFactors, axis: int) -> RoleFactors:
 def free(axis: int, size: int) -> RoleFactors:
     """All of an axis that the kernel does not have."""
     return (RoleFactor("free", (axis, 0), size),)
+
+
+def roles_of(
+    factors: AxisFactors, axes: tuple[RoleFactors, ...], name: object
+) -> RoleFactors | None:
+    """The role factors of an output that some factors of its axes enumerate.
+
+    Args:
+      factors: Of the axes of the output; those that a broadcast made are free.
+      axes: The role factors of each axis.
+      name: A name for the free ones.
+    """
+    roles: list[RoleFactor] = []
+    for n, factor in enumerate(factors):
+        if factor.axis == NEW:
+            roles.append(RoleFactor("free", (name, n), factor.size))
+            continue
+        inner, part = 1, []
+        for role in reversed(axes[factor.axis]):
+            if inner >= factor.stride and inner * role.size <= factor.stride * factor.size:
+                part.insert(0, role)
+            inner *= role.size
+        if math.prod(role.size for role in part) != factor.size:
+            return None
+        roles.extend(part)
+    return tuple(roles)
+
+
+class Cut(NamedTuple):
+    """The part of an array that belongs to a use: `start` to `stop` along an axis.
+
+    Axes are counted from the last, as -1 is: before them are those of steps, and of columns.
+    """
+
+    axis: int
+    start: int
+    stop: int
+
+
+def cut(x: Shaped[Array, "..."], cuts: Iterable[Cut], behind: int = 0) -> Shaped[Array, "..."]:
+    """A part of an array: one cut after the other, of axes with others behind them."""
+    for axis, start, stop in cuts:
+        x = jax.lax.slice_in_dim(x, start, stop, axis=axis - behind)
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +194,16 @@ class Contraction:
       inputs: What to record; `None` for a bias, whose input is one.
       operand_axes: Factors of each axis of the inputs (for a convolution: of its patches).
       output_axes: Factors of each axis of the output.
+      operand_cuts: Which part of the inputs is meant, if not all.
+      output_cuts: Which part of the output.
     """
 
     kind: str
     inputs: DenseInputs | IndexInputs | None
     operand_axes: tuple[RoleFactors, ...]
     output_axes: tuple[RoleFactors, ...]
+    operand_cuts: tuple[Cut, ...] = ()
+    output_cuts: tuple[Cut, ...] = ()
 
     @property
     def operand(self) -> Value | None:

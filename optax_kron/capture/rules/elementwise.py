@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from optax_kron.capture.program.graph import ELEMENTWISE, Node, Value
-from optax_kron.capture.rules.contraction import Contraction, DenseInputs, role_factors
+from optax_kron.capture.rules.contraction import Contraction, Cut, DenseInputs, role_factors
 from optax_kron.capture.rules.record import Primitive, same_axis
-from optax_kron.capture.rules.views import View
+from optax_kron.capture.rules.views import Part, View
 from optax_kron.layers.layer import AxisFactors
 
 
@@ -26,6 +26,10 @@ def _cast_view(node: Node, view: View) -> list[View] | None:
     return [view] if all(kind in "fcV" for kind in kinds) else None
 
 
+def _negated_view(node: Node, view: View) -> list[View]:
+    return [view.times(-1)]
+
+
 def _mul_layer(node: Node, i: int, view: View) -> Contraction | None:
     """A scale is a layer with one input and one output for every feature."""
     x, out = node.operands[1 - i], node.outputs[0]
@@ -35,7 +39,11 @@ def _mul_layer(node: Node, i: int, view: View) -> Contraction | None:
     return Contraction("dense", DenseInputs(x), axes, axes)
 
 
-def _bias_layer(node: Node, i: int, view: View) -> Contraction:
+def _added_layer(node: Node, i: int, view: View) -> Contraction:
+    return as_bias(view)
+
+
+def as_bias(view: View) -> Contraction:
     """A bias by itself: the last axis of the parameter is the output, the others count blocks."""
     last = max((f.axis for factors in view.axes for f in factors), default=0)
 
@@ -51,6 +59,15 @@ def _bias_layer(node: Node, i: int, view: View) -> Contraction:
     return Contraction("bias", None, (), tuple(roles(a, f) for a, f in enumerate(view.axes)))
 
 
+def placed(part: Part, whole: Value) -> Contraction:
+    """A parameter in a part of a value that has more in it: a bias of that part."""
+    contraction = as_bias(part.view)
+    if part.view.shape == whole.shape:
+        return contraction
+    cut = Cut(part.axis - whole.ndim, part.start, part.stop)
+    return dataclasses.replace(contraction, output_cuts=(cut,))
+
+
 def _integers(fn: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """What a function of NumPy makes of integers; numbers are broadcast."""
     return lambda node, *operands: np.broadcast_to(fn(*operands), node.outputs[0].shape)
@@ -61,7 +78,6 @@ def _select_integers(node: Node, which: np.ndarray, *cases: np.ndarray) -> np.nd
 
 
 _FUNCTIONS = {
-    "sub": np.subtract,
     "max": np.maximum,
     "min": np.minimum,
     "lt": np.less,
@@ -86,7 +102,10 @@ RECORDS = {
     "convert_element_type": Primitive(same_axis, view=_cast_view, integers=_same),
     "stop_gradient": Primitive(integers=_same, stops=True),
     "select_n": Primitive(same_axis, integers=_select_integers),
-    "add": Primitive(same_axis, layer=_bias_layer, integers=_integers(np.add), adds=True),
-    "add_any": Primitive(same_axis, layer=_bias_layer, adds=True),
-    "mul": Primitive(same_axis, layer=_mul_layer, integers=_integers(np.multiply)),
+    "add": Primitive(same_axis, layer=_added_layer, integers=_integers(np.add), signs=(1, 1)),
+    "add_any": Primitive(same_axis, layer=_added_layer, signs=(1, 1)),
+    "sub": Primitive(same_axis, layer=_added_layer, integers=_integers(np.subtract), signs=(1, -1)),
+    "neg": Primitive(same_axis, view=_negated_view),
+    "mul": Primitive(same_axis, layer=_mul_layer, integers=_integers(np.multiply), powers=(1, 1)),
+    "div": Primitive(same_axis, powers=(1, -1)),
 }

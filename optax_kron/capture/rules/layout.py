@@ -23,7 +23,7 @@ from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Batching, Link, Mixed, Separate, linked
 from optax_kron.capture.rules.pairs import Pairs
 from optax_kron.capture.rules.record import Primitive, SelectRule, along, same_axis
-from optax_kron.capture.rules.views import NEW, View, part_of, regroup
+from optax_kron.capture.rules.views import NEW, Part, View, part_of, regroup
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 
@@ -251,6 +251,11 @@ def _concatenate_select(node: Node, i: int, output: Value, axis: int):
     return elements, elements + sum(x.shape[axis] for x in node.operands[:i])
 
 
+def _concatenate_join(node: Node, i: int, view: View) -> Part:
+    axis = node.params["dimension"]
+    return Part(view, axis, sum(x.shape[axis] for x in node.operands[:i]))
+
+
 def _concatenate_integers(node: Node, *arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays, node.params["dimension"])
 
@@ -295,10 +300,24 @@ def _stack_axis(node: Node, i: int, output: Value, axis: int) -> int | None:
     return None if axis == made else axis - (axis > made)
 
 
+def _stack_join(node: Node, i: int, view: View) -> Part:
+    axis = node.params["axis"]
+    axes = (*view.axes[:axis], (), *view.axes[axis:])
+    return Part(dataclasses.replace(view, axes=axes), axis, i)
+
+
 @_selecting
 def _tile_select(node: Node, i: int, output: Value, axis: int):
     numbers = np.arange(output.shape[axis])
     return numbers % node.operands[i].shape[axis], numbers
+
+
+def _tile_view(node: Node, view: View) -> list[View] | None:
+    """Axes that are repeated have a new slowest factor, of no axis of the origin."""
+    axes = zip(node.params["reps"], view.axes, strict=True)
+    return _with_axes(
+        view, ((AxisFactor(NEW, 1, n), *factors) if n != 1 else factors for n, factors in axes)
+    )
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -309,16 +328,19 @@ RECORDS = {
     "transpose": Primitive(_transpose_axis, view=_transpose_view, integers=_transpose_integers),
     "squeeze": Primitive(_squeeze_axis, view=_squeeze_view, integers=_reshape_integers),
     "broadcast_in_dim": Primitive(
-        _broadcast_axis, view=_broadcast_view, integers=_broadcast_integers
+        _broadcast_axis, view=_broadcast_view, integers=_broadcast_integers, shares=True
     ),
     "slice": Primitive(same_axis, select=_slice_select, view=_slice_view, integers=_slice_integers),
     "rev": Primitive(_rev_axis, select=_rev_select, integers=_rev_integers),
     "pad": Primitive(_pad_axis, select=_pad_select),
     "concatenate": Primitive(
-        along("dimension"), select=_concatenate_select, integers=_concatenate_integers
+        along("dimension"),
+        select=_concatenate_select,
+        integers=_concatenate_integers,
+        join=_concatenate_join,
     ),
     "split": Primitive(along("axis"), select=_split_select, view=_split_view),
     "unstack": Primitive(_unstack_axis, view=_unstack_view),
-    "stack": Primitive(_stack_axis),
-    "tile": Primitive(same_axis, select=_tile_select),
+    "stack": Primitive(_stack_axis, join=_stack_join),
+    "tile": Primitive(same_axis, select=_tile_select, view=_tile_view),
 }

@@ -127,7 +127,7 @@ def _conv_layer(node: Node, i: int, view: View) -> Contraction | None:
 
 
 RECORDS = {
-    "dot_general": Primitive(_dot_axis, layer=_dot_layer),
+    "dot_general": Primitive(_dot_axis, layer=_dot_layer, shares=True),
     "ragged_dot_general": Primitive(_ragged_dot_axis),
     "conv_general_dilated": Primitive(_conv_axis, layer=_conv_layer),
 }

@@ -13,7 +13,7 @@ from optax_kron.capture.program.graph import Node, Operand, Value
 from optax_kron.capture.program.knowledge import IntegerRule, Knowledge
 from optax_kron.capture.rules.batch_axes import Batching, Separate
 from optax_kron.capture.rules.contraction import Contraction
-from optax_kron.capture.rules.views import View
+from optax_kron.capture.rules.views import Part, View
 
 # The axis of operand `i` whose elements make those along an axis of an output, one by one: of
 # (node, i, output, axis). `None` if there is no such axis.
@@ -27,6 +27,9 @@ PartRule = Callable[[Node, Operand, Value, Separate], Batching]
 ViewRule = Callable[[Node, View], list[View] | None]
 # How an equation uses the parameter that its operand `i` shows, of the given view.
 LayerRule = Callable[[Node, int, View], Contraction | None]
+# Which part of the output operand `i` is, that shows a parameter in the given view: of
+# (node, i, view).
+JoinRule = Callable[[Node, int, View], Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,12 @@ class Primitive:
       select: Where examples are before their axis is selected from, repeated or joined.
       view: Which images of its operand the outputs are.
       layer: How it uses a parameter linearly.
+      join: Where each operand is in the output, if that is all of them side by side.
       integers: What it computes, of arrays that are known when the program is traced.
-      adds: Whether it adds its two operands: one may be a bias.
+      signs: Of what adds its two operands, of which one may be a bias: the signs of both.
+      powers: Of what multiplies its two operands: the powers of both.
       stops: Whether no derivative passes through it.
+      shares: Whether all of an operand goes to each element of an axis that it does not have.
     """
 
     axis: AxisRule | None = None
@@ -49,9 +55,12 @@ class Primitive:
     select: SelectRule | None = None
     view: ViewRule | None = None
     layer: LayerRule | None = None
+    join: JoinRule | None = None
     integers: IntegerRule | None = None
-    adds: bool = False
+    signs: tuple[int, int] | None = None
+    powers: tuple[int, int] | None = None
     stops: bool = False
+    shares: bool = False
 
 
 def same_axis(node: Node, i: int, output: Value, axis: int) -> int | None:

@@ -76,5 +76,6 @@ def _before(
         return batching.moved(axis)
     # Of a parameter, whichever of its rows are selected, all examples may meet each.
     if rules.select is None or not known.depends_on_examples(operand):
-        return Mixed(batching.marks, node)
+        lacks = axis is None or operand.shape[axis] == 1
+        return Mixed(batching.marks, node, shared=rules.shares and lacks)
     return rules.select(node, i, output, batching, known)

@@ -18,11 +18,29 @@ array, and every step can be undone.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from optax_kron.capture.program.graph import Node, Value
+import jax.numpy as jnp
+import numpy as np
+
+from optax_kron.capture.program.graph import Node, Operand, Value
 from optax_kron.layers.layer import AxisFactor, AxisFactors, spans
 
 NEW = -1  # axis of factors that a broadcast made
+
+
+class Scale(NamedTuple):
+    """A value of one element that multiplies a parameter before its use.
+
+    Attributes:
+      value: The value.
+      power: One; minus one where the parameter is divided by it.
+      scans: The scans around it, from the outside.
+    """
+
+    value: Value
+    power: int
+    scans: tuple[Node, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +52,16 @@ class View:
       part: For each axis of the origin, the range of indices that is shown.
       axes: For each axis of the value, its factors.
       steps: Factors that the steps of a scan enumerate, by scan.
+      scale: The number by which it shows all of the origin multiplied.
+      scales: Values of one element by which it does, too.
     """
 
     origin: Value
     part: tuple[tuple[int, int], ...]
     axes: tuple[AxisFactors, ...]
     steps: tuple[tuple[Node, AxisFactors], ...] = ()
+    scale: float = 1
+    scales: tuple[Scale, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,12 +74,59 @@ class View:
             self, axes=self.axes[1:], steps=(*self.steps, (scan, self.axes[0]))
         )
 
+    def times(self, number: float, scales: tuple[Scale, ...] = ()) -> "View":
+        """What is shown, multiplied by a number, and by values of one element."""
+        return dataclasses.replace(self, scale=self.scale * number, scales=(*self.scales, *scales))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a value shows of an origin in a part of it, beside others.
+
+    Attributes:
+      view: What is shown, with the axes of the value.
+      axis: The axis of the value along which others are beside it.
+      start: Where it starts along that axis.
+    """
+
+    view: View
+    axis: int
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where it ends along the axis."""
+        return self.start + self.view.shape[self.axis]
+
+    def overlaps(self, image: View) -> bool:
+        """Whether it is in an image of the value."""
+        low, high = image.part[self.axis]
+        return max(low, self.start) < min(high, self.stop)
+
 
 def whole(origin: Value) -> View:
     """A value as an image of itself."""
     shape = origin.shape
     axes = tuple((AxisFactor(i, 1, d),) if d != 1 else () for i, d in enumerate(shape))
     return View(origin, spans(shape), axes)
+
+
+def scaled(view: View, one: Operand, power: int, scans: tuple[Node, ...]) -> View | None:
+    """What is shown, times a power of what has one element; `None` if it may vanish, or worse.
+
+    Args:
+      view: What is shown.
+      one: A number, or a value of one element.
+      power: One, or minus one.
+      scans: The scans around a value.
+    """
+    if isinstance(one, Value):
+        real = jnp.issubdtype(one.dtype, jnp.floating)
+        return view.times(1, (Scale(one, power, scans),)) if real else None
+    number = np.asarray(one.number)
+    if number.dtype.kind == "c" or not np.isfinite(number) or not number:
+        return None
+    return view.times(float(number) ** power)
 
 
 def merge(factors: Iterable[AxisFactor]) -> AxisFactors:
