@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import by_path, map_by_path
 from optax_kron.layers.plan import LayerPlan, check_layers, plan_layers
@@ -318,8 +318,9 @@ def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
             return jnp.max(tap.weight).astype(dtype)
         if tap.weights is None:
             return jnp.ones([], dtype)
-        weights = tap.weights.astype(dtype)
-        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
+        # Those of S positions are S times as large, so that an example weighs their mean.
+        positions = tap.inputs.shape[2]
+        return jnp.max(kfac.total_weight(tap.weights.astype(dtype), positions)) / positions
 
     totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
     total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
