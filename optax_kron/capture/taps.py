@@ -191,14 +191,12 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
             continue
         moments: dict[Use, InsideMoments] = {}
         for group in captured.groups:
-            marks = analysis.marks_of(group)
+            marks, layer = analysis.marks_of(group), captured.seen_by(group)
             for use in group:
                 weight = weights.inside(use, batchings[use], marks)
                 if weight is not None:
                     biased = use in captured.biased
-                    moments[use] = InsideMoments(
-                        captured.layer, use, batchings[use], weight, biased
-                    )
+                    moments[use] = InsideMoments(layer, use, batchings[use], weight, biased)
         # All uses of a layer or none: their moments add up.
         if len(moments) == len(batchings):
             inside |= moments

@@ -9,7 +9,7 @@ layer with a bias, and a scale that is in no layer:
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -306,8 +306,9 @@ def layerwise(
 def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
     """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
 
-    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
-    without weights are those of a mean.
+    It is the sum of the examples' weights, of the layer in which it is largest: over all batches
+    that the layer meets, but once of the two uses of a tied embedding. By hand, taps without
+    weights are those of a mean.
 
     Returns:
       It, and how often it holds that at most if it is no multiple of a sum.
@@ -322,10 +323,22 @@ def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
         positions = tap.inputs.shape[2]
         return jnp.max(kfac.total_weight(tap.weights.astype(dtype), positions)) / positions
 
-    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
+    totals = []
+    for groups in taps.values():
+        of_uses: dict[Hashable, list[Array]] = {}
+        for tap in groups:
+            of_uses.setdefault(_kind(tap), []).append(of_group(tap))
+        totals += [jnp.sum(jnp.stack(weights)) for weights in of_uses.values()]
     total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
     examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
     return jnp.where(total > 0, total, 1), max(examples, default=1)
+
+
+def _kind(tap: Tap | Moments) -> Hashable:
+    """What the inputs are, by type and shape: the same for all taps of a layer but a tied one."""
+    if isinstance(tap, Tap):
+        return jnp.issubdtype(tap.inputs.dtype, jnp.integer)
+    return jnp.shape(tap.input_factor)[1:]
 
 
 def norm_constraint_scale(
