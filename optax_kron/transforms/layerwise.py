@@ -70,7 +70,7 @@ class Layerwise(Layout):
       layers: Those of the loss.
       momentum: Of the velocity, or `None`.
       momentum_dtype: Dtype of that; `None` for that of the parameters.
-      norm_constraint: Bound of the step, "auto" or `None`.
+      norm_constraint: Bound of the step, of a step a number; "auto" or `None`.
       learning_rate: What the updates will be multiplied with; of a step a number.
       fallback: The transformation of parameters in no layer, or `None`.
       block_size: Longest run of an axis with a diagonal factor that is one block, or `None`.
@@ -80,7 +80,7 @@ class Layerwise(Layout):
     layers: Sequence[Layer]
     momentum: ArrayLike | None
     momentum_dtype: DTypeLike | None
-    norm_constraint: ArrayLike | str | None
+    norm_constraint: PyTree  # a number, a schedule, "auto" or None
     learning_rate: PyTree  # a number, a schedule or None
     fallback: optax.GradientTransformation | None
     block_size: int | None
@@ -98,11 +98,12 @@ class Layerwise(Layout):
 
     def at(self, state: KronState) -> "Layerwise":
         """See `Layout`."""
-        if not callable(self.learning_rate):
-            return self
         # The steps as the schedule of a learning rate further down the chain counts them.
-        rate = self.learning_rate(state.count + state.skipped_steps)
-        return dataclasses.replace(self, learning_rate=rate)
+        steps = state.count + state.skipped_steps
+        rate, constraint = (
+            x(steps) if callable(x) else x for x in (self.learning_rate, self.norm_constraint)
+        )
+        return dataclasses.replace(self, learning_rate=rate, norm_constraint=constraint)
 
     def init(self, plan: LayerPlan, params: PyTree) -> Mapping[str, PyTree]:
         """See `Layout`: a velocity of zero."""
@@ -264,7 +265,7 @@ def layerwise(
     layers: Iterable[Layer],
     momentum: ArrayLike | None,
     momentum_dtype: DTypeLike | None,
-    norm_constraint: ArrayLike | str | None,
+    norm_constraint: optax.ScalarOrSchedule | str | None,
     learning_rate: optax.ScalarOrSchedule | None,
     fallback: optax.GradientTransformation | None,
     block_size: int | None,
@@ -277,7 +278,9 @@ def layerwise(
     if isinstance(norm_constraint, str):
         validation.check_choice(owner, "norm_constraint", norm_constraint, ("auto",))
     else:
-        check(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+        check(
+            owner, "norm_constraint", norm_constraint, open_left=True, optional=True, schedule=True
+        )
     check(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     if not (norm_constraint is None or isinstance(norm_constraint, str)) and learning_rate is None:
         raise ValueError(
