@@ -49,7 +49,7 @@ def nearest_product(first: Term, second: Term) -> Term:
     share = [size / largest for size in sizes]
     P, Q = inner
     Q = [[share[i] * share[j] * Q[i][j] for j in (0, 1)] for i in (0, 1)]
-    x = _perron([[sum(Q[i][k] * P[k][j] for k in (0, 1)) for j in (0, 1)] for i in (0, 1)])
+    x = _perron([[Q[i][0] * P[0][j] + Q[i][1] * P[1][j] for j in (0, 1)] for i in (0, 1)])
     y = [P[i][0] * x[0] + P[i][1] * x[1] for i in (0, 1)]
     u = _combined(x, units[0])
     trace = contract.safe_divisor(_trace(u))

@@ -25,6 +25,7 @@ whose input is one. Inputs are [B, N, S, d_in], gradients with respect to output
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -312,9 +313,9 @@ class DeclaredLayer(Layer):
         return self.diagonal[1]
 
 
-def declared(layer: Layer, diagonal: tuple[bool, bool], **changes: object) -> DeclaredLayer:
+def declared(layer: Layer, diagonal: tuple[bool, bool], **changes: Any) -> DeclaredLayer:
     """The layer with other attributes, and as many diagonal factors as are declared."""
-    given = {field.name: getattr(layer, field.name) for field in dataclasses.fields(Layer)}
+    given: dict[str, Any] = {f.name: getattr(layer, f.name) for f in dataclasses.fields(Layer)}
     return DeclaredLayer(**(given | changes), diagonal=diagonal)
 
 

@@ -69,9 +69,9 @@ def eigenvalues_of_member(
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
         # The output factor is the identity, and nothing is left to estimate.
         uses = moments_of_uses(owner, member, taps, dtype=dtype, precision=precision)
-        return sum(
-            _without_columns(member, use, (input_basis, output_basis), precision) for use in uses
-        )
+        bases = input_basis, output_basis
+        first, *others = (_without_columns(member, use, bases, precision) for use in uses)
+        return sum(others, first)
     first, *others = (of_group(tap) for tap in taps)
     return member.cut.values(sum(others, first))
 
