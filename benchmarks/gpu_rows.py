@@ -52,8 +52,7 @@ def _simple(factory: Callable[..., optax.GradientTransformation], **settings):
 
 def _of_layers(factory: Callable[..., optax.GradientTransformation]):
     def make(params, layers: Iterable[ok.Layer]):
-        # The tied embedding is in no layer.
-        return factory(RATE, layers=layers, decay=_SETTLED, fallback=optax.scale_by_adam())
+        return factory(RATE, layers=layers, decay=_SETTLED)
 
     return make
 
@@ -61,9 +60,7 @@ def _of_layers(factory: Callable[..., optax.GradientTransformation]):
 # Factors are young, and refreshed at every step, for 1/(1 - decay) steps: so that these are few.
 # What a step costs does not depend on the decay.
 _SETTLED = 0.5
-_OF_LAYERS = (
-    "decay=0.5, for soon settled factors; fallback=optax.scale_by_adam() for the tied embedding"
-)
+_OF_LAYERS = "decay=0.5, for soon settled factors"
 _NEWTON = 'root_method="newton"'
 # Those whose refreshes may take long come last.
 ROWS = (

@@ -407,6 +407,28 @@ def test_norm_constraint_of_the_alias_follows_the_schedule_over_skipped_steps(x6
             np.testing.assert_allclose(length, np.sqrt(1e-9), rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [scale_by_kfac, scale_by_ekfac])
+@pytest.mark.parametrize("injected", [False, True])
+def test_norm_constraint_may_be_a_schedule_which_counts_skipped_steps(x64, make, injected):
+    bounds = jnp.array([1e-9, 1e-6, 4e-9, 1.0])
+    lr, given = 0.1, settings(norm_constraint=lambda step: bounds[step], learning_rate=0.1)
+    if injected:
+        # Its count is of all steps, as that of the schedule of a learning rate down the chain.
+        make = optax.inject_hyperparams(make)
+    tx = make(**given)
+    grads, taps = problem()
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    state, lengths = tx.init(grads), []
+    step = jax.jit(lambda g, s: tx.update(g, s, taps=taps))
+    for g in (grads, bad, grads, grads):
+        updates, state = step(g, state)
+        lengths.append(np.sum(rows(grads) * rows(updates)))
+    del lengths[1]
+    full = lengths[-1]  # which no bound of one binds
+    expected = np.sqrt([1e-9, 4e-9, lr**2 * full])
+    np.testing.assert_allclose(lr * np.asarray(lengths) / np.sqrt(full), expected, rtol=1e-6)
+
+
 def test_norm_constraint_at_a_learning_rate_or_gradient_of_zero():
     grads, taps = problem()
     for rate, scale in ((0.0, 1.0), (0.1, 0.0)):
@@ -953,6 +975,7 @@ BAD_SETTINGS = [
     ("refresh_every", optax.constant_schedule(2), r"refresh_every.*\[1, inf\].*function"),
     ("norm_constraint", 0.0, r"norm_constraint.*\(0, inf\]"),
     ("norm_constraint", 1.0, r"norm_constraint=1\.0 needs learning_rate"),
+    ("norm_constraint", optax.constant_schedule(1.0), r"norm_constraint=<function.*learning_rate"),
     ("fallback", lambda g: g, r"fallback.*GradientTransformation"),
     ("factor_dtype", "int32", r"factor_dtype.*floating"),
     ("momentum_dtype", "int8", r"momentum_dtype.*floating"),

@@ -187,6 +187,24 @@ def test_the_scale_is_known_in_micro_batches_and_under_wrappers():
         assert optax.tree.get(step(scale), "mismatched_steps") == expected
 
 
+def test_the_automatic_constraint_counts_an_example_once_and_not_at_each_of_its_positions():
+    tx, weights = ok.kfac(0.1, layers=LAYERS), WEIGHTS / 2  # up to one they count at the first step
+
+    @jax.jit
+    def step(params):
+        both = {}
+        for reduce in (False, True):
+            _, grads, taps = taps_of(reduce=reduce)(params, TOKENS, LABELS, weights)
+            both[reduce] = tx.update(grads, tx.init(params), params, taps=taps)
+        return both
+
+    both = step(PARAMS)
+    for _, state in both.values():
+        weight = optax.tree.get(state, "loss_weight")
+        np.testing.assert_allclose(weight, jnp.mean(weights), rtol=1e-6)
+    assert_close(both[False][0], both[True][0], rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------ means over devices
 
 

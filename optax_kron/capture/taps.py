@@ -22,7 +22,14 @@ from optax_kron.capture.execution.assemble import (
     tap_shardings,
 )
 from optax_kron.capture.execution.check import Verdict, judge
-from optax_kron.capture.execution.columns import ESTIMATES, columns, one_by_one
+from optax_kron.capture.execution.columns import (
+    ESTIMATES,
+    chosen,
+    columns,
+    one_by_one,
+    shared_columns,
+    spread_out,
+)
 from optax_kron.capture.execution.inside_moments import InsideMoments, can_be_inside
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, ranks
@@ -63,7 +70,9 @@ def value_and_grad_with_taps(
       grads, taps)`, with `(loss, aux)` for the value if `has_aux`. The key is needed by "mc" and
       "sketch". Leaves of `params` that are not floating-point arrays have the gradient `None`.
       Cost: that of the gradient, one more backward pass for every column, and the memory of every
-      layer's inputs and output-gradients.
+      layer's inputs and output-gradients. With "exact" and "empirical" a layer has the columns of
+      the likelihoods that it reaches; those of two likelihoods are pulled back together where no
+      layer sees an example of both, as of the interior and of the boundary of a domain.
 
     Raises:
       ValueError: If the loss is not marked, or the key is missing or none.
@@ -191,12 +200,12 @@ def _inside(analysis: Analysis, arrays: Sequence[Array]) -> dict[Use, InsideMome
             continue
         moments: dict[Use, InsideMoments] = {}
         for group in captured.groups:
-            marks = analysis.marks_of(group)
+            marks, layer = analysis.marks_of(group), captured.seen_by(group)
             for use in group:
                 weight = weights.inside(use, batchings[use], marks)
                 if weight is not None:
                     bias = captured.biased.get(use, 0)
-                    moments[use] = InsideMoments(captured.layer, use, batchings[use], weight, bias)
+                    moments[use] = InsideMoments(layer, use, batchings[use], weight, bias)
         # All uses of a layer or none: their moments add up.
         if len(moments) == len(batchings):
             inside |= moments
@@ -224,14 +233,24 @@ def _pull_columns(
         if fisher == "exact":
             column = one_by_one(column, mark, ranks(analysis, m))
         of_marks.append(column.astype(operands[0].dtype))
-    # Random columns are independent and of mean zero: several marks may share them. Of others each
-    # mark has its own, zero for all other marks: [2, ...] and [3, ...] become two of [5, ...].
+    # Random columns are independent and of mean zero: all marks may share them.
+    numbers = None
     if fisher not in ("mc", "sketch"):
-        counts = [c.shape[0] for c in of_marks]
-        for m, c in enumerate(of_marks):
-            beside = sum(counts[:m]), sum(counts[m + 1 :])
-            of_marks[m] = jnp.pad(c, [beside] + [(0, 0)] * (c.ndim - 1))
-    return map_stacked(lambda logits: linearized.pull(loss, logits).outputs, of_marks)
+        counts = [column.shape[0] for column in of_marks]
+        numbers = shared_columns(counts, _marks_of_uses(analysis))
+        of_marks = spread_out(of_marks, numbers)
+    pulled = map_stacked(lambda logits: linearized.pull(loss, logits).outputs, of_marks)
+    if numbers is None:
+        return pulled
+    return [
+        chosen(x, [numbers[m] for m in sorted(marks)])
+        for x, marks in zip(pulled, _marks_of_uses(analysis), strict=True)
+    ]
+
+
+def _marks_of_uses(analysis: Analysis) -> list[frozenset[int]]:
+    """The marks that each use reaches, or another that makes a tap with it."""
+    return [analysis.marks_of(group) for f in analysis.layers for group in f.groups for _ in group]
 
 
 def _scaled_to_examples(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from optax_kron.layers.layer import AxisFactor, AxisFactors, Layer
+from optax_kron.layers.layer import AxisFactor, AxisFactors, Layer, declared
 from optax_kron.layers.taps import Moments
 
 _TOO_SHORT = 8  # blocks may not be shorter than block_size by more
@@ -68,27 +68,6 @@ class Cut:
         return jnp.all(same, axis=tuple(range(1, x.ndim)))
 
 
-@dataclasses.dataclass(frozen=True)
-class CutLayer(Layer):
-    """A layer in blocks of an axis that was too long for a dense factor, and now may not be.
-
-    Attributes:
-      diagonal: Whether its input factor, and its output factor, are diagonal nevertheless.
-    """
-
-    diagonal: tuple[bool, bool] = (False, False)
-
-    @property
-    def has_diagonal_input(self) -> bool:
-        """See `Layer`."""
-        return self.diagonal[0]
-
-    @property
-    def has_diagonal_output(self) -> bool:
-        """See `Layer`."""
-        return self.diagonal[1]
-
-
 def cut_layer(owner: str, layer: Layer, block_size: int | None) -> tuple[Layer, Cut]:
     """A layer whose longest axis with a diagonal factor is in blocks of at most that length.
 
@@ -119,9 +98,9 @@ def cut_layer(owner: str, layer: Layer, block_size: int | None) -> tuple[Layer, 
         blocks, outputs = bias.roles
         slow, outputs = _split(outputs, pieces)
         bias = dataclasses.replace(bias, roles=((*blocks, slow), outputs))
-    given = {field.name: getattr(layer, field.name) for field in dataclasses.fields(Layer)}
-    given |= {"kernel_view": kernel, "bias_view": bias}
-    made = CutLayer(**given, diagonal=(layer.has_diagonal_input, layer.has_diagonal_output))
+    # In blocks the axis may be short enough for a dense factor: it still has a diagonal one.
+    diagonal = layer.has_diagonal_input, layer.has_diagonal_output
+    made = declared(layer, diagonal, kernel_view=kernel, bias_view=bias)
     return made, Cut(**{("inputs", "outputs")[side]: pieces})
 
 

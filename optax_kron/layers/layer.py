@@ -25,6 +25,7 @@ whose input is one. Inputs are [B, N, S, d_in], gradients with respect to output
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,8 @@ class Layer:
         bias's input does not count.
       kernel_view: How the kernel becomes [B, d_in, d_out]; found from the axes if not given.
       bias_view: How the bias becomes [B, d_out].
+      is_tied: Whether an embedding is also the head of the model, `h @ table.T`: then its taps are
+        those of lookups, and those of the head, whose inputs are h and whose outputs are rows.
 
     Examples:
       >>> import optax_kron as ok
@@ -144,6 +147,7 @@ class Layer:
     kernel_view: Arrangement | None = None
     bias_view: Arrangement | None = None
     max_size: int = MAX_SIZE
+    is_tied: bool = False
 
     def __post_init__(self):
         check_max_size(f"Layer {self.name!r}", self.max_size)
@@ -154,6 +158,8 @@ class Layer:
                 f"Layer {self.name!r}: an embedding has a diagonal input factor, which a bias does "
                 "not fit; make the bias a layer of its own."
             )
+        if self.is_tied and not self.is_embedding:
+            raise ValueError(f"Layer {self.name!r}: is_tied=True needs is_embedding=True.")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -284,6 +290,33 @@ class Layer:
             rows.append(canonical[:, last])
         for (path, view), part in zip(self.views, rows, strict=True):
             leaves[path] = view.put(leaves[path], part)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeclaredLayer(Layer):
+    """A layer of which is known which factors are diagonal, whatever the lengths of its axes.
+
+    Attributes:
+      diagonal: Whether its input factor, and its output factor, are.
+    """
+
+    diagonal: tuple[bool, bool] = (False, False)
+
+    @property
+    def has_diagonal_input(self) -> bool:
+        """See `Layer`."""
+        return self.diagonal[0]
+
+    @property
+    def has_diagonal_output(self) -> bool:
+        """See `Layer`."""
+        return self.diagonal[1]
+
+
+def declared(layer: Layer, diagonal: tuple[bool, bool], **changes: Any) -> DeclaredLayer:
+    """The layer with other attributes, and as many diagonal factors as are declared."""
+    given: dict[str, Any] = {f.name: getattr(layer, f.name) for f in dataclasses.fields(Layer)}
+    return DeclaredLayer(**(given | changes), diagonal=diagonal)
 
 
 def check_max_size(owner: str, size: object) -> None:

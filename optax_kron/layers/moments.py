@@ -22,6 +22,7 @@ from optax_kron.kernels import contract, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import Member
 from optax_kron.layers.taps import Moments, Tap
+from optax_kron.layers.tied import by_use, nearest, seen_as
 
 
 def moments_of(
@@ -41,6 +42,7 @@ def moments_of(
       dtype: Dtype of the moments; `None`: that of the output-gradients, at least float32.
       precision: Precision of the matrix products.
     """
+    layer = seen_as(layer, tap)
     # A bias alone has the input one at all positions, so that reducing is exact.
     approx = "reduce" if layer.kernel is None else approx
     dtype = contract.wide_dtype(tap.output_grads.dtype) if dtype is None else dtype
@@ -78,7 +80,30 @@ def moments_of_member(
     dtype: DTypeLike,
     precision: contract.Precision = None,
 ) -> Moments:
-    """The second moments of a layer from all groups of its taps.
+    """The second moments of a layer's blocks from all groups of its taps.
+
+    Arguments and errors as of `moments_of_uses`.
+    """
+    settings = {"approx": approx, "dtype": dtype, "precision": precision}
+    return moments_of_blocks(member, moments_of_uses(owner, member, taps, **settings))
+
+
+def moments_of_blocks(member: Member, uses: Sequence[Moments]) -> Moments:
+    """The second moments of a layer's blocks from those of its uses."""
+    together = nearest(member.uncut, uses) if member.uncut.is_tied else uses[0]
+    return member.cut.moments(together)
+
+
+def moments_of_uses(
+    owner: str,
+    member: Member,
+    taps: Sequence[Tap | Moments],
+    *,
+    approx: str = "expand",
+    dtype: DTypeLike,
+    precision: contract.Precision = None,
+) -> tuple[Moments, ...]:
+    """The second moments of a layer's uses: one, but for the two of a tied embedding.
 
     Args:
       owner: Name of the optimizer or operator, for messages.
@@ -93,16 +118,20 @@ def moments_of_member(
     """
 
     def of_group(tap: Tap | Moments) -> Moments:
+        seen = member.seen_as(tap)
         if isinstance(tap, Moments):
-            return _visible_moments(owner, member, tap, approx, dtype)
-        seen = visible_inputs(member, tap)
-        return moments_of(member.uncut, seen, approx=approx, dtype=dtype, precision=precision)
+            return _visible_moments(owner, seen, tap, approx, dtype)
+        tap = visible_inputs(seen, tap)
+        return moments_of(seen.uncut, tap, approx=approx, dtype=dtype, precision=precision)
 
-    moments = combined([of_group(tap) for tap in taps])
-    if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
-        # Without columns every group's output factor is the identity, and so is that of all.
-        moments = moments._replace(output_factor=of_group(taps[0]).output_factor)
-    return member.cut.moments(moments)
+    def of_use(taps: Sequence[Tap | Moments]) -> Moments:
+        moments = combined([of_group(tap) for tap in taps])
+        if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
+            # Without columns every group's output factor is the identity, and so is that of all.
+            moments = moments._replace(output_factor=of_group(taps[0]).output_factor)
+        return moments
+
+    return tuple(map(of_use, by_use(member.uncut, taps)))
 
 
 def _visible_moments(

@@ -28,6 +28,7 @@ from optax_kron.layers.cuts import Cut, cut_layer
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import Leaf, by_path, paths_of, spellings
 from optax_kron.layers.taps import Moments, Tap, Taps, magnitude
+from optax_kron.layers.tied import seen_as
 
 # Clipping, averages over batches and the like change a gradient's scale by less, the usual loss
 # scales by more.
@@ -60,6 +61,15 @@ class Member:
     def is_whole(self) -> bool:
         """Whether none of its parameters is hidden."""
         return self.columns == slice(None)
+
+    def seen_as(self, tap: Tap | Moments) -> "Member":
+        """The member as one of its taps sees it: of a tied embedding, as a table or as a head."""
+        layer = seen_as(self.uncut, tap)
+        if layer is self.uncut:
+            return self
+        return dataclasses.replace(
+            self, uncut=layer, width=layer.d_in, wide_input=layer.has_diagonal_input
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +206,7 @@ class LayerPlan:
         return canonical
 
     def _check_tap(self, member: Member, tap: Tap | Moments) -> None:
+        member = member.seen_as(tap)
         layer = member.uncut
         where = f"{self.owner}: layer {layer.name!r} ({', '.join(layer.paths)})"
         if isinstance(tap, Moments):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from optax_kron.kernels import contract, ekfac, kfac
-from optax_kron.layers.moments import masked_inputs, moments_of_member
+from optax_kron.layers.moments import masked_inputs, moments_of_blocks, moments_of_uses
 from optax_kron.layers.plan import Member
 from optax_kron.layers.taps import Moments, Tap
 
@@ -39,37 +39,57 @@ def eigenvalues_of_member(
       precision: Precision of the matrix products.
 
     Returns:
-      λ, the sum over groups, as curvatures of terms of a loss add up.
+      λ, the sum over groups, as curvatures of terms of a loss add up. So it is over the uses of a
+      tied embedding: products of what one and what the other gives to one example are left out.
 
     Raises:
       ValueError: For second moments in place of what each example gave.
     """
-    layer = member.uncut
     shared = tuple(map(member.cut.first, (input_basis, output_basis)))
 
     def of_group(tap: Tap | Moments) -> Array:
+        seen = member.seen_as(tap)
+        layer = seen.uncut
         if isinstance(tap, Moments):
             raise ValueError(
                 f"{owner}: eigenvalues need what each example gave, but the taps of layer "
                 f"{layer.name!r} are second moments. Make the taps with reduce=False."
             )
-        inputs, grads, _ = masked_inputs(member, tap)
+        inputs, grads, _ = masked_inputs(seen, tap)
         grads = grads.astype(dtype)
         if layer.table_rows is not None:
             return ekfac.table_eigenvalues(
                 inputs, grads, layer.table_rows, shared[1], precision=precision
             )
         inputs = inputs.astype(dtype)
+        if seen is not member:  # the head of a tied embedding, whose inputs are over the width
+            return ekfac.eigenvalues(inputs, grads, *shared[::-1], precision=precision).mT
         return ekfac.eigenvalues(inputs, grads, *shared, precision=precision)
 
     if all(isinstance(tap, Tap) and tap.output_grads.shape[0] == 0 for tap in taps):
         # The output factor is the identity, and nothing is left to estimate.
-        A = moments_of_member(owner, member, taps, dtype=dtype, precision=precision).input_factor
-        if input_basis is not None:
-            A = jnp.einsum("bij,bik,bkj->bj", input_basis, A, input_basis, precision=precision)
-        return jnp.broadcast_to(A[..., None], (*A.shape, member.layer.d_out))
+        uses = moments_of_uses(owner, member, taps, dtype=dtype, precision=precision)
+        bases = input_basis, output_basis
+        first, *others = (_without_columns(member, use, bases, precision) for use in uses)
+        return sum(others, first)
     first, *others = (of_group(tap) for tap in taps)
     return member.cut.values(sum(others, first))
+
+
+def _without_columns(member, use, bases, precision):
+    """The diagonal of `A ⊗ G` of one use, where G or, of a tied embedding's head, A is one."""
+    factors = moments_of_blocks(member, [use])[:2]
+    diagonals = [
+        factor if factor.ndim == 2 else _diagonal(factor, basis, precision)
+        for factor, basis in zip(factors, bases, strict=True)
+    ]
+    return diagonals[0][:, :, None] * diagonals[1][:, None]
+
+
+def _diagonal(factor, basis, precision):
+    if basis is None:
+        return jnp.diagonal(factor, axis1=1, axis2=2)
+    return jnp.einsum("bij,bik,bkj->bj", basis, factor, basis, precision=precision)
 
 
 def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Bool[Array, " B"]:

@@ -25,7 +25,12 @@ from optax_kron.kernels import contract, explicit, linalg
 from optax_kron.kernels import kfac as kfac_kernels
 from optax_kron.kernels import kfoc as kfoc_kernels
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.moments import combined, masked_inputs, moments_of_member
+from optax_kron.layers.moments import (
+    combined,
+    masked_inputs,
+    moments_of_blocks,
+    moments_of_uses,
+)
 from optax_kron.layers.plan import Member
 from optax_kron.layers.spectra import eigenvalues_of_member
 from optax_kron.layers.taps import Moments, Tap
@@ -210,6 +215,13 @@ def kfoc(
     if not isinstance(max_iterations, numbers.Integral) or max_iterations < 1:
         raise ValueError(f"{owner}: max_iterations must be an int ≥ 1; got {max_iterations!r}.")
     batches = Batches(owner, taps, layers, params)
+    for member in batches.plan.members:
+        if member.layer.is_tied:
+            raise ValueError(
+                f"{owner}: layer {member.layer.name!r} is a tied embedding, whose two uses no "
+                "power iteration over examples takes together; operators.kfac has the nearest "
+                "product to the sum of both. Leave the layer out."
+            )
 
     def cases(member: Member, taps: Groups) -> list[Case]:
         return [explicit.untyped(functools.partial(_case, owner, member), tap) for tap in taps]
@@ -252,21 +264,28 @@ def _dtype(taps: Groups) -> jnp.dtype:
 def _moments(batches: Batches, approx: str, precision: contract.Precision) -> dict[str, Moments]:
     """Second moments of every layer, of all batches."""
 
-    def of(member: Member, taps: Groups) -> Moments:
+    def of(member: Member, taps: Groups) -> list[Moments]:
         settings = {"approx": approx, "dtype": _dtype(taps), "precision": precision}
-        make = functools.partial(moments_of_member, batches.owner, member, **settings)
-        moments = explicit.untyped(make, taps)
+        make = functools.partial(moments_of_uses, batches.owner, member, **settings)
+        uses = explicit.untyped(make, taps)
         if all(isinstance(tap, Tap) and tap.weights is None for tap in taps):
             # By hand, they are a mean over their examples, as the weights of a mean loss add up to
             # one: so that batches count by their share alone.
-            moments = moments._replace(weight=jnp.ones_like(moments.weight))
-        return moments
+            uses = [m._replace(weight=jnp.ones_like(m.weight)) for m in uses]
+        return list(uses)
 
-    def scaled(m: Moments, share: ArrayLike) -> Moments:
+    def scaled(uses: list[Moments], share: ArrayLike) -> list[Moments]:
         # The input factor is a mean by weights, and the output factor a sum.
-        return m._replace(output_factor=share * m.output_factor, weight=share * m.weight)
+        return [
+            m._replace(output_factor=share * m.output_factor, weight=share * m.weight) for m in uses
+        ]
 
-    return batches.sums(of, scaled, lambda a, b: combined([a, b]))
+    def add(uses: list[Moments], more: list[Moments]) -> list[Moments]:
+        return [combined(pair) for pair in zip(uses, more, strict=True)]
+
+    sums = batches.sums(of, scaled, add)
+    members = {m.layer.name: m for m in batches.plan.members}
+    return {name: moments_of_blocks(members[name], uses) for name, uses in sums.items()}
 
 
 def _case(owner: str, member: Member, tap: Tap | Moments) -> Case:

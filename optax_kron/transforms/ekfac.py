@@ -256,7 +256,7 @@ def scale_by_ekfac(
     correct_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
-    norm_constraint: ArrayLike | str | None = "auto",
+    norm_constraint: optax.ScalarOrSchedule | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -295,9 +295,9 @@ def scale_by_ekfac(
       refresh_every: accepted steps from one refresh of the bases to the next, more often while the
         factors are young.
       stagger: deal the blocks out to the steps between two refreshes, as in `scale_by_kfac`.
-      norm_constraint: a number needs `learning_rate`.
+      norm_constraint: a number, or a schedule, needs `learning_rate`.
       outlier_clip: also of what is averaged into the eigenvalues.
-      learning_rate: for a norm constraint that is a number.
+      learning_rate: for a norm constraint that is a number or a schedule.
       fallback: the transformation of parameters that belong to no layer.
       block_size: longest run of an axis with a diagonal factor that is one block, as in
         `scale_by_kfac`; the eigenvalues are cut with it.
@@ -374,7 +374,7 @@ def ekfac(
     correct_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
-    norm_constraint: ArrayLike | str | None = "auto",
+    norm_constraint: optax.ScalarOrSchedule | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,

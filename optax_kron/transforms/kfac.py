@@ -148,7 +148,7 @@ def scale_by_kfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
-    norm_constraint: ArrayLike | str | None = "auto",
+    norm_constraint: optax.ScalarOrSchedule | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
@@ -190,7 +190,7 @@ def scale_by_kfac(
         are young and change fast, whenever they have: at the first 1/(1 − decay) of their updates.
       stagger: deal the blocks out to the steps between two refreshes, once the factors have
         settled, so that each step refreshes some blocks. `refresh_every` must then be a number.
-      norm_constraint: c > 0. Before the momentum, updates are scaled by
+      norm_constraint: c > 0, or a schedule of it. Before the momentum, updates are scaled by
         `min(1, √(c / (lr²·⟨g, P⁻¹g⟩)))`, which keeps the change of the model's outputs in bounds;
         P is the damped curvature, and the identity on parameters in no layer, but for those with a
         `fallback`, which are neither counted nor scaled. "auto": `c = 0.09·lr²·Σw`, so that the
@@ -200,8 +200,8 @@ def scale_by_kfac(
         than so many times as long as it usually is, is scaled down to that; ≥ 1. Of second moments
         the length is the root of the trace. The usual one is a running mean. `None`: no bound.
       learning_rate: what the updates will be multiplied with further down the chain, a number or
-        a schedule. For a norm constraint that is a number, which needs it; nothing is scaled by it
-        here.
+        a schedule. For a norm constraint that is a number or a schedule, which needs it; nothing is
+        scaled by it here.
       fallback: the transformation of parameters that belong to no layer, complete with a momentum
         of its own if it is to have one: `optax.scale_by_adam()`, for example. It sees these
         parameters alone. `None`: their gradients, with the same momentum.
@@ -292,7 +292,7 @@ def kfac(
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
     stagger: bool = False,
-    norm_constraint: ArrayLike | str | None = "auto",
+    norm_constraint: optax.ScalarOrSchedule | str | None = "auto",
     outlier_clip: ArrayLike | None = 10.0,
     weight_decay: ArrayLike | None = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,

@@ -9,7 +9,7 @@ layer with a bias, and a scale that is in no layer:
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import contract, kfac
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import by_path, map_by_path
 from optax_kron.layers.plan import LayerPlan, check_layers, plan_layers
@@ -70,7 +70,7 @@ class Layerwise(Layout):
       layers: Those of the loss.
       momentum: Of the velocity, or `None`.
       momentum_dtype: Dtype of that; `None` for that of the parameters.
-      norm_constraint: Bound of the step, "auto" or `None`.
+      norm_constraint: Bound of the step, of a step a number; "auto" or `None`.
       learning_rate: What the updates will be multiplied with; of a step a number.
       fallback: The transformation of parameters in no layer, or `None`.
       block_size: Longest run of an axis with a diagonal factor that is one block, or `None`.
@@ -80,7 +80,7 @@ class Layerwise(Layout):
     layers: Sequence[Layer]
     momentum: ArrayLike | None
     momentum_dtype: DTypeLike | None
-    norm_constraint: ArrayLike | str | None
+    norm_constraint: PyTree  # a number, a schedule, "auto" or None
     learning_rate: PyTree  # a number, a schedule or None
     fallback: optax.GradientTransformation | None
     block_size: int | None
@@ -98,11 +98,12 @@ class Layerwise(Layout):
 
     def at(self, state: KronState) -> "Layerwise":
         """See `Layout`."""
-        if not callable(self.learning_rate):
-            return self
         # The steps as the schedule of a learning rate further down the chain counts them.
-        rate = self.learning_rate(state.count + state.skipped_steps)
-        return dataclasses.replace(self, learning_rate=rate)
+        steps = state.count + state.skipped_steps
+        rate, constraint = (
+            x(steps) if callable(x) else x for x in (self.learning_rate, self.norm_constraint)
+        )
+        return dataclasses.replace(self, learning_rate=rate, norm_constraint=constraint)
 
     def init(self, plan: LayerPlan, params: PyTree) -> Mapping[str, PyTree]:
         """See `Layout`: a velocity of zero."""
@@ -264,7 +265,7 @@ def layerwise(
     layers: Iterable[Layer],
     momentum: ArrayLike | None,
     momentum_dtype: DTypeLike | None,
-    norm_constraint: ArrayLike | str | None,
+    norm_constraint: optax.ScalarOrSchedule | str | None,
     learning_rate: optax.ScalarOrSchedule | None,
     fallback: optax.GradientTransformation | None,
     block_size: int | None,
@@ -277,7 +278,9 @@ def layerwise(
     if isinstance(norm_constraint, str):
         validation.check_choice(owner, "norm_constraint", norm_constraint, ("auto",))
     else:
-        check(owner, "norm_constraint", norm_constraint, open_left=True, optional=True)
+        check(
+            owner, "norm_constraint", norm_constraint, open_left=True, optional=True, schedule=True
+        )
     check(owner, "learning_rate", learning_rate, optional=True, schedule=True)
     if not (norm_constraint is None or isinstance(norm_constraint, str)) and learning_rate is None:
         raise ValueError(
@@ -306,8 +309,9 @@ def layerwise(
 def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
     """How often the loss holds that of an example: 1 if it is their mean, N if it is their sum.
 
-    It is the sum of the examples' weights, of the layer in which it is largest. By hand, taps
-    without weights are those of a mean.
+    It is the sum of the examples' weights, of the layer in which it is largest: over all batches
+    that the layer meets, but once of the two uses of a tied embedding. By hand, taps without
+    weights are those of a mean.
 
     Returns:
       It, and how often it holds that at most if it is no multiple of a sum.
@@ -318,13 +322,26 @@ def loss_weight(taps: Taps, dtype: DTypeLike) -> tuple[Array, int]:
             return jnp.max(tap.weight).astype(dtype)
         if tap.weights is None:
             return jnp.ones([], dtype)
-        weights = tap.weights.astype(dtype)
-        return jnp.max(jnp.sum(weights, axis=(1, 2))) if weights.ndim == 3 else jnp.sum(weights)
+        # Those of S positions are S times as large, so that an example weighs their mean.
+        positions = tap.inputs.shape[2]
+        return jnp.max(kfac.total_weight(tap.weights.astype(dtype), positions)) / positions
 
-    totals = [jnp.sum(jnp.stack([of_group(tap) for tap in groups])) for groups in taps.values()]
+    totals = []
+    for groups in taps.values():
+        of_uses: dict[Hashable, list[Array]] = {}
+        for tap in groups:
+            of_uses.setdefault(_kind(tap), []).append(of_group(tap))
+        totals += [jnp.sum(jnp.stack(weights)) for weights in of_uses.values()]
     total = jnp.max(jnp.stack([*totals, jnp.zeros([], dtype)]))
     examples = [tap.inputs.shape[1] for g in taps.values() for tap in g if isinstance(tap, Tap)]
     return jnp.where(total > 0, total, 1), max(examples, default=1)
+
+
+def _kind(tap: Tap | Moments) -> Hashable:
+    """What the inputs are, by type and shape: the same for all taps of a layer but a tied one."""
+    if isinstance(tap, Tap):
+        return jnp.issubdtype(tap.inputs.dtype, jnp.integer)
+    return jnp.shape(tap.input_factor)[1:]
 
 
 def norm_constraint_scale(

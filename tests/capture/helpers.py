@@ -11,11 +11,16 @@ from optax_kron.layers.paths import by_path
 
 def per_example(layer, tap):
     """Gradients of every example [N, B, d_in, d_out], from one tap."""
-    inputs = tap.inputs
-    if layer.is_embedding:
+    inputs, is_head = tap.inputs, False
+    if layer.is_tied:
+        is_head = not jnp.issubdtype(inputs.dtype, jnp.integer)
+    if layer.is_embedding and not is_head:
         inputs = jax.nn.one_hot(inputs[..., 0], layer.d_in)
+    # The head of a tied embedding has the kernel's outputs for its inputs.
     return jnp.einsum(
-        "bnsi,vbnso->nbio", inputs.astype(jnp.float32), tap.output_grads.astype(jnp.float32)
+        "bnsi,vbnso->nboi" if is_head else "bnsi,vbnso->nbio",
+        inputs.astype(jnp.float32),
+        tap.output_grads.astype(jnp.float32),
     )
 
 

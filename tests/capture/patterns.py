@@ -163,15 +163,62 @@ def weight_used_twice(p, x, y):
     return classify(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["out"], y)
 
 
-@pattern(
-    {"table": draw(7, 4), "w": draw(4, 4)},
-    labels(7, 3),
-    labels(7, 3),
-    uncovered=("table",),
-    layers=1,
-)
+TIED = {"table": draw(7, 4), "w": draw(4, 4)}
+
+
+@pattern(TIED, labels(7, 3), labels(7, 3), layers=2)
 def tied_embedding(p, x, y):
     return classify(jnp.tanh(p["table"][x] @ p["w"]) @ p["table"].T, y)
+
+
+@pattern({**TIED, "b": draw(7)}, labels(7, 3), labels(7), layers=3)
+def tied_embedding_pooled_under_a_head_with_bias(p, x, y):
+    h = jnp.mean(jnp.take(p["table"], x, axis=0), axis=1)
+    return classify(jnp.einsum("nd,vd->nv", jnp.tanh(h @ p["w"]), p["table"]) + p["b"], y)
+
+
+@pattern({"table": draw(7, 4), "w": draw(3, 4, 4)}, labels(7, 3), labels(7, 3), layers=2)
+def tied_embedding_around_scanned_layers(p, x, y):
+    @jax.checkpoint
+    def layer(h, w):
+        return h + jnp.tanh(jnp.cumsum(h, axis=1) @ w), None
+
+    h = jax.lax.scan(layer, jnp.take(p["table"], x, axis=0), p["w"])[0]
+    # The head takes the positions one by one, as where logits of all would take too much memory.
+    logits = jax.lax.map(lambda h: h @ p["table"].T, h.swapaxes(0, 1))
+    return classify(logits.swapaxes(0, 1), y)
+
+
+@pattern(TIED, labels(7, 3), labels(7, 2), layers=2)
+def tied_embedding_under_vmap_read_twice(p, x, y):
+    def one(x, y):
+        def embed(tokens):
+            return p["table"][tokens]
+
+        h = jnp.tanh(jnp.sum(embed(x), axis=0) @ p["w"]) + 0.5 * embed(y)
+        return h @ p["table"].T
+
+    return classify(jax.vmap(one)(x, y), y)
+
+
+@pattern({"table": draw(2, 7, 4)}, labels(7, 3), labels(7, 3), layers=1)
+def tied_embeddings_of_an_ensemble(p, x, y):
+    def add(logits, table):
+        return logits + jnp.tanh(table[x]) @ table.T, None
+
+    return classify(jax.lax.scan(add, jnp.zeros((*x.shape, 7)), p["table"])[0], y)
+
+
+@pattern({"w": draw(4, 3), "out": draw(4, 3)}, draw(N, 4), labels(), uncovered=("w",), layers=1)
+def tied_autoencoder(p, x, y):
+    return classify(jnp.tanh(x @ p["w"]) @ p["w"].T @ p["out"], y)
+
+
+@pattern(
+    {"prior": draw(7), "w": draw(4, 7)}, labels(7), draw(N, 4), labels(7), uncovered=("prior",)
+)
+def looked_up_and_added(p, x, h, y):
+    return classify(p["prior"][x][:, None] * h @ p["w"] + p["prior"], y)
 
 
 @pattern({"w": draw(4, 3), "a": draw(4, 2), "b": draw(2, 3)}, draw(N, 4), labels(), layers=3)

@@ -162,6 +162,17 @@ def linen_scanned_transformer():
 
 
 @case
+def linen_tied_embedding():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(7, 4)
+            return embed.attend(jnp.tanh(nn.Dense(4)(embed(tokens))))
+
+    return _linen(Model(), TOKENS, labels(7, 5), [(5, 4, 1), (7, 4, 1)], scale=5**0.5)
+
+
+@case
 def linen_gru():
     class Model(nn.Module):
         @nn.compact
@@ -196,6 +207,25 @@ def nnx_state():
         return classify(nnx.merge(graph, state)(x), y)
 
     return Case(loss_fn, _random(state), (X, Y), NETWORK)
+
+
+@case
+def nnx_tied_embedding():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 4, rngs=rngs)
+            self.hidden = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.embed.attend(jnp.tanh(self.hidden(self.embed(tokens))))
+
+    graph, state = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+
+    def loss_fn(state, x, y):
+        return classify(nnx.merge(graph, state)(x), y)
+
+    layers = [(5, 4, 1), (7, 4, 1)]
+    return Case(loss_fn, _random(state), (TOKENS, labels(7, 5)), layers, scale=5**0.5)
 
 
 def _module_loss(model, x, y):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from optax_kron import losses
+from optax_kron.capture.execution.columns import chosen, shared_columns
 from optax_kron.capture.find import find_layers
 from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
@@ -139,6 +140,66 @@ def test_two_batches_of_different_size_in_one_loss():
     _, _, taps = jax.jit(value_and_grad_with_taps(loss_fn, layers, fisher="exact"))(LINEAR, *args)
     assert {len(groups) for groups in taps.values()} == {2}
     assert sorted(tap.inputs.shape[1] for tap in taps["a"]) == [4, 7]
+
+
+def exact_taps(loss_fn, params, *args):
+    layers = find_layers(loss_fn, params, *args, check=False)
+    return jax.jit(value_and_grad_with_taps(loss_fn, layers, fisher="exact"))(params, *args)[2]
+
+
+def test_heads_have_columns_where_they_reach_alone():
+    params = {
+        "trunk": draw(3, 4),
+        "one": draw(4, 1),
+        "two": draw(4, 2),
+        "three": draw(4, 1, seed=1),
+    }
+    targets = draw(7, 1), draw(7, 2), draw(7, 1, seed=1)
+    names = ["one", "two", "three"]
+
+    def loss_fn(p, x, *targets):
+        h = jnp.tanh(x @ p["trunk"])
+        return sum(regress(h @ p[name], y) for name, y in zip(names, targets, strict=True))
+
+    taps = exact_taps(loss_fn, params, draw(7, 3), *targets)
+    columns = {name: len(tap.output_grads) for name, (tap,) in taps.items()}
+    assert columns == {"trunk": 4, "one": 1, "two": 2, "three": 1}
+    for (tap,) in taps.values():
+        assert jnp.all(jnp.any(tap.output_grads != 0, axis=(1, 2, 3, 4)))
+    for name in names:  # of half the squared error times two
+        (tap,) = taps[name]
+        G = jnp.einsum("vbnso,vbnsp->op", tap.output_grads, tap.output_grads) / 7
+        np.testing.assert_allclose(G, 2 * jnp.eye(len(tap.output_grads)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_heads_of_two_batches_share_their_columns(outputs):
+    """As those of the interior and of the boundary of a domain."""
+    params = {"a": draw(3, 4), "b": draw(4, outputs)}
+
+    def one(p, x, y):
+        return regress(jnp.tanh(x @ p["a"]) @ p["b"], y)
+
+    def both(p, x, y, u, v):
+        return one(p, x, y) + 0.3 * one(p, u, v)
+
+    inside, border = (draw(7, 3), draw(7, outputs)), (draw(4, 3, seed=1), draw(4, outputs))
+    taps = exact_taps(both, params, *inside, *border)
+    alone = exact_taps(one, params, *inside)
+    for name, groups in taps.items():
+        assert [len(tap.output_grads) for tap in groups] == [outputs, outputs]
+        (wanted,) = alone[name]
+        (found,) = (tap for tap in groups if tap.inputs.shape[1] == 7)
+        # One number of examples scales the columns of both.
+        np.testing.assert_allclose(jnp.abs(found.output_grads), jnp.abs(wanted.output_grads))
+
+
+def test_a_column_is_shared_by_no_two_marks_that_meet():
+    numbers = shared_columns([3, 1, 2, 1], [{0, 1}, {1}, {2, 3}, set()])
+    assert [n.tolist() for n in numbers] == [[0, 1, 2], [3], [0, 1], [3]]
+    x = jnp.arange(5)
+    assert chosen(x, [np.array([0]), np.array([3, 4])]).tolist() == [0, 3, 4]
+    assert chosen(x, [np.array([1, 2])]).tolist() == [1, 2]
 
 
 def nonlinear(p, x):

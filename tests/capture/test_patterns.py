@@ -14,7 +14,15 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.nam
 
 
 # The check on numbers compiles a program of its own; these take all that it does differently.
-CHECKED = ("perceptron", "cast_to_bf16", "embedding", "conv_grouped", "recurrent", "branches")
+CHECKED = (
+    "perceptron",
+    "cast_to_bf16",
+    "embedding",
+    "tied_embedding_pooled_under_a_head_with_bias",
+    "conv_grouped",
+    "recurrent",
+    "branches",
+)
 
 
 # Up to JAX 0.8 the derivative of every cast from real to complex numbers warns, also of jax.grad.

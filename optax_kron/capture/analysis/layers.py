@@ -3,7 +3,8 @@
 # Of `einsum("nti,io->nto", x, w) + b`, then `tanh(..) @ w.T`, and `qkv[:, :4]` beside `qkv[:, 4:]`:
 #
 #     w     two uses with other roles, as inputs of one are outputs of the other: in no layer, with
-#           that reason; if it were used twice in one direction: one layer, two uses in its group
+#           that reason; if it were used twice in one direction: one layer, two uses in its group;
+#           if one of the two were a lookup: a tied embedding, with a group for each
 #     b     its kernel is in no layer, so that it is a layer of its own
 #     qkv   two parts, each with its uses: two layers, "qkv[0:3,0:4]" and "qkv[0:3,4:8]"
 
@@ -22,14 +23,15 @@ from optax_kron.capture.analysis.canonical import fits
 from optax_kron.capture.analysis.joined import apart
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
+from optax_kron.capture.analysis.roles import is_lookup, shared_roles, tiles, within
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
 from optax_kron.capture.program.equations import Program, Renewed
 from optax_kron.capture.program.graph import Graph, Value, build
 from optax_kron.capture.program.knowledge import Knowledge
 from optax_kron.capture.rules.batch_axes import Read, Separate, same_examples, share_examples
-from optax_kron.capture.rules.contraction import IndexInputs
 from optax_kron.capture.rules.table import integer_rule
-from optax_kron.layers.layer import Arrangement, AxisFactor, AxisFactors, Layer, spans
+from optax_kron.layers.layer import Arrangement, AxisFactors, Layer, spans
+from optax_kron.layers.tied import head_of
 
 _FEW_MARKS = 8  # more are not tried out one by one
 
@@ -53,14 +55,27 @@ class CapturedLayer:
         """Those of all groups, in order."""
         return [use for group in self.groups for use in group]
 
+    def seen_by(self, group: Sequence[Use]) -> Layer:
+        """The layer as a group of its uses sees it: a tied embedding as a table, or as a head."""
+        is_head = self.layer.is_tied and not is_lookup(group[0])
+        return head_of(self.layer) if is_head else self.layer
+
     def without_bias(self) -> "CapturedLayer":
         """The layer of the kernel alone."""
         layer = dataclasses.replace(self.layer, bias=None, bias_view=None)
         return CapturedLayer(layer, self.groups, {})
 
     def with_max_size(self, max_size: int) -> "CapturedLayer":
-        """The layer with another longest axis that has a dense factor."""
-        layer = dataclasses.replace(self.layer, max_size=max_size)
+        """The layer with another longest axis that has a dense factor.
+
+        Numbers that are added at each position, as those of a positional embedding [T, D], have a
+        block for each. All of them count as one axis: T factors [D, D] would take D times as much
+        memory as they do.
+        """
+        layer = self.layer
+        if layer.kernel is None and layer.blocks * layer.d_out > max_size and layer.blocks > 1:
+            max_size = min(max_size, max(layer.d_out - 1, 1))
+        layer = dataclasses.replace(layer, max_size=max_size)
         return dataclasses.replace(self, layer=layer)
 
 
@@ -220,12 +235,14 @@ class _Part(NamedTuple):
       uses: The uses of the part.
       arrangement: The arrangement of the part, into blocks, inputs and outputs.
       groups: The uses that share examples.
+      is_tied: Whether it is a table, and the head as well: groups are of lookups, or of the head.
     """
 
     path: str
     uses: list[Use]
     arrangement: Arrangement
     groups: list[list[Use]]
+    is_tied: bool
 
 
 class _Assembly:
@@ -292,20 +309,27 @@ class _Assembly:
                 return []
         parts = []
         for part, uses in by_part.items():
-            roles = {tuple(map(use.of_kernel, ("block", "input", "output"))) for use in uses}
-            indexed = {isinstance(use.contraction.inputs, IndexInputs) for use in uses}
-            if len(roles) > 1 or len(indexed) > 1:
+            # Lookups first: a tied embedding has its roles from them.
+            sides = [[u for u in uses if is_lookup(u) is lookup] for lookup in (True, False)]
+            sides = [side for side in sides if side]
+            factors = shared_roles(sides)
+            if factors is None:
                 self.uncovered[path] = "used in two orientations, as tied weights are"
                 return []
-            (factors,) = roles
-            if not _tiles(part, factors):
+            if not tiles(part, factors):
                 self.uncovered[path] = "only some of its elements are used"
                 return []
-            groups = self._groups(uses)
-            if groups is None:
-                self.uncovered[path] = "is used on different selections of the examples in one loss"
-                return []
-            parts.append(_Part(path, uses, Arrangement(value.shape, part, factors), groups))
+            groups: list[list[Use]] = []
+            for side in sides:
+                found = self._groups(side)
+                if found is None:
+                    reason = "is used on different selections of the examples in one loss"
+                    self.uncovered[path] = reason
+                    return []
+                groups += found
+            uses = [use for side in sides for use in side]
+            arrangement = Arrangement(value.shape, part, factors)
+            parts.append(_Part(path, uses, arrangement, groups, is_tied=len(sides) > 1))
         return parts
 
     def _groups(self, uses: Iterable[Use]) -> list[list[Use]] | None:
@@ -342,6 +366,8 @@ class _Assembly:
 
     def _with_bias(self, part: _Part) -> Layer | None:
         """The layer of a kernel and of its bias, if it has one that is of no other."""
+        if part.is_tied:  # that of the head has no place among the rows
+            return None
         merged = [self._biases[use] for use in part.uses if use in self._biases]
         paths = {self._paths[bias.use.leaf] for bias in merged}
         if len(paths) != 1 or len({bias.beside for bias in merged}) != 1:
@@ -357,7 +383,7 @@ class _Assembly:
         def beside(role: AxisFactors) -> AxisFactors:
             """The bias's factors in the order of the kernel's."""
             ordered = sorted(pairs, key=lambda f: (f.axis, -f.stride))
-            mine = [f for f in ordered if any(_within(f, kernel) for kernel in role)]
+            mine = [f for f in ordered if any(within(f, kernel) for kernel in role)]
             return tuple(factor for f in mine for factor in pairs[f])
 
         blocks, _, outputs = part.arrangement.roles
@@ -380,29 +406,11 @@ def _without_bias(part: _Part) -> Layer:
     return Layer(
         name=part.path,
         kernel=part.path,
-        is_embedding=isinstance(contraction.inputs, IndexInputs),
-        kind=contraction.kind,
+        is_embedding=is_lookup(part.uses[0]),
+        kind="tied embedding" if part.is_tied else contraction.kind,
         kernel_view=part.arrangement,
+        is_tied=part.is_tied,
     )
-
-
-def _within(factor: AxisFactor, other: AxisFactor) -> bool:
-    """Whether a factor is a part of another."""
-    inside = factor.axis == other.axis and factor.stride >= other.stride
-    return inside and factor.stride * factor.size <= other.stride * other.size
-
-
-def _tiles(part: Sequence[tuple[int, int]], roles: Iterable[AxisFactors]) -> bool:
-    """Whether factors enumerate every element of a part once."""
-    sizes = [stop - start for start, stop in part]
-    factors = sorted((f for role in roles for f in role), key=lambda f: (f.axis, f.stride))
-    strides: dict[int, int] = {}
-    for factor in factors:
-        # Without a gap or an overlap each starts where the faster one ends.
-        if factor.stride != strides.get(factor.axis, 1):
-            return False
-        strides[factor.axis] = factor.stride * factor.size
-    return all(strides.get(axis, 1) == size for axis, size in enumerate(sizes))
 
 
 def _named(layers: Sequence[CapturedLayer]) -> list[CapturedLayer]:

@@ -189,7 +189,7 @@ def layer_moments(
 
 def _group_moments(captured: CapturedLayer, group: Sequence[Use], recorded: Recorded) -> Moments:
     analysis, linearized, output_grads, loss_weights = recorded
-    layer, marks = captured.layer, analysis.marks_of(group)
+    layer, marks = captured.seen_by(group), analysis.marks_of(group)
     inputs, outputs, totals, positions = [], [], [], 0
     for use in group:
         form = Canonical(use, analysis.batching(use))

@@ -11,6 +11,7 @@ examples and positions have not been taken for each other.
 # over both is the same. With the cotangent of example 0 alone all 5 "examples" have
 # output-gradients, and the second test fails.
 
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -34,6 +35,7 @@ from optax_kron.capture.program.widening import has_narrow, wide
 from optax_kron.kernels import contract, explicit
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Tap
+from optax_kron.layers.tied import seen_as
 
 _T = TypeVar("_T")
 
@@ -242,7 +244,7 @@ def _off(
 ) -> _Deviations:
     """How far the contracted taps are from the expected gradient."""
     layer = captured.layer
-    off = added(_contract(layer, tap) for tap in taps) - expected
+    off = added(map(functools.partial(_contract, layer), taps)) - expected
     biased = layer.kernel is not None and layer.bias is not None
     kernel = _relative(off[:, :-1] if biased else off, expected)
     bias = _relative(off[:, -1], expected) if biased else jnp.zeros(())
@@ -274,13 +276,16 @@ def _of_others(tap: Tap, owner: Tap) -> Shaped[Array, "V B N S d_out"]:
 def _contract(layer: Layer, tap: Tap) -> Float[Array, "B d_in d_out"]:
     """The gradient that a tap stands for: `Σ_n Σ_s a gᵀ`."""
     grads = contract.widen(tap.output_grads)
-    if layer.is_embedding:
+    seen = seen_as(layer, tap)
+    if seen.is_embedding:
         zeros = jnp.zeros((layer.blocks, layer.d_in, layer.d_out), grads.dtype)
         flat = tap.inputs[..., 0].reshape(layer.blocks, -1)
         rows = grads[0].reshape(layer.blocks, -1, layer.d_out)
         return jax.vmap(lambda z, i, g: z.at[i].add(g))(zeros, flat, rows)
     inputs = contract.widen(tap.inputs)
-    return jnp.einsum("bnsi,vbnso->bio", inputs, grads)
+    # The head of a tied embedding has the kernel's outputs for its inputs.
+    axes = "bio" if seen is layer else "boi"
+    return jnp.einsum(f"bnsi,vbnso->{axes}", inputs, grads)
 
 
 def _relative(difference: Float[Array, "..."], scale_of: Float[Array, "..."]) -> Float[Array, ""]:

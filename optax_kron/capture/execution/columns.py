@@ -1,6 +1,6 @@
 """Which cotangents of the marked logits make up the curvature: the estimates of the Fisher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +105,60 @@ def one_by_one(
         apart = jnp.expand_dims(apart, where + 1)
     made = apart[:, None].astype(made.dtype) * made[None]
     return made.reshape(-1, *made.shape[2:])
+
+
+def shared_columns(
+    counts: Sequence[int], reached: Iterable[frozenset[int]]
+) -> list[Int[np.ndarray, " V_of_mark"]]:
+    """Which columns of all are those of each mark.
+
+    The curvatures of two marks add, not their columns, so that where both are reached from the same
+    inputs each has columns of its own. Others share theirs.
+
+    Args:
+      counts: The number of columns of each mark.
+      reached: Sets of marks that something reaches together.
+
+    Returns:
+      The numbers of the columns of each mark.
+    """
+    together = list(reached)
+    starts, first = [0] * len(counts), 0
+    left = sorted(range(len(counts)), key=lambda m: -counts[m])
+    while left:
+        # The widest that is left, and after it all that are not reached together with one of these.
+        chosen: list[int] = []
+        for m in left:
+            if not any({m, other} <= marks for other in chosen for marks in together):
+                chosen.append(m)
+                starts[m] = first
+        first += counts[chosen[0]]
+        left = [m for m in left if m not in chosen]
+    return [start + np.arange(count) for start, count in zip(starts, counts, strict=True)]
+
+
+def spread_out(
+    of_marks: Sequence[Float[Array, "V_of_mark ..."]],
+    numbers: Sequence[Int[np.ndarray, " V_of_mark"]],
+) -> list[Float[Array, "V ..."]]:
+    """The columns of each mark among those of all, zero elsewhere.
+
+    Those of [2, ...] and [3, ...] become two of [5, ...], or of [3, ...] if they share columns.
+    """
+    total = max((int(n[-1]) + 1 for n in numbers if len(n)), default=0)
+    return [
+        jnp.pad(c, [(int(n[0]), total - 1 - int(n[-1]))] + [(0, 0)] * (c.ndim - 1))
+        for c, n in zip(of_marks, numbers, strict=True)
+    ]
+
+
+def chosen(
+    x: Float[Array, "V ..."], numbers: Sequence[Int[np.ndarray, " V_of_mark"]]
+) -> Float[Array, "V_chosen ..."]:
+    """The columns of some marks, in order."""
+    kept = np.unique(np.concatenate(numbers))
+    if len(kept) == len(x):
+        return x
+    ends = np.flatnonzero(np.diff(kept) > 1)
+    starts, stops = kept[[0, *(ends + 1)]], kept[[*ends, -1]] + 1
+    return jnp.concatenate([x[a:b] for a, b in zip(starts, stops, strict=True)])
