@@ -425,3 +425,46 @@ def test_errors_say_what_was_expected():
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be a number in"):
             ok.adaptive_kfac(layers=[OTHER], **{name: bad})
+
+
+@pytest.mark.parametrize("method", ["adaptive_kfac", "adaptive_ekfac"])
+def test_errors_of_the_preconditioner_name_the_optimizer(method):
+    problem, make = Quadratic(np.float32), getattr(ok, method)
+    with pytest.raises(ValueError, match=f"^{method}: decay must be a number in"):
+        make(layers=[OTHER], decay=2.0)
+    with pytest.raises(ValueError, match=f"^{method}: damping_rule must be one of"):
+        make(layers=[OTHER], damping_rule="plain")
+    tx = make(layers=[OTHER])
+    with pytest.raises(ValueError, match=f"^{method}: .*taps"):
+        problem.step(tx, problem.params, tx.init(problem.params), taps=None)
+
+
+@pytest.mark.parametrize("hidden", ["x", "other"])
+def test_hidden_parameters_are_refused_in_words(hidden):
+    params = Quadratic(np.float32).params
+    labels = {name: "frozen" if name == hidden else "trained" for name in params}
+    masked = optax.masked(adaptive(), {name: name != hidden for name in params})
+    partition = optax.partition({"trained": adaptive(), "frozen": optax.set_to_zero()}, labels)
+    for tx in (masked, partition):
+        with pytest.raises(ValueError, match=rf"neither optax.masked.*'{hidden}'.* is hidden"):
+            tx.init(params)
+
+
+def test_bounds_of_the_damping_are_in_order():
+    with pytest.raises(ValueError, match="initial_damping must be at most max_damping; got"):
+        adaptive(initial_damping=1.0, max_damping=0.1)
+    with pytest.raises(ValueError, match="min_damping must be at most initial_damping; got"):
+        adaptive(initial_damping=1.0, min_damping=jnp.array(2.0))
+    adaptive(initial_damping=1.0, min_damping=1.0, max_damping=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
+def test_products_of_another_dtype_are_refused(dtype):
+    problem, tx = Quadratic(np.float32), adaptive()
+    state = tx.init(problem.params)
+
+    def ggn_fn(v):
+        return problem.product(v) | {"x": problem.product(v)["x"].astype(dtype)}
+
+    with pytest.raises(ValueError, match=f"ggn_fn must return .* array of {dtype} where .*float32"):
+        problem.step(tx, problem.params, state, ggn_fn=ggn_fn)

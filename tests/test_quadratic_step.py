@@ -1,5 +1,7 @@
 """The step of a quadratic model: beside a dense solve, and at the edges of arithmetic."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,15 @@ import optax_kron as ok
 from .draws import draw
 
 SIZE = 7
+X = np.ones(3, np.float32)
+TREE = {"a": X}
+
+
+class Pair(NamedTuple):
+    """A tree of parameters that is a tuple, and no list of directions."""
+
+    first: np.ndarray
+    second: np.ndarray
 
 
 def tree(x):
@@ -140,3 +151,22 @@ def test_errors_say_what_was_expected():
         ok.quadratic_step(x, [jnp.ones(2)], [x])
     with pytest.raises(ValueError, match=r"damping must be a number in \[0, inf\]"):
         ok.quadratic_step(x, [x], [x], damping=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((X, X, X), "directions must be a list or tuple of trees .* got ndarray"),
+        ((TREE, TREE, TREE), "directions must be a list or tuple of trees .* got dict"),
+        ((TREE, [TREE], TREE), "products must be a list or tuple of trees .* got dict"),
+        ((X, Pair(X, X), [X, X]), "directions must be a list or tuple of trees .* got Pair"),
+        ((jnp.arange(3), [X], [X]), "grads must be floating-point or complex; got .* int32"),
+        ((X, [X, jnp.arange(3)], [X, X]), r"directions\[1\] must be floating-point or complex"),
+        ((TREE, [TREE], [{"a": "no"}]), r"products\[0\]\['a'\] must be floating.* got str"),
+        ((TREE, [TREE], [{"b": X}]), r"products\[0\] do not match the gradients: at \['b'\]"),
+        ((TREE, [{"a": X[:2]}], [TREE]), r"directions\[0\] do not match the gradients: at \['a'\]"),
+    ],
+)
+def test_trees_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        ok.quadratic_step(*given)

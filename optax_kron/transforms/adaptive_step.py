@@ -126,6 +126,7 @@ class Adaptive:
 
     def init(self, params: PyTree) -> AdaptiveState:
         """The state before the first step."""
+        _refuse_masked(self.owner, params)
         params = program.as_arrays(params)
         initial = jnp.asarray(self.initial_damping, jnp.float32)
         inner = self._preconditioner_of(params, initial, self.refresh_every)
@@ -161,7 +162,7 @@ class Adaptive:
         natural, inner = self._precondition(grads, state, params, known, extra_args)
         moved = inner.count > state.preconditioner.count
         directions = jax.tree.map(jnp.negative, natural), state.last_update
-        products = self._products(ggn_fn, directions, moved)
+        products = self._products(ggn_fn, directions, params, moved)
         model = quadratic_step(grads, directions, products, damping=damping, l2=self.l2)
         trial = self._try(model, moved, params, known, value_fn)
         step = jax.tree.map(lambda x: jnp.where(trial.accepted, x, 0), model.step)
@@ -239,7 +240,7 @@ class Adaptive:
             least = _LEAST_WIDE if self._dtype_of_factors(params).itemsize > 4 else _LEAST
         return jnp.asarray(least, jnp.float32)
 
-    def _products(self, ggn_fn, directions, needed):
+    def _products(self, ggn_fn, directions, params, needed):
         """The products of all directions, or zeros."""
 
         def zeros():
@@ -248,10 +249,23 @@ class Adaptive:
         def products():
             made = tuple(map(ggn_fn, directions))
             for product, direction in zip(made, directions, strict=True):
-                validation.check_like(f"{self.owner}: ggn_fn", product, direction)
+                self._check_product(product, direction, params)
             return jax.tree.map(lambda x, like: x.astype(like.dtype), made, directions)
 
         return flow.cond(needed, products, zeros)
+
+    def _check_product(self, product, direction, params) -> None:
+        """Raise unless a product is like its direction, as precise as that or the parameters."""
+        names = "products by ggn_fn", "the parameters"
+        validation.check_like(self.owner, product, direction, names)
+        triples = zip(*map(jax.tree.leaves, (product, direction, params)), strict=True)
+        for x, *likes in triples:
+            expected = {jnp.result_type(like).name for like in likes}
+            if (got := jnp.result_type(x).name) not in expected:
+                raise ValueError(
+                    f"{self.owner}: ggn_fn must return a tree like its argument; got an array of "
+                    f"{got} where it has {' or '.join(sorted(expected))}."
+                )
 
     def _try(self, model: QuadraticStep, moved, params, value, value_fn) -> Trial:
         """The loss after the step, beside what was predicted."""
@@ -309,6 +323,20 @@ class Adaptive:
             rejected_steps=old.rejected_steps + (~trial.accepted).astype(jnp.int32),
         )
         return select(trial.skipped, old, new)
+
+
+def _refuse_masked(owner: str, params: PyTree) -> None:
+    """Raise where `optax.masked` or `optax.partition` hides a part of the parameters."""
+
+    def is_hidden(x):
+        return isinstance(x, optax.MaskedNode)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden):
+        if is_hidden(leaf):
+            raise ValueError(
+                f"{owner} sees all parameters, as value_fn and ggn_fn do, and goes inside neither "
+                f"optax.masked nor optax.partition; {jax.tree_util.keystr(path)} is hidden from it."
+            )
 
 
 def _scalar(owner: str, name: str, value: Any) -> Array:

@@ -1,7 +1,7 @@
 """A step from the exact quadratic model of a loss, over a few directions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def quadratic_step(
       all do. Cost: 2k² + 3k operations per parameter.
 
     Raises:
-      ValueError: If there are no directions, or not one product for each, or if they are not like
-        the gradients.
+      ValueError: If there are no directions, or not one product for each, if they are not like the
+        gradients, or if anything is not floating-point or complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,17 +74,23 @@ def quadratic_step(
     owner = "quadratic_step"
     validation.check_range(owner, "damping", damping)
     validation.check_range(owner, "l2", l2)
+    for name, given in (("directions", directions), ("products", products)):
+        _check_sequence(owner, name, given)
     if not directions or len(directions) != len(products):
         raise ValueError(
             f"{owner}: directions and products must be sequences of as many trees, one or more; "
             f"got {len(directions)} and {len(products)}."
         )
-    trees = [program.as_arrays(tree) for tree in (grads, *directions, *products)]
-    for tree in trees[1:]:
-        validation.check_like(owner, trees[0], tree)
+    k = len(directions)
+    names = ["grads", *_numbered("directions", k), *_numbered("products", k)]
+    trees = [
+        _as_inexact(owner, name, tree)
+        for name, tree in zip(names, (grads, *directions, *products), strict=True)
+    ]
+    for name, tree in zip(names[1:], trees[1:], strict=True):
+        validation.check_like(owner, tree, trees[0], (name, "the gradients"))
     grads, *others = trees
     lists = [jax.tree.leaves(tree) for tree in trees]
-    k = len(directions)
     shift = jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
     least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], shift)
 
@@ -98,3 +104,30 @@ def quadratic_step(
 
     step = jax.tree.map(combine, grads, *others[:k])
     return QuadraticStep(least.coefficients, step, least.decrease)
+
+
+def _check_sequence(owner: str, name: str, given: Any) -> None:
+    """Raise unless trees come as a list or tuple, rather than as one bare tree."""
+    if not isinstance(given, list | tuple) or hasattr(given, "_fields"):
+        raise ValueError(
+            f"{owner}: {name} must be a list or tuple of trees like the gradients, one for each "
+            f"direction; got {type(given).__name__}."
+        )
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name}[{i}]" for i in range(count)]
+
+
+def _as_inexact(owner: str, name: str, tree: PyTree) -> PyTree:
+    """The tree with arrays for leaves; raises unless these are floating-point or complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        # Numbers of Python are parameters too.
+        if not isinstance(leaf, float | complex) and (
+            dtype is None or not jnp.issubdtype(dtype, jnp.inexact)
+        ):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            got = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
+            raise ValueError(f"{owner}: {where} must be floating-point or complex; got {got}.")
+    return program.as_arrays(tree)
