@@ -59,7 +59,7 @@ def adaptive_kfac(
         the factors are float64.
       max_damping: The largest λ, not below `initial_damping`.
       damping_decrease: Factor of λ after a good step, in (0, 1].
-      damping_increase: Factor of λ after a poor or rejected step, ≥ 1.
+      damping_increase: Factor of λ after a poor step, ≥ 1; after a rejected one, its cube.
       l2: Of the term `l2/2·‖params‖²` that is added to the loss, ≥ 0: to its gradient, curvature
         and value, none of which is to have it already.
       refresh_every: The inverses are made anew after so many accepted steps; and, as with

@@ -29,6 +29,9 @@ from optax_kron.transforms.stacks import select
 _ROUNDING = 8.0
 # Ratios of the actual to the predicted decrease, between which the damping stays.
 _POOR, _GOOD = 0.25, 0.75
+# How many poor steps a rejected one counts for: it is lost, and others are until λ is large enough.
+# Of the first 50 steps on a Poisson equation 13 were rejected with 1, and 5 with 3.
+_REJECTED = 3
 # The least damping of factors in float32, and in float64. Each factor gets its root. With less,
 # a fifth of the steps of an autoencoder in float32 were rejected, and none with this.
 _LEAST, _LEAST_WIDE = 1e-6, 1e-12
@@ -306,11 +309,10 @@ class Adaptive:
         hidden = ~trial.trusted & (model.predicted_decrease > 0)
         good = trial.accepted & (hidden | (trial.trusted & (trial.ratio > _GOOD)))
         poor = ~trial.accepted | (trial.trusted & (trial.ratio < _POOR))
-        factor = jnp.where(
-            good,
-            jnp.asarray(self.damping_decrease, jnp.float32),
-            jnp.where(poor, jnp.asarray(self.damping_increase, jnp.float32), 1),
-        )
+        increase = jnp.asarray(self.damping_increase, jnp.float32)
+        increase = jnp.where(trial.accepted, increase, increase**_REJECTED)
+        decrease = jnp.asarray(self.damping_decrease, jnp.float32)
+        factor = jnp.where(good, decrease, jnp.where(poor, increase, 1))
         most = jnp.asarray(self.max_damping, jnp.float32)
         rate, momentum = model.coefficients.astype(jnp.float32)
         new = AdaptiveMetrics(
