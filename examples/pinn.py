@@ -2,7 +2,7 @@
 
 A tanh network of float64 is to fulfil the equation at points inside, and to have the known values
 on the boundary. adaptive_kfac takes its steps without any setting, and all others have as many
-seconds, with the best of three peak rates and a cosine schedule over this time.
+seconds, those with a rate the best of two or three and a cosine schedule over this time.
 
     python examples/pinn.py --help
 """
@@ -31,9 +31,9 @@ def make_optimizers(layers):
         "adaptive_kfac": (None, ok.adaptive_kfac(layers=layers)),
         "lbfgs": (None, optax.lbfgs(memory_size=20)),
         "adam": (1e-2, optax.with_extra_args_support(optax.scale_by_adam())),
-        "soap": (1e-2, ok.soap()),
-        "kron_psgd": (1e-2, ok.kron_psgd()),
-        "kfac": (1e-1, ok.kfac(layers=layers, damping=1e-4)),
+        "soap": (3e-3, ok.soap()),
+        "kron_psgd": (3e-3, ok.kron_psgd()),
+        "kfac": (1e-1, ok.kfac(layers=layers, damping=1e-2)),
     }
 
 

@@ -147,6 +147,38 @@ def test_one_step_solves_a_linear_regression(method, x64):
     np.testing.assert_allclose(metrics.reduction_ratio, 1, rtol=1e-4)
 
 
+def test_inner_products_and_products_give_the_same_steps(x64):
+    """The first are what `ok.ggn_vector_product` has; any other function gives the second."""
+    loss_fn, params, batch = regression()
+    layers = ok.find_layers(loss_fn, params, *batch)
+    tx = ok.adaptive_kfac(layers=layers, l2=0.1)
+    with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+
+    def run(wrap):
+        p, state = params, tx.init(params)
+        for _ in range(3):
+            loss, grads, taps = with_taps(p, *batch)
+            ggn_fn = wrap(ok.ggn_vector_product(loss_fn, p, *batch))
+            extras = {"value": loss, "value_fn": lambda q: loss_fn(q, *batch), "ggn_fn": ggn_fn}
+            updates, state = tx.update(grads, state, p, taps=taps, **extras)
+            p = optax.apply_updates(p, updates)
+        return p, state.metrics
+
+    class Inner:
+        """Would give other products, if it were asked for them."""
+
+        def __init__(self, product):
+            self.inner_products = product.inner_products
+
+        def __call__(self, v):
+            return jax.tree.map(jnp.zeros_like, v)
+
+    known, expected = run(Inner), run(lambda product: lambda v: product(v))
+    chex.assert_trees_all_close(known, expected, rtol=1e-6)
+    assert expected[1].accepted_steps == 3
+    assert expected[1].momentum != 0
+
+
 # ------------------------------------------------------------------------------- faults
 
 

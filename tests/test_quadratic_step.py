@@ -68,6 +68,25 @@ def test_step_is_that_of_a_dense_solve(count, dtype, x64):
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(found.step))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=str)
+def test_inner_products_are_those_with_products(dtype, x64):
+    x, y = jnp.asarray(draw(9, 4, dtype=dtype)), jnp.asarray(draw(9, 3))
+
+    def loss_fn(params):
+        hidden = jnp.real(jnp.tanh(x @ params["in"]))
+        return jnp.mean(ok.losses.squared_error(hidden @ params["out"], y))
+
+    def tree(seed):
+        inner = draw(4, 5, seed=seed, dtype=dtype)
+        return {"in": jnp.asarray(inner), "out": jnp.asarray(draw(5, 3, seed=seed + 9))}
+
+    product = ok.ggn_vector_product(loss_fn, tree(2))
+    directions = [tree(3), tree(4), tree(5)]
+    expected = [[vector(d).conj() @ vector(product(e)) for e in directions] for d in directions]
+    found = product.inner_products(directions)
+    np.testing.assert_allclose(found, np.real(expected), rtol=1e-11)
+
+
 @pytest.mark.parametrize("scale", [1.0, -3.0, 1e-8, 1.0 + 1e-15])
 def test_parallel_directions_count_once(scale, x64):
     gradient, d, matrix = draw(SIZE), draw(SIZE, seed=2), curvature()

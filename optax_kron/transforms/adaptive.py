@@ -81,8 +81,9 @@ def adaptive_kfac(
       ValueError: As `scale_by_kfac`; in `update`, if an argument is missing, a function is none, or
         a loss is no real scalar.
 
-    Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; two
-    products, of about four evaluations of the loss each, and one more evaluation of it a step.
+    Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; one more
+    evaluation of the loss a step; and two products, of about four evaluations each, or half of that
+    where `ggn_fn` is what `ok.ggn_vector_product` returns, which has `inner_products`.
 
     Examples:
       >>> import jax

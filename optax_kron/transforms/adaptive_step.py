@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optax_kron.kernels import contract, flow
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.preconditioner import KronState
-from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step
+from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step, step_of_form
 from optax_kron.transforms.stacks import select
 
 # Changes of the loss below so many of its rounding errors tell nothing.
@@ -165,8 +165,7 @@ class Adaptive:
         natural, inner = self._precondition(grads, state, params, known, extra_args)
         moved = inner.count > state.preconditioner.count
         directions = jax.tree.map(jnp.negative, natural), state.last_update
-        products = self._products(ggn_fn, directions, params, moved)
-        model = quadratic_step(grads, directions, products, damping=damping, l2=self.l2)
+        model = self._model(ggn_fn, grads, directions, params, damping, moved)
         trial = self._try(model, moved, params, known, value_fn)
         step = jax.tree.map(lambda x: jnp.where(trial.accepted, x, 0), model.step)
         refreshed = inner.refreshes > state.preconditioner.refreshes
@@ -242,6 +241,18 @@ class Adaptive:
         if least is None:
             least = _LEAST_WIDE if self._dtype_of_factors(params).itemsize > 4 else _LEAST
         return jnp.asarray(least, jnp.float32)
+
+    def _model(self, ggn_fn, grads, directions, params, damping, needed) -> QuadraticStep:
+        """The step that is best by the quadratic model; without curvature where it is lost."""
+        settings = {"damping": damping, "l2": self.l2}
+        if not hasattr(ggn_fn, "inner_products"):
+            products = self._products(ggn_fn, directions, params, needed)
+            return quadratic_step(grads, directions, products, **settings)
+
+        def form(directions):  # which costs half of the products
+            return flow.cond_or_zeros(needed, lambda: ggn_fn.inner_products(directions))
+
+        return step_of_form(grads, directions, form, **settings)
 
     def _products(self, ggn_fn, directions, params, needed):
         """The products of all directions, or zeros."""

@@ -1,6 +1,6 @@
 """A step from the exact quadratic model of a loss, over a few directions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,10 +89,37 @@ def quadratic_step(
     ]
     for name, tree in zip(names[1:], trees[1:], strict=True):
         validation.check_like(owner, tree, trees[0], (name, "the gradients"))
-    grads, *others = trees
     lists = [jax.tree.leaves(tree) for tree in trees]
-    shift = jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
-    least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], shift)
+    least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], _shift(damping, l2))
+    return _step_of(trees[0], trees[1 : k + 1], least)
+
+
+def step_of_form(
+    grads: PyTree,
+    directions: Sequence[PyTree],
+    form: Callable[[Sequence[PyTree]], Float[Array, "k k"]],
+    *,
+    damping: ArrayLike,
+    l2: ArrayLike,
+) -> QuadraticStep:
+    """`quadratic_step`, where C is known by `⟨d_i, C d_j⟩`, of trees like the directions."""
+    structure = jax.tree.structure(grads)
+
+    def of_leaves(lists):
+        return form([structure.unflatten(leaves) for leaves in lists])
+
+    lists = [jax.tree.leaves(tree) for tree in (grads, *directions)]
+    least = quadratic.minimum_of_form(lists[0], lists[1:], of_leaves, _shift(damping, l2))
+    return _step_of(grads, directions, least)
+
+
+def _shift(damping, l2):
+    """What is added to the diagonal of the curvature."""
+    return jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
+
+
+def _step_of(grads, directions, least: quadratic.Minimum) -> QuadraticStep:
+    """The sum of the directions, like the gradients."""
 
     def combine(g: Array, *ds: Array) -> Array:
         total = jnp.zeros((), contract.widen(g).dtype)
@@ -102,7 +129,7 @@ def quadratic_step(
             total = total + jnp.where(least.finite, scaled, 0)
         return total.astype(g.dtype)
 
-    step = jax.tree.map(combine, grads, *others[:k])
+    step = jax.tree.map(combine, grads, *directions)
     return QuadraticStep(least.coefficients, step, least.decrease)
 
 
