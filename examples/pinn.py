@@ -62,7 +62,7 @@ def train(name, loss_fn, layers, params, batch, error_of, limit):
         return optax.apply_updates(params, jax.tree.map(lambda u: scale * u, updates)), state
 
     state = jax.jit(optimizer.init)(params)
-    jax.block_until_ready(step(params, state, 0.0))  # compiles
+    jax.block_until_ready(step(*step(params, state, 1.0), 1.0))  # compiles
     taken, seconds, curve = 0, 0.0, []
     while (progress := (seconds if isinstance(limit, float) else taken) / limit) < 1:
         scale = 1.0 if peak is None else -peak * (1 + math.cos(math.pi * progress)) / 2
