@@ -10,9 +10,9 @@ from data import TRAIN_IMAGES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"adamw": "#d1701c", "kron_psgd": "#1f5fa8", "kfac": "#2e8b57", "ekfac": "#83c59f"}
+COLOURS = {"adamw": "#d71", "adam": "#d71", "kron_psgd": "#1f5fa8", "kfac": "#284", "ekfac": "#8c9"}
 COLOURS |= {"shampoo": "#7b3fa0", "soap": "#c2273d", "kl_soap": "#e58fa0", "kl_shampoo": "#b79ad1"}
-COLOURS |= {"sgd": "#1f9fa8", "branch_kfac": "#777777"}
+COLOURS |= {"sgd": "#1f9fa8", "branch_kfac": "#777", "lbfgs": "#ba0", "adaptive_kfac": "#111"}
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, training loss) by name
 

@@ -147,6 +147,38 @@ def test_one_step_solves_a_linear_regression(method, x64):
     np.testing.assert_allclose(metrics.reduction_ratio, 1, rtol=1e-4)
 
 
+def test_inner_products_and_products_give_the_same_steps(x64):
+    """The first are what `ok.ggn_vector_product` has; any other function gives the second."""
+    loss_fn, params, batch = regression()
+    layers = ok.find_layers(loss_fn, params, *batch)
+    tx = ok.adaptive_kfac(layers=layers, l2=0.1)
+    with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
+
+    def run(wrap):
+        p, state = params, tx.init(params)
+        for _ in range(3):
+            loss, grads, taps = with_taps(p, *batch)
+            ggn_fn = wrap(ok.ggn_vector_product(loss_fn, p, *batch))
+            extras = {"value": loss, "value_fn": lambda q: loss_fn(q, *batch), "ggn_fn": ggn_fn}
+            updates, state = tx.update(grads, state, p, taps=taps, **extras)
+            p = optax.apply_updates(p, updates)
+        return p, state.metrics
+
+    class Inner:
+        """Would give other products, if it were asked for them."""
+
+        def __init__(self, product):
+            self.inner_products = product.inner_products
+
+        def __call__(self, v):
+            return jax.tree.map(jnp.zeros_like, v)
+
+    known, expected = run(Inner), run(lambda product: lambda v: product(v))
+    chex.assert_trees_all_close(known, expected, rtol=1e-6)
+    assert expected[1].accepted_steps == 3
+    assert expected[1].momentum != 0
+
+
 # ------------------------------------------------------------------------------- faults
 
 
@@ -231,7 +263,7 @@ def test_step_that_raises_the_loss_is_not_taken(by):
     chex.assert_trees_all_equal(state.last_update, optax.tree.zeros_like(params))
     old, new = before.metrics, state.metrics
     assert (new.accepted_steps, new.rejected_steps) == (old.accepted_steps, old.rejected_steps + 1)
-    np.testing.assert_allclose(new.damping, 1.5 * old.damping, rtol=1e-6)
+    np.testing.assert_allclose(new.damping, 1.5**3 * old.damping, rtol=1e-6)
     assert new.reduction_ratio < 0 if by == 1e3 else new.reduction_ratio == 0
     assert state.preconditioner.count == before.preconditioner.count + 1
     assert calls == 3
@@ -425,3 +457,46 @@ def test_errors_say_what_was_expected():
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be a number in"):
             ok.adaptive_kfac(layers=[OTHER], **{name: bad})
+
+
+@pytest.mark.parametrize("method", ["adaptive_kfac", "adaptive_ekfac"])
+def test_errors_of_the_preconditioner_name_the_optimizer(method):
+    problem, make = Quadratic(np.float32), getattr(ok, method)
+    with pytest.raises(ValueError, match=f"^{method}: decay must be a number in"):
+        make(layers=[OTHER], decay=2.0)
+    with pytest.raises(ValueError, match=f"^{method}: damping_rule must be one of"):
+        make(layers=[OTHER], damping_rule="plain")
+    tx = make(layers=[OTHER])
+    with pytest.raises(ValueError, match=f"^{method}: .*taps"):
+        problem.step(tx, problem.params, tx.init(problem.params), taps=None)
+
+
+@pytest.mark.parametrize("hidden", ["x", "other"])
+def test_hidden_parameters_are_refused_in_words(hidden):
+    params = Quadratic(np.float32).params
+    labels = {name: "frozen" if name == hidden else "trained" for name in params}
+    masked = optax.masked(adaptive(), {name: name != hidden for name in params})
+    partition = optax.partition({"trained": adaptive(), "frozen": optax.set_to_zero()}, labels)
+    for tx in (masked, partition):
+        with pytest.raises(ValueError, match=rf"neither optax.masked.*'{hidden}'.* is hidden"):
+            tx.init(params)
+
+
+def test_bounds_of_the_damping_are_in_order():
+    with pytest.raises(ValueError, match="initial_damping must be at most max_damping; got"):
+        adaptive(initial_damping=1.0, max_damping=0.1)
+    with pytest.raises(ValueError, match="min_damping must be at most initial_damping; got"):
+        adaptive(initial_damping=1.0, min_damping=jnp.array(2.0))
+    adaptive(initial_damping=1.0, min_damping=1.0, max_damping=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
+def test_products_of_another_dtype_are_refused(dtype):
+    problem, tx = Quadratic(np.float32), adaptive()
+    state = tx.init(problem.params)
+
+    def ggn_fn(v):
+        return problem.product(v) | {"x": problem.product(v)["x"].astype(dtype)}
+
+    with pytest.raises(ValueError, match=f"ggn_fn must return .* array of {dtype} where .*float32"):
+        problem.step(tx, problem.params, state, ggn_fn=ggn_fn)

@@ -8,6 +8,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import optax_kron
@@ -44,6 +45,7 @@ PAGES = [
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
+    "docs/physics.md",
     "docs/scale.md",
     "docs/extending.md",
 ]
@@ -56,6 +58,15 @@ def can_run(block):
     return all(importlib.util.find_spec(name) for name in needed)
 
 
+@pytest.fixture
+def restored_precision():
+    """Undoes what a page does to the precision of all programs after it."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.usefixtures("restored_precision")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

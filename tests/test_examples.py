@@ -77,6 +77,11 @@ def check_picture(path):
         ("influence.py", (), ("without those that help", "norm of the gradient")),
         ("laplace.py", ("--images", "60", "--samples", "8"), ("Laplace ", "calibration error")),
         ("two_processes.py", ("--batch-size", "16"), ("soap  last loss", "largest difference")),
+        (
+            "pinn.py",
+            ("--equation", "burgers", "--optimizer", "adaptive_kfac"),
+            ("burgers        relative error", "adaptive_kfac", "    2  "),
+        ),
     ],
 )
 def test_an_example_trains_and_draws(script, arguments, texts, tmp_path):
@@ -246,6 +251,7 @@ def stop(monkeypatch, capsys):
         ("compare.py", ("--optimizer",)),
         ("state_space.py", ("--optimizer", "--batch-size")),
         ("laplace.py", ("--images", "--samples")),
+        ("pinn.py", ("--optimizer", "--equation")),
         ("influence.py", ()),
         ("two_processes.py", ("--batch-size", "--save-every")),
     ],

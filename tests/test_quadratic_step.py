@@ -1,5 +1,7 @@
 """The step of a quadratic model: beside a dense solve, and at the edges of arithmetic."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,15 @@ import optax_kron as ok
 from .draws import draw
 
 SIZE = 7
+X = np.ones(3, np.float32)
+TREE = {"a": X}
+
+
+class Pair(NamedTuple):
+    """A tree of parameters that is a tuple, and no list of directions."""
+
+    first: np.ndarray
+    second: np.ndarray
 
 
 def tree(x):
@@ -55,6 +66,25 @@ def test_step_is_that_of_a_dense_solve(count, dtype, x64):
     np.testing.assert_allclose(vector(found.step), expected, rtol=1e-11)
     np.testing.assert_allclose(found.predicted_decrease, decrease, rtol=1e-11)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(found.step))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=str)
+def test_inner_products_are_those_with_products(dtype, x64):
+    x, y = jnp.asarray(draw(9, 4, dtype=dtype)), jnp.asarray(draw(9, 3))
+
+    def loss_fn(params):
+        hidden = jnp.real(jnp.tanh(x @ params["in"]))
+        return jnp.mean(ok.losses.squared_error(hidden @ params["out"], y))
+
+    def tree(seed):
+        inner = draw(4, 5, seed=seed, dtype=dtype)
+        return {"in": jnp.asarray(inner), "out": jnp.asarray(draw(5, 3, seed=seed + 9))}
+
+    product = ok.ggn_vector_product(loss_fn, tree(2))
+    directions = [tree(3), tree(4), tree(5)]
+    expected = [[vector(d).conj() @ vector(product(e)) for e in directions] for d in directions]
+    found = product.inner_products(directions)
+    np.testing.assert_allclose(found, np.real(expected), rtol=1e-11)
 
 
 @pytest.mark.parametrize("scale", [1.0, -3.0, 1e-8, 1.0 + 1e-15])
@@ -140,3 +170,22 @@ def test_errors_say_what_was_expected():
         ok.quadratic_step(x, [jnp.ones(2)], [x])
     with pytest.raises(ValueError, match=r"damping must be a number in \[0, inf\]"):
         ok.quadratic_step(x, [x], [x], damping=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((X, X, X), "directions must be a list or tuple of trees .* got ndarray"),
+        ((TREE, TREE, TREE), "directions must be a list or tuple of trees .* got dict"),
+        ((TREE, [TREE], TREE), "products must be a list or tuple of trees .* got dict"),
+        ((X, Pair(X, X), [X, X]), "directions must be a list or tuple of trees .* got Pair"),
+        ((jnp.arange(3), [X], [X]), "grads must be floating-point or complex; got .* int32"),
+        ((X, [X, jnp.arange(3)], [X, X]), r"directions\[1\] must be floating-point or complex"),
+        ((TREE, [TREE], [{"a": "no"}]), r"products\[0\]\['a'\] must be floating.* got str"),
+        ((TREE, [TREE], [{"b": X}]), r"products\[0\] do not match the gradients: at \['b'\]"),
+        ((TREE, [{"a": X[:2]}], [TREE]), r"directions\[0\] do not match the gradients: at \['a'\]"),
+    ],
+)
+def test_trees_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        ok.quadratic_step(*given)

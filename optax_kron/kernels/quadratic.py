@@ -7,7 +7,7 @@ Of two directions d [n] with products Bd [n], and a gradient g [n], all as lists
 Everything is divided by its largest entry first, so that no square overflows or vanishes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -83,21 +83,40 @@ def minimum(
     """
     every = [gradient, *directions, *products]
     dtype = contract.widest_dtype(x for leaves in every for x in leaves)
-    shift = jnp.asarray(shift, dtype)
-    g, g_unit = _scaled(gradient, dtype)
     d, d_units = zip(*(_scaled(x, dtype) for x in directions), strict=True)
     p, p_units = zip(*(_scaled(x, dtype) for x in products), strict=True)
-    curvatures = [b / a for a, b in zip(d_units, p_units, strict=True)]
-    largest = jnp.max(jnp.stack([*curvatures, shift]))
-    unit = contract.safe_divisor(largest)
-    rows = [
-        [
-            _inner(x, y, dtype) * (curvature / unit) + _inner(x, z, dtype) * (shift / unit)
-            for y, z, curvature in zip(p, d, curvatures, strict=True)
-        ]
-        for x in d
-    ]
-    M = jnp.stack([jnp.stack(row) for row in rows])
+    curvatures = jnp.stack([b / a for a, b in zip(d_units, p_units, strict=True)])
+    unit = contract.safe_divisor(jnp.max(jnp.append(curvatures, jnp.asarray(shift, dtype))))
+    M = _inner_products(d, p, dtype) * (curvatures / unit)[None]
+    return _minimum(gradient, (d, d_units), M, unit, shift)
+
+
+def minimum_of_form(
+    gradient: Leaves,
+    directions: Sequence[Leaves],
+    form: Callable[[Sequence[Leaves]], Float[Array, "k k"]],
+    shift: ArrayLike,
+) -> Minimum:
+    """`minimum`, where B is known by the inner products of directions in its metric.
+
+    Args:
+      gradient: g.
+      directions: The d_i, each like g.
+      form: From directions to `⟨d_i, B d_j⟩`; linear in each, as these come divided by units.
+      shift: Added to the diagonal of B, ≥ 0.
+    """
+    dtype = contract.widest_dtype(x for leaves in (gradient, *directions) for x in leaves)
+    d, d_units = zip(*(_scaled(x, dtype) for x in directions), strict=True)
+    M = form(d).astype(dtype)
+    unit = contract.safe_divisor(jnp.max(jnp.append(jnp.abs(M), jnp.asarray(shift, dtype))))
+    return _minimum(gradient, (d, d_units), M / unit, unit, shift)
+
+
+def _minimum(gradient, directions, M, unit, shift) -> Minimum:
+    """From directions with their units, and their inner products `⟨d_i, B d_j⟩` over a unit."""
+    (d, d_units), dtype = directions, M.dtype
+    g, g_unit = _scaled(gradient, dtype)
+    M = M + _inner_products(d, d, dtype) * (jnp.asarray(shift, dtype) / unit)
     b = jnp.stack([_inner(g, x, dtype) for x in d])
     finite = contract.all_finite(M) & contract.all_finite(b)
     x = jnp.where(finite, minimize((M + M.T) / 2, b), 0)
@@ -106,6 +125,11 @@ def minimum(
     coefficients = jnp.where(finite, weights / units, 0)
     decrease = jnp.where(finite, g_unit * (g_unit / unit) * -jnp.sum(b * x) / 2, jnp.nan)
     return Minimum(coefficients, weights, units, decrease, finite)
+
+
+def _inner_products(xs, ys, dtype):
+    """Those of all pairs, [k, k]."""
+    return jnp.stack([jnp.stack([_inner(x, y, dtype) for y in ys]) for x in xs])
 
 
 def _scaled(leaves: Leaves, dtype: jnp.dtype) -> tuple[Leaves, Float[Array, ""]]:

@@ -1,7 +1,7 @@
 """K-FAC and EKFAC that tune themselves: rate, momentum and damping from a model of the loss."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,8 @@ from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import check_layers
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.adaptive_step import Adaptive
-from optax_kron.transforms.ekfac import scale_by_ekfac
-from optax_kron.transforms.kfac import scale_by_kfac
+from optax_kron.transforms.ekfac import named_ekfac
+from optax_kron.transforms.kfac import named_kfac
 
 
 def adaptive_kfac(
@@ -55,10 +55,11 @@ def adaptive_kfac(
 
     Args:
       initial_damping: λ of the first step, > 0.
-      min_damping: The least λ, > 0. `None`: 1e-6, or 1e-12 where the factors are float64.
-      max_damping: The largest λ.
+      min_damping: The least λ, > 0, not above `initial_damping`. `None`: 1e-6, or 1e-12 where
+        the factors are float64.
+      max_damping: The largest λ, not below `initial_damping`.
       damping_decrease: Factor of λ after a good step, in (0, 1].
-      damping_increase: Factor of λ after a poor or rejected step, ≥ 1.
+      damping_increase: Factor of λ after a poor step, ≥ 1; after a rejected one, its cube.
       l2: Of the term `l2/2·‖params‖²` that is added to the loss, ≥ 0: to its gradient, curvature
         and value, none of which is to have it already.
       refresh_every: The inverses are made anew after so many accepted steps; and, as with
@@ -80,8 +81,9 @@ def adaptive_kfac(
       ValueError: As `scale_by_kfac`; in `update`, if an argument is missing, a function is none, or
         a loss is no real scalar.
 
-    Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; two
-    products, of about four evaluations of the loss each, and one more evaluation of it a step.
+    Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; one more
+    evaluation of the loss a step; and two products, of about four evaluations each, or half of that
+    where `ggn_fn` is what `ok.ggn_vector_product` returns, which has `inner_products`.
 
     Examples:
       >>> import jax
@@ -118,7 +120,7 @@ def adaptive_kfac(
     Source: Martens and Grosse (2015), arXiv:1503.05671.
     """
     arguments = dict(locals())
-    return _adaptive("adaptive_kfac", scale_by_kfac, arguments)
+    return _adaptive("adaptive_kfac", named_kfac, arguments)
 
 
 def adaptive_ekfac(
@@ -168,12 +170,22 @@ def adaptive_ekfac(
     """
     # Of no rule do the bases depend on the damping.
     arguments = {**locals(), "refresh_factor": np.inf}
-    return _adaptive("adaptive_ekfac", scale_by_ekfac, arguments)
+    return _adaptive("adaptive_ekfac", named_ekfac, arguments)
+
+
+# What the preconditioners take beside what is listed above: the quadratic model does this.
+_LEFT_OUT = {
+    "momentum": None,
+    "momentum_dtype": None,
+    "norm_constraint": None,
+    "learning_rate": None,
+    "stagger": False,  # which needs a fixed interval
+}
 
 
 def _adaptive(
     owner: str,
-    scale_by: Callable[..., optax.GradientTransformationExtraArgs],
+    named: Callable[[str, Mapping[str, Any]], optax.GradientTransformationExtraArgs],
     arguments: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of some preconditioner, with its settings checked."""
@@ -181,6 +193,8 @@ def _adaptive(
     check(owner, "initial_damping", arguments["initial_damping"], open_left=True)
     check(owner, "min_damping", arguments["min_damping"], open_left=True, optional=True)
     check(owner, "max_damping", arguments["max_damping"], open_left=True)
+    _check_order(owner, arguments, "min_damping", "initial_damping")
+    _check_order(owner, arguments, "initial_damping", "max_damping")
     check(owner, "damping_decrease", arguments["damping_decrease"], most=1, open_left=True)
     check(owner, "damping_increase", arguments["damping_increase"], least=1)
     check(owner, "l2", arguments["l2"])
@@ -193,9 +207,25 @@ def _adaptive(
     rest["layers"] = check_layers(owner, rest["layers"])
 
     def preconditioner(**settings: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by(momentum=None, norm_constraint=None, **rest, **settings)
+        return named(owner, {**_LEFT_OUT, **rest, **settings})
 
     # Settings of the preconditioner are checked here too, rather than in the first `init`.
-    preconditioner(refresh_every=arguments["refresh_every"], factor_dtype=arguments["factor_dtype"])
+    preconditioner(
+        damping=0.0,
+        refresh_every=arguments["refresh_every"],
+        factor_dtype=arguments["factor_dtype"],
+    )
     made = Adaptive(owner, preconditioner, **{name: arguments[name] for name in own})
     return program.transformation(made.init, made.update)
+
+
+def _check_order(owner: str, arguments: Mapping[str, Any], low: str, high: str) -> None:
+    """Raise if one bound of the damping is above another; traced values pass."""
+    least, most = arguments[low], arguments[high]
+    if least is None or not program.is_concrete((least, most)):
+        return
+    if float(least) > float(most):
+        raise ValueError(
+            f"{owner}: {low} must be at most {high}; got {low}={float(least):g} and "
+            f"{high}={float(most):g}."
+        )

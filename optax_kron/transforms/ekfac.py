@@ -7,7 +7,7 @@ changes they are carried over, as the diagonal of the same matrix in the new bas
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from optax_kron.layers.plan import LayerPlan
 from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import outliers, program, validation
-from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
+from optax_kron.transforms.factors import FACTOR_SETTINGS, KfacStack, LayerFactors, check_factors
 from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.kfac import identity_bases
-from optax_kron.transforms.layerwise import layerwise
+from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import (
     KronState,
     Seen,
@@ -333,30 +333,20 @@ def scale_by_ekfac(
 
     Source: George et al. (2018), arXiv:1806.03884.
     """
-    owner = "ekfac"
-    validation.check_choice(owner, "damping_rule", damping_rule, ("exact", "pi"))
-    validation.check_interval(owner, "correct_every", correct_every)
-    validation.check_choice(owner, "basis", basis, ("eigh", "power"))
-    method = Ekfac(
-        **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
-        bias_correction=bias_correction,
-        damping_rule=damping_rule,
-        basis=basis,
-        outlier_clip=outlier_clip,
-        precision=precision,
-        correct_every=correct_every,
-    )
-    layout = layerwise(
-        owner,
-        layers,
-        momentum,
-        momentum_dtype,
-        norm_constraint,
-        learning_rate,
-        fallback,
-        block_size,
-    )
-    return transformation(owner, method, layout, outlier_clip, factor_dtype)
+    return named_ekfac("ekfac", locals())
+
+
+def named_ekfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_ekfac` of all its arguments, with the name of an optimizer for messages."""
+    of = settings
+    validation.check_choice(owner, "damping_rule", of["damping_rule"], ("exact", "pi"))
+    validation.check_interval(owner, "correct_every", of["correct_every"])
+    validation.check_choice(owner, "basis", of["basis"], ("eigh", "power"))
+    own = ("bias_correction", "damping_rule", "basis", "outlier_clip", "precision", "correct_every")
+    factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
+    method = Ekfac(**factors, **{name: of[name] for name in own})
+    layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})
+    return transformation(owner, method, layout, of["outlier_clip"], of["factor_dtype"])
 
 
 def ekfac(

@@ -422,6 +422,10 @@ def _ema_weight(decay: Float[Array, ""], updates: Int[Array, ""]) -> Float[Array
     return jnp.where(decay < 1, weight, count / (count + 1))
 
 
+# The arguments of `check_factors`.
+FACTOR_SETTINGS = ("approx", "decay", "damping", "factor_every", "refresh_every", "stagger")
+
+
 def check_factors(
     owner: str,
     approx: str,

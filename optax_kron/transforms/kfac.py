@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from optax_kron.kernels import contract, packed
 from optax_kron.kernels import kfac as kernels
 from optax_kron.layers.layer import Layer
 from optax_kron.transforms import program, validation
-from optax_kron.transforms.factors import KfacStack, LayerFactors, check_factors
+from optax_kron.transforms.factors import FACTOR_SETTINGS, KfacStack, LayerFactors, check_factors
 from optax_kron.transforms.frame import transformation
-from optax_kron.transforms.layerwise import layerwise
+from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import Seen, Stacks, Step, separated
 from optax_kron.transforms.stacks import Change, guarded, map_blocks
 
@@ -255,28 +255,20 @@ def scale_by_kfac(
     Sources: Martens and Grosse (2015), arXiv:1503.05671; Grosse and Martens (2016),
     arXiv:1602.01407; Eschenhagen et al. (2023), arXiv:2311.00636.
     """
-    owner = "kfac"
-    validation.check_choice(owner, "damping_rule", damping_rule, kernels.DAMPING_RULES)
-    if bias_correction is None:
-        bias_correction = damping_rule != "trace"
-    method = Kfac(
-        **check_factors(owner, approx, decay, damping, factor_every, refresh_every, stagger),
-        bias_correction=bias_correction,
-        damping_rule=damping_rule,
-        outlier_clip=outlier_clip,
-        precision=precision,
-    )
-    layout = layerwise(
-        owner,
-        layers,
-        momentum,
-        momentum_dtype,
-        norm_constraint,
-        learning_rate,
-        fallback,
-        block_size,
-    )
-    return transformation(owner, method, layout, outlier_clip, factor_dtype)
+    return named_kfac("kfac", locals())
+
+
+def named_kfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_kfac` of all its arguments, with the name of an optimizer for messages."""
+    of = dict(settings)
+    validation.check_choice(owner, "damping_rule", of["damping_rule"], kernels.DAMPING_RULES)
+    if of["bias_correction"] is None:
+        of["bias_correction"] = of["damping_rule"] != "trace"
+    own = ("bias_correction", "damping_rule", "outlier_clip", "precision")
+    factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
+    method = Kfac(**factors, **{name: of[name] for name in own})
+    layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})
+    return transformation(owner, method, layout, of["outlier_clip"], of["factor_dtype"])
 
 
 def kfac(

@@ -260,6 +260,13 @@ class Layerwise(Layout):
         return norm_constraint_scale(pairs, rate, constraint, dtype)
 
 
+# The arguments of `layerwise`.
+LAYER_SETTINGS = (
+    *("layers", "momentum", "momentum_dtype", "norm_constraint", "learning_rate"),
+    *("fallback", "block_size"),
+)
+
+
 def layerwise(
     owner: str,
     layers: Iterable[Layer],

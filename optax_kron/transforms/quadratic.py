@@ -1,7 +1,7 @@
 """A step from the exact quadratic model of a loss, over a few directions."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def quadratic_step(
       all do. Cost: 2k² + 3k operations per parameter.
 
     Raises:
-      ValueError: If there are no directions, or not one product for each, or if they are not like
-        the gradients.
+      ValueError: If there are no directions, or not one product for each, if they are not like the
+        gradients, or if anything is not floating-point or complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,19 +74,52 @@ def quadratic_step(
     owner = "quadratic_step"
     validation.check_range(owner, "damping", damping)
     validation.check_range(owner, "l2", l2)
+    for name, given in (("directions", directions), ("products", products)):
+        _check_sequence(owner, name, given)
     if not directions or len(directions) != len(products):
         raise ValueError(
             f"{owner}: directions and products must be sequences of as many trees, one or more; "
             f"got {len(directions)} and {len(products)}."
         )
-    trees = [program.as_arrays(tree) for tree in (grads, *directions, *products)]
-    for tree in trees[1:]:
-        validation.check_like(owner, trees[0], tree)
-    grads, *others = trees
-    lists = [jax.tree.leaves(tree) for tree in trees]
     k = len(directions)
-    shift = jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
-    least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], shift)
+    names = ["grads", *_numbered("directions", k), *_numbered("products", k)]
+    trees = [
+        _as_inexact(owner, name, tree)
+        for name, tree in zip(names, (grads, *directions, *products), strict=True)
+    ]
+    for name, tree in zip(names[1:], trees[1:], strict=True):
+        validation.check_like(owner, tree, trees[0], (name, "the gradients"))
+    lists = [jax.tree.leaves(tree) for tree in trees]
+    least = quadratic.minimum(lists[0], lists[1 : k + 1], lists[k + 1 :], _shift(damping, l2))
+    return _step_of(trees[0], trees[1 : k + 1], least)
+
+
+def step_of_form(
+    grads: PyTree,
+    directions: Sequence[PyTree],
+    form: Callable[[Sequence[PyTree]], Float[Array, "k k"]],
+    *,
+    damping: ArrayLike,
+    l2: ArrayLike,
+) -> QuadraticStep:
+    """`quadratic_step`, where C is known by `⟨d_i, C d_j⟩`, of trees like the directions."""
+    structure = jax.tree.structure(grads)
+
+    def of_leaves(lists):
+        return form([structure.unflatten(leaves) for leaves in lists])
+
+    lists = [jax.tree.leaves(tree) for tree in (grads, *directions)]
+    least = quadratic.minimum_of_form(lists[0], lists[1:], of_leaves, _shift(damping, l2))
+    return _step_of(grads, directions, least)
+
+
+def _shift(damping, l2):
+    """What is added to the diagonal of the curvature."""
+    return jnp.asarray(damping, jnp.result_type(float)) + jnp.asarray(l2, jnp.result_type(float))
+
+
+def _step_of(grads, directions, least: quadratic.Minimum) -> QuadraticStep:
+    """The sum of the directions, like the gradients."""
 
     def combine(g: Array, *ds: Array) -> Array:
         total = jnp.zeros((), contract.widen(g).dtype)
@@ -96,5 +129,32 @@ def quadratic_step(
             total = total + jnp.where(least.finite, scaled, 0)
         return total.astype(g.dtype)
 
-    step = jax.tree.map(combine, grads, *others[:k])
+    step = jax.tree.map(combine, grads, *directions)
     return QuadraticStep(least.coefficients, step, least.decrease)
+
+
+def _check_sequence(owner: str, name: str, given: Any) -> None:
+    """Raise unless trees come as a list or tuple, rather than as one bare tree."""
+    if not isinstance(given, list | tuple) or hasattr(given, "_fields"):
+        raise ValueError(
+            f"{owner}: {name} must be a list or tuple of trees like the gradients, one for each "
+            f"direction; got {type(given).__name__}."
+        )
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name}[{i}]" for i in range(count)]
+
+
+def _as_inexact(owner: str, name: str, tree: PyTree) -> PyTree:
+    """The tree with arrays for leaves; raises unless these are floating-point or complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        # Numbers of Python are parameters too.
+        if not isinstance(leaf, float | complex) and (
+            dtype is None or not jnp.issubdtype(dtype, jnp.inexact)
+        ):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            got = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
+            raise ValueError(f"{owner}: {where} must be floating-point or complex; got {got}.")
+    return program.as_arrays(tree)

@@ -229,8 +229,19 @@ def check_seed(owner: str, seed: Unchecked) -> None:
         raise ValueError(f"{owner}: seed must be an integer or a PRNG key; got {seed!r}.")
 
 
-def check_like(owner: str, updates: Unchecked, params: Unchecked) -> None:
-    """Raise unless gradients have the leaves and shapes of the parameters.
+def check_like(
+    owner: str,
+    given: Unchecked,
+    reference: Unchecked,
+    names: tuple[str, str] = ("the gradients", "the parameters"),
+) -> None:
+    """Raise unless a tree has the leaves and shapes of another, as gradients of the parameters.
+
+    Args:
+      owner: name of the function.
+      given: the tree.
+      reference: the other.
+      names: of both, plural, for the message.
 
     Raises:
       ValueError: naming the first path at which they differ.
@@ -240,12 +251,12 @@ def check_like(owner: str, updates: Unchecked, params: Unchecked) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
-    got, expected = shapes(updates), shapes(params)
+    got, expected = shapes(given), shapes(reference)
     for path in [*got, *expected]:
         if got.get(path) != expected.get(path):
             raise ValueError(
-                f"{owner}: the gradients do not match the parameters: at {path or 'the root'} "
-                f"they have shape {got.get(path, '(no such leaf)')}, the parameters "
+                f"{owner}: {names[0]} do not match {names[1]}: at {path or 'the root'} "
+                f"they have shape {got.get(path, '(no such leaf)')}, {names[1]} "
                 f"{expected.get(path, '(no such leaf)')}."
             )
 
