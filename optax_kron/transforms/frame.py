@@ -61,9 +61,14 @@ class Frame:
     share: Share = ALONE
 
     @property
+    def stored_dtype(self) -> jnp.dtype:
+        """The real dtype of the factors; see `_as_precise_as`."""
+        return jnp.dtype(jnp.float32) if self.factor_dtype is None else self.factor_dtype
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         """The real dtype of the arithmetic, at least float32."""
-        return contract.wide_dtype(self.factor_dtype)
+        return contract.wide_dtype(self.stored_dtype)
 
     def _as_precise_as(self, tree: PyTree) -> "Frame":
         """The frame with a dtype of factors, that of some arrays if none was asked for."""
@@ -87,7 +92,7 @@ class Frame:
 
     def _init(self, plan: AnyPlan, params: PyTree) -> KronState:
         def stack(label):
-            return self.method.init(plan.count(label), plan.stacks[label], self.factor_dtype)
+            return self.method.init(plan.count(label), plan.stacks[label], self.stored_dtype)
 
         def usual_norms():
             rest = {path: outliers.start(1) for path in self.layout.rest_paths(plan)}
