@@ -44,6 +44,8 @@ PAGES = [
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
+    "docs/wave_functions.md",
+    "docs/from_kfac_jax.md",
     "docs/scale.md",
     "docs/extending.md",
 ]

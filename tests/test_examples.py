@@ -19,6 +19,7 @@ pytestmark = pytest.mark.subprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 170  # seconds; compilation dominates
+VMC = ("--walkers", "8", "--blocks", "2", "--optimizer", "kfac")
 # A few steps are no reason to optimise programs.
 SETTINGS = {
     "COLUMNS": "100",
@@ -77,6 +78,12 @@ def check_picture(path):
         ("influence.py", (), ("without those that help", "norm of the gradient")),
         ("laplace.py", ("--images", "60", "--samples", "8"), ("Laplace ", "calibration error")),
         ("two_processes.py", ("--batch-size", "16"), ("soap  last loss", "largest difference")),
+        (
+            "vmc.py",
+            ("--walkers", "16", "--blocks", "2"),
+            ("pairs", "kfac step     2", "sr   step     2"),
+        ),
+        ("vmc.py", ("--atom", "Be", *VMC), ("pairs", "kfac step     2", "-14.667356 Ha")),
     ],
 )
 def test_an_example_trains_and_draws(script, arguments, texts, tmp_path):
@@ -248,6 +255,7 @@ def stop(monkeypatch, capsys):
         ("laplace.py", ("--images", "--samples")),
         ("influence.py", ()),
         ("two_processes.py", ("--batch-size", "--save-every")),
+        ("vmc.py", ("--optimizer", "--atom", "--walkers", "--blocks")),
     ],
 )
 def test_help(script, options, stop):

@@ -44,10 +44,17 @@ def real(params, x):
     return (jnp.tanh(x @ params["w"] + params["b"]) @ params["u"])[:, 0]
 
 
+def boltzmann(params, x):
+    """A restricted Boltzmann machine whose complex kernel is real: both of its parts."""
+    parts = jnp.einsum("ni,ipo->npo", x, params["w"]) + params["b"]
+    return jnp.log(jnp.cosh(jax.lax.complex(parts[:, 0], parts[:, 1]))).sum(-1)
+
+
 NETS = {
     "two nets": (two_nets, {"w": (3, 4), "v": (3, 2), "u": (2, 1)}),
     "rotated": (rotated, {"w": (3, 4), "b": (4,)}),
     "linear": (linear, {"w": (3, 4), "u": (4, 2)}),
+    "boltzmann": (boltzmann, {"w": (3, 2, 4), "b": (2, 4)}),
     "real": (real, {"w": (3, 4), "b": (4,), "u": (4, 1)}),
 }
 nets = pytest.mark.parametrize("name", NETS)
@@ -133,7 +140,9 @@ def test_columns_of_each_sample_make_its_metric(name, fisher):
         assert error < (1e-12 if fisher == "exact" else 0.1)  # 4,000 samples: about 0.03
 
 
-@pytest.mark.parametrize(("name", "n"), [("linear", N), ("two nets", 1), ("rotated", 1)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("linear", N), ("two nets", 1), ("rotated", 1), ("boltzmann", 1)]
+)
 def test_blocks_are_exact_where_output_gradients_do_not_depend_on_the_sample(name, n):
     log_psi, params, x = problem(name, n)
 
@@ -147,6 +156,41 @@ def test_blocks_are_exact_where_output_gradients_do_not_depend_on_the_sample(nam
         found = kfac_block(layer, taps[layer.name])
         size = len(expected)  # without the bias
         np.testing.assert_allclose(found[:size, :size], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_complex_kernel_on_real_inputs_has_a_real_block():
+    """That of `z = x (V + iW)`: [[Re S, -Im S], [Im S, Re S]], with S of the holomorphic net."""
+    log_psi, params, x = problem("boltzmann", 1)
+
+    def holomorphic(kernel):
+        bias = params["b"][0] + 1j * params["b"][1]
+        return jnp.log(jnp.cosh(x @ kernel + bias)).sum(-1)
+
+    kernel = params["w"][:, 0] + 1j * params["w"][:, 1]
+    o = jax.jacobian(holomorphic, holomorphic=True)(kernel).reshape(1, -1)
+    s = (o.conj().T @ o).reshape(3, 4, 3, 4)
+    expected = np.zeros((3, 2, 4, 3, 2, 4))
+    for i, j, part in ((0, 0, s.real), (0, 1, -s.imag), (1, 0, s.imag), (1, 1, s.real)):
+        expected[:, i, :, :, j] = part
+
+    def loss_fn(p, x):
+        return losses.log_psi(log_psi(p, x)).mean()
+
+    (layer,) = find_layers(loss_fn, params, x)
+    _, _, taps = value_and_grad_with_taps(loss_fn, fisher="exact")(params, x)
+    found = kfac_block(layer, taps[layer.name])[:24, :24]  # without the bias
+    np.testing.assert_allclose(found, expected.reshape(24, 24), rtol=1e-10, atol=1e-12)
+
+
+def test_complex_parameters_are_declared():
+    params = {"w": jnp.ones((3, 4)) * (1 + 1j)}
+
+    def loss_fn(p, x):
+        return losses.log_psi(jnp.log(jnp.cosh(x @ p["w"])).sum(-1)).mean()
+
+    layers = find_layers(loss_fn, params, jnp.ones((N, 3)))
+    assert not list(layers)
+    assert [(u.path, u.reason) for u in layers.uncovered] == [("w", "is complex")]
 
 
 def test_the_curvature_joins_a_gradient_of_the_users_own():
