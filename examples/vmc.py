@@ -2,8 +2,8 @@
 
 The energy is a mean over walkers from |ψ|², and its gradient a covariance, `2 E[(E_loc - E) O]`
 with `O = ∂ log|ψ|/∂θ`, which a `custom_jvp` says. The curvature comes from elsewhere: a mark of
-log|ψ|, `ok.losses.log_psi`, whose value and gradient are zero. Stochastic reconfiguration ("sr")
-takes the same metric in full, from the derivatives of all walkers.
+log|ψ|, whose value and gradient are zero. Stochastic reconfiguration ("sr") takes the same metric
+in full, from the derivatives of all walkers.
 
     python examples/vmc.py --help
 """
@@ -17,8 +17,8 @@ import optax
 from common import add_optimizer, make_parser, positive_integer
 from jax.flatten_util import ravel_pytree
 from vmc_picture import Run, draw, print_table
-from walkers import centred, energy_of, measured, metropolis, thermalised
-from wave_functions import ATOMS, initial, local_energy, log_psi
+from walkers import centred, energy_of, measured, metropolis, start
+from wave_functions import ATOMS, local_energy, log_psi
 
 import optax_kron as ok
 
@@ -29,9 +29,10 @@ def kfac(atom, energy, params, x, rate=0.05):
     def loss_fn(params, x):
         return energy(params, x) + ok.losses.log_psi(log_psi(params, atom, x)).mean()
 
-    layers = ok.find_layers(loss_fn, params, x)
-    print(layers)
-    optimizer = ok.kfac(rate, layers=layers, approx="reduce", damping=1e-3, norm_constraint=1e-3)
+    print(layers := ok.find_layers(loss_fn, params, x))
+    settings = {"approx": "reduce", "momentum": 0.6, "norm_constraint": 3e-3}
+    settings["damping"] = optax.exponential_decay(3e-3, 50, 1 / 3, end_value=1e-3)
+    optimizer = ok.kfac(rate, layers=layers, **settings)
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
 
     def step(params, state, x):
@@ -62,7 +63,7 @@ def sr(atom, energy, params, x, rate=0.1, shift=1e-3):
         return log_psi(unravel(flat), atom, x[None])[0]
 
     def step(params, state, x):
-        flat = ravel_pytree(params)[0]
+        flat, _ = ravel_pytree(params)
         o = jax.vmap(jax.grad(log_psi_of_one), (None, 0))(flat, x)  # [walkers, parameters]
         o = (o - o.mean(axis=0)) / len(x) ** 0.5
         local = local_energy(params, atom, x)
@@ -86,14 +87,14 @@ def train(name, atom, params, x, steps, key):
         return *advance(params, state, x), x, taken
 
     step = step.lower(params, state, x, key).compile()  # no part of the seconds
-    energies, seconds, start = [], [], time.perf_counter()
+    energies, seconds, began = [], [], time.perf_counter()
     for i in range(steps):
         params, state, energy, x, taken = step(params, state, x, jax.random.fold_in(key, i))
         energies.append(float(energy))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - began)
         if (i + 1) % 50 == 0 or i + 1 == steps:
             mean = np.mean(energies[-50:])
-            print(f"{name:4} step {i + 1:5}  energy {mean:9.5f}  {taken:.0%} of moves taken")
+            print(f"{name:4} step {i + 1:5}  energy {mean:.5f}  {taken:.0%} of moves taken")
     return 1e3 * (np.array(energies) - atom.energy), np.array(seconds), params, x
 
 
@@ -104,14 +105,13 @@ def main() -> None:
     parser.add_argument("--atom", choices=ATOMS, default="He", help="whose ground state is sought")
     parser.add_argument("--walkers", type=positive_integer, default=1024, help="samples of a step")
     parser.add_argument("--blocks", type=positive_integer, default=300, help="of a measurement")
-    arguments = parser.parse_args()
-    atom, keys = ATOMS[arguments.atom], jax.random.split(jax.random.key(arguments.seed), 4)
-    params, runs = jax.jit(lambda key: initial(atom, key))(keys[0]), {}
-    walkers = thermalised(params, atom, arguments.walkers, keys[1])
+    arguments, runs = parser.parse_args(), {}
+    atom, keys = ATOMS[arguments.atom], jax.random.split(jax.random.key(arguments.seed), 3)
+    params, walkers = start(atom, arguments.walkers, keys[0])
     for name in OPTIMIZERS:
         if arguments.optimizer in (name, "all"):
-            *curve, last, x = train(name, atom, params, walkers, arguments.steps, keys[2])
-            runs[name] = Run(*curve, *measured(last, atom, x, keys[3], arguments.blocks))
+            *curve, last, x = train(name, atom, params, walkers, arguments.steps, keys[1])
+            runs[name] = Run(*curve, *measured(last, atom, x, keys[2], arguments.blocks))
     print_table(runs, atom.energy)
     draw(runs, f"Ground state of {arguments.atom}", arguments.out)
 

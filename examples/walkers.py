@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from wave_functions import Atom, local_energy, log_psi
+from wave_functions import Atom, initial, local_energy, log_psi
 
 
 def metropolis(params, atom: Atom, x, key, steps=10):
@@ -23,11 +23,13 @@ def metropolis(params, atom: Atom, x, key, steps=10):
     return x, taken.mean()
 
 
-def thermalised(params, atom: Atom, count, key):
-    """Returns so many walkers, moved until they follow |ψ|²."""
-    normal, moves = jax.random.split(key)
-    x = jax.random.normal(normal, (count, atom.charge, 3)) / atom.charge**0.5
-    return jax.jit(lambda x: metropolis(params, atom, x, moves, steps=500)[0])(x)
+def start(atom: Atom, count, key):
+    """Returns parameters, and so many walkers that have moved until they follow their |ψ|²."""
+    keys = jax.random.split(key, 3)
+    params = jax.jit(lambda key: initial(atom, key))(keys[0])
+    x = jax.random.normal(keys[1], (count, atom.charge, 3)) / atom.charge**0.5
+    x, _ = jax.jit(lambda params, x: metropolis(params, atom, x, keys[2], steps=500))(params, x)
+    return params, x
 
 
 def energy_of(atom: Atom):
