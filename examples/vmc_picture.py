@@ -58,9 +58,10 @@ def draw(runs: dict[str, Run], title: str, path: Path) -> None:
             x = steps + 1 if label == "step" else run.seconds[steps]
             axes.plot(x, np.abs(running), color=LINES[name], lw=1.5, label=name)
         axes.axhline(CHEMICAL_ACCURACY, color="#222222", ls="--", lw=1, label="chemical accuracy")
-        axes.set(xlabel=label, xscale="log", yscale="log", ylim=(0.03, None))
+        axes.set(xlabel=label, yscale="log", ylim=(0.03, None))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].set(xscale="log")
     figure.axes[0].set(ylabel=f"|error| of a mean of {WINDOW} steps, mHa")
     figure.axes[1].legend(frameon=False)
     figure.suptitle(title)
