@@ -208,14 +208,7 @@ def gaussian_negative_log_likelihood(
     Source: Bishop (2006), Pattern Recognition and Machine Learning, section 1.2.4.
     """
     function = "gaussian_negative_log_likelihood"
-    predictions = _floating(function, "predictions", predictions)
-    targets, variance = _as_targets(targets, predictions), _as_targets(variance, predictions)
-    if targets.shape != predictions.shape:
-        raise _shape_error(function, "targets", targets.shape, predictions.shape)
-    if _stretched(predictions.shape, variance.shape) != predictions.shape:
-        raise _shape_error(function, "variance", variance.shape, predictions.shape)
-    variance = jnp.broadcast_to(variance, predictions.shape)
-    return _gaussian(*_align(predictions, targets, variance))
+    return _gaussian(*_with_variance(function, predictions, targets, variance))
 
 
 def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) -> Array:
@@ -238,6 +231,66 @@ def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) ->
     """
     function = "poisson_negative_log_likelihood"
     return _poisson(*_pair(function, "log_rates", log_rates, targets))
+
+
+def normal(
+    predictions: ArrayLike, targets: ArrayLike | None = None, variance: ArrayLike = 1.0
+) -> Array:
+    """Squared distance to targets in units of a variance; without targets, its curvature alone.
+
+    Without targets, value and gradient are zero, and the curvature `Re(Jᴴ J) / variance`, with the
+    Jacobian J of the predictions, joins that of the loss. Of complex numbers each part is normal.
+
+    Args:
+      predictions: Floating-point or complex [...].
+      targets: [...], the same shape; by default the predictions themselves.
+      variance: Positive, of a shape that broadcasts to that of the predictions.
+
+    Returns:
+      `|predictions - targets|² / (2 variance)`, real [...].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> print(ok.losses.normal(jnp.array([3.0 + 4.0j, 2.0j]), jnp.zeros(2), variance=0.5))
+      [25.  4.]
+
+    Source: Martens (2020), arXiv:1412.1193.
+    """
+    predictions = jnp.asarray(predictions)
+    targets = jax.lax.stop_gradient(predictions) if targets is None else jnp.asarray(targets)
+    if jnp.iscomplexobj(predictions) or jnp.iscomplexobj(targets):
+        # Re(Jᴴ J) is the curvature of two real numbers.
+        real = normal(predictions.real, targets.real, variance)
+        return real + normal(predictions.imag, targets.imag, variance)
+    return _half_square(*_with_variance("normal", predictions, targets, variance))
+
+
+def log_psi(log_psi: ArrayLike) -> Array:
+    """Zero, marked with the curvature of a wave function ψ: the metric of its parameters θ.
+
+    The mean over samples of `|ψ|²` has the curvature `E[Re(O* Oᵀ)]`, with `O = ∂ log ψ / ∂θ`: the
+    real part of the quantum geometric tensor, the matrix of stochastic reconfiguration, before
+    `Re(E[O]* E[O]ᵀ)` is taken off. Add it to a loss that has the gradient of the energy.
+
+    Args:
+      log_psi: `log |ψ|` of real, or `log ψ` of complex wave functions, [...], one for each sample.
+
+    Returns:
+      Zeros, real [...], with gradient zero: `normal(log_psi)`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> x = jnp.array([1.0, 2.0])
+      >>> product = ok.ggn_vector_product(lambda w: ok.losses.log_psi(1j * w * x).mean(), 3.0)
+      >>> print(product(1.0))
+      2.5
+
+    Sources: Sorella (1998), cond-mat/9803107; Stokes et al. (2020), Quantum natural gradient,
+    arXiv:1909.02108; Pfau et al. (2020), arXiv:1909.02487, for K-FAC.
+    """
+    return normal(log_psi)
 
 
 # ------------------------------------------------------------------------------------------- marks
@@ -272,6 +325,10 @@ def _gaussian_loss(predictions: Array, targets: Array, variance: Array) -> Array
     return 0.5 * (errors + jnp.log(variance) + math.log(2 * math.pi))
 
 
+def _half_squared_loss(predictions: Array, targets: Array, variance: Array) -> Array:
+    return 0.5 * jnp.square(predictions - targets) / variance
+
+
 def _poisson_loss(log_rates: Array, targets: Array) -> Array:
     return jnp.exp(log_rates) - targets * log_rates + jax.lax.lgamma(targets + 1)
 
@@ -284,6 +341,7 @@ _sigmoid = _mark("bernoulli", optax.losses.sigmoid_binary_cross_entropy)
 _squared_error = _mark("squared_error", optax.losses.squared_error)
 _l2 = _mark("l2", optax.losses.l2_loss)
 _gaussian = _mark("gaussian", _gaussian_loss, "variance")
+_half_square = _mark("gaussian", _half_squared_loss, "variance")
 _poisson = _mark("poisson", _poisson_loss)
 
 
@@ -330,6 +388,19 @@ def _pair(function: str, name: str, predictions: ArrayLike, targets: ArrayLike) 
     if targets.shape != predictions.shape:
         raise _shape_error(function, "targets", targets.shape, predictions.shape)
     return _align(predictions, targets)
+
+
+def _with_variance(
+    function: str, predictions: ArrayLike, targets: ArrayLike, variance: ArrayLike
+) -> list[Array]:
+    """Aligned predictions, targets and variances of one shape."""
+    predictions = _floating(function, "predictions", predictions)
+    targets, variance = _as_targets(targets, predictions), _as_targets(variance, predictions)
+    if targets.shape != predictions.shape:
+        raise _shape_error(function, "targets", targets.shape, predictions.shape)
+    if _stretched(predictions.shape, variance.shape) != predictions.shape:
+        raise _shape_error(function, "variance", variance.shape, predictions.shape)
+    return _align(predictions, targets, jnp.broadcast_to(variance, predictions.shape))
 
 
 def _mask(

@@ -46,6 +46,8 @@ PAGES = [
     "docs/operators.md",
     "docs/losses.md",
     "docs/physics.md",
+    "docs/wave_functions.md",
+    "docs/from_kfac_jax.md",
     "docs/scale.md",
     "docs/extending.md",
 ]

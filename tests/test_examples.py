@@ -19,6 +19,7 @@ pytestmark = pytest.mark.subprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 170  # seconds; compilation dominates
+VMC = ("--walkers", "8", "--blocks", "2", "--optimizer", "kfac")
 # A few steps are no reason to optimise programs.
 SETTINGS = {
     "COLUMNS": "100",
@@ -82,6 +83,12 @@ def check_picture(path):
             ("--equation", "burgers", "--optimizer", "adaptive_kfac"),
             ("burgers        relative error", "adaptive_kfac", "    2  "),
         ),
+        (
+            "vmc.py",
+            ("--walkers", "16", "--blocks", "2"),
+            ("pairs", "kfac step     2", "sr   step     2"),
+        ),
+        ("vmc.py", ("--atom", "Be", *VMC), ("pairs", "kfac step     2", "-14.667356 Ha")),
     ],
 )
 def test_an_example_trains_and_draws(script, arguments, texts, tmp_path):
@@ -254,6 +261,7 @@ def stop(monkeypatch, capsys):
         ("pinn.py", ("--optimizer", "--equation")),
         ("influence.py", ()),
         ("two_processes.py", ("--batch-size", "--save-every")),
+        ("vmc.py", ("--optimizer", "--atom", "--walkers", "--blocks")),
     ],
 )
 def test_help(script, options, stop):

@@ -28,6 +28,10 @@ def poisson(log_rates, targets):
     return -jax.scipy.stats.poisson.logpmf(targets, jnp.exp(log_rates))
 
 
+def half_square(predictions, targets, variance=1.0):
+    return jnp.abs(predictions - targets) ** 2 / (2 * variance)
+
+
 # Each elementwise loss: the mark, the loss, and what it should equal.
 ELEMENTWISE = {
     "bernoulli": (losses.sigmoid_binary_cross_entropy, optax.losses.sigmoid_binary_cross_entropy),
@@ -35,8 +39,15 @@ ELEMENTWISE = {
     "l2": (losses.l2_loss, optax.losses.l2_loss),
     "gaussian": (losses.gaussian_negative_log_likelihood, gaussian),
     "poisson": (losses.poisson_negative_log_likelihood, poisson),
+    "normal": (losses.normal, half_square),
 }
+WITH_VARIANCE = ("gaussian", "normal")
 elementwise = pytest.mark.parametrize("name", ELEMENTWISE)
+
+
+def mark_of(name):
+    """The mark of a loss: `normal` has that of a Gaussian, whose constant it lacks."""
+    return distributions.MARK_PREFIX + {"normal": "gaussian"}.get(name, name)
 
 
 def logits_of(shape, dtype=None, scale=1.0):
@@ -228,8 +239,8 @@ def test_losses_work_under_transformations():
 def test_elementwise_losses_are_marked(name):
     loss, _ = ELEMENTWISE[name]
     x = jnp.ones((5, 3))
-    operands = [(5, 3)] * (3 if name == "gaussian" else 2)
-    mark = ("optax_kron_loss_" + name, operands, (5, 3))
+    operands = [(5, 3)] * (3 if name in WITH_VARIANCE else 2)
+    mark = (mark_of(name), operands, (5, 3))
     assert mark[0] in distributions.DISTRIBUTIONS
     assert marks(loss, x, x) == [mark]
     assert marks(lambda x: jax.lax.map(lambda x: loss(x, x), x), x)[0][0] == mark[0]
@@ -379,11 +390,11 @@ def test_negative_sums_of_labels_count_as_zero():
 def elementwise_problem(name):
     logits = logits_of((5,))
     targets = jnp.array([0.0, 1.0, 1.0, 0.0, 1.0])
-    variance = [jnp.array([0.5, 1.0, 2.0, 3.0, 0.1])] * (name == "gaussian")
+    variance = [jnp.array([0.5, 1.0, 2.0, 3.0, 0.1])] * (name in WITH_VARIANCE)
     loss, _ = ELEMENTWISE[name]
     hessian = jax.hessian(lambda x: loss(x, targets, *variance).sum())(logits)
     return (
-        distributions.DISTRIBUTIONS[distributions.MARK_PREFIX + name],
+        distributions.DISTRIBUTIONS[mark_of(name)],
         [logits, targets, *variance],
         hessian,
     )
@@ -472,10 +483,10 @@ EXTREMES = {
 @pytest.mark.parametrize("case", EXTREMES)
 def test_extreme_logits_stay_finite(case, dtype):
     loss, name, masked = EXTREMES[case]
-    distribution = distributions.DISTRIBUTIONS[distributions.MARK_PREFIX + name]
+    distribution = distributions.DISTRIBUTIONS[mark_of(name)]
     targets = jnp.array([1, 0]) if loss is INTEGER else jnp.array([[0.0, 1, 0], [1, 0, 0]], dtype)
     where = [jnp.array([[True, False, True], [False, False, False]])] * masked
-    extra = where + [jnp.ones((2, 3), dtype)] * (name == "gaussian")
+    extra = where + [jnp.ones((2, 3), dtype)] * (name in WITH_VARIANCE)
 
     @jax.jit
     def evaluate(logits, key):
@@ -522,6 +533,11 @@ def test_extreme_logits_stay_finite(case, dtype):
             lambda x: losses.gaussian_negative_log_likelihood(x, x, jnp.ones((4, 2, 3))),
             r"gaussian_negative_log_likelihood: variance has shape \(4, 2, 3\), expected \(2, 3\)",
         ),
+        (lambda x: losses.normal(x, x[0]), r"normal: targets has shape \(3,\), expected \(2, 3"),
+        (
+            lambda x: losses.normal(1j * x, None, jnp.ones((4, 2, 3))),
+            r"normal: variance has shape \(4, 2, 3\), expected \(2, 3\)",
+        ),
         (
             lambda x: losses.poisson_negative_log_likelihood(x, x[0]),
             r"poisson_negative_log_likelihood: targets has shape \(3,\), expected \(2, 3\)",
@@ -538,3 +554,5 @@ def test_dtypes_that_do_not_fit_are_named():
         SOFTMAX(jnp.ones((2, 3), int), jnp.ones((2, 3)))
     with pytest.raises(TypeError, match="labels has dtype float32, expected an integer one"):
         INTEGER(jnp.ones((2, 3)), jnp.ones(2))
+    with pytest.raises(TypeError, match="normal: predictions has dtype int32, expected a floating"):
+        losses.normal(jnp.ones((2, 3), int))

@@ -274,7 +274,7 @@ class _Assembly:
             elif batchings[value] is None:
                 self.uncovered[path] = "reaches no marked loss"
             elif jnp.issubdtype(value.dtype, jnp.complexfloating):
-                self.uncovered[path] = "is complex"
+                self.uncovered[path] = "is complex; a real parameter may hold both of its parts"
             elif not self._uses[value]:
                 self.uncovered.setdefault(path, "never combined with batch data")
 
