@@ -292,7 +292,8 @@ def layerwise(
     if not (norm_constraint is None or isinstance(norm_constraint, str)) and learning_rate is None:
         raise ValueError(
             f"{owner}: norm_constraint={norm_constraint!r} needs learning_rate, the number or "
-            "schedule that the updates are multiplied with; got None."
+            "schedule that the updates are multiplied with; got None. In a chain, take the bare "
+            f"scale_by_{owner}, which is told the rate and does not apply it."
         )
     if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
         raise ValueError(

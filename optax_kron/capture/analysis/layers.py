@@ -314,7 +314,8 @@ class _Assembly:
             sides = [side for side in sides if side]
             factors = shared_roles(sides)
             if factors is None:
-                self.uncovered[path] = "used in two orientations, as tied weights are"
+                reason = "used in two orientations, as w and w.T, or by reverse mode in the loss"
+                self.uncovered[path] = reason
                 return []
             if not tiles(part, factors):
                 self.uncovered[path] = "only some of its elements are used"
