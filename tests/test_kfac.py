@@ -429,6 +429,15 @@ def test_norm_constraint_may_be_a_schedule_which_counts_skipped_steps(x64, make,
     np.testing.assert_allclose(lr * np.asarray(lengths) / np.sqrt(full), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("value", "skipped"), [(0.0, 0), (-1e-3, 0), (np.nan, 1)])
+def test_norm_constraint_that_a_schedule_ends_at_or_below_zero_lets_no_step_through(value, skipped):
+    grads, taps = problem()
+    tx = kfac(0.1, layers=[DENSE], norm_constraint=lambda step: jnp.asarray(value))
+    updates, state = first(tx, grads, taps)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    assert optax.tree.get(state, "skipped_steps") == skipped
+
+
 def test_norm_constraint_at_a_learning_rate_or_gradient_of_zero():
     grads, taps = problem()
     for rate, scale in ((0.0, 1.0), (0.1, 0.0)):

@@ -262,6 +262,15 @@ def test_a_gradient_whose_square_the_statistics_cannot_hold_is_not_taken_in(vari
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (5,)])
+@pytest.mark.parametrize("variant", ["soap", "kl_soap"])
+def test_no_update_is_made_of_what_the_second_moment_does_not_hold(variant, shape):
+    G = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    tx = scale_by_soap(factor_dtype="float16", variant=variant, outlier_clip=None)
+    for updates in run(tx, [1e3 * G, G, 1e3 * G])[0]:
+        assert np.linalg.norm(updates) < 1.1 * G.size**0.5
+
+
 def test_what_is_rounding_is_measured_without_the_padding():
     tx = scale_by_soap(blocking=Blocking(block_size=3))
     # Rows 3 and 4 are a block of 6 elements, stored as 9; the small one is 9e-4 of the root mean

@@ -91,7 +91,7 @@ def adam(
     second_moment: Float[Array, "..."],
     rotated: Inexact[Array, "..."],
     eps: ArrayLike,
-    least: ArrayLike | None,
+    least: ArrayLike,
     largest: ArrayLike,
 ) -> Inexact[Array, "..."]:
     """Adam's update of a momentum in the eigenbases.
@@ -100,15 +100,13 @@ def adam(
       second_moment: Of the gradient in the bases, without the bias of its average.
       rotated: The momentum in the bases.
       eps: What is added to the square root of the second moment.
-      least: Where the second moment is no larger, the update is zero, see `noise_floor`. `None`:
-        nothing is rotated.
+      least: Where the second moment is no larger, the update is zero, see `noise_floor`.
       largest: No element of the update is larger, see `largest_update`.
     """
     divisor = jnp.sqrt(second_moment) + jnp.asarray(eps, second_moment.dtype)
     scaled = rotated / jnp.where(divisor > 0, divisor, 1)
-    if least is None:
-        return scaled
-    # A second moment that was gathered in other bases can be far less than the momentum's square.
+    # A second moment that was gathered in other bases can be far less than the momentum's square;
+    # so can one that did not take a gradient in, whose square its dtype cannot hold.
     excess = jnp.abs(scaled) / jnp.asarray(largest).astype(second_moment.dtype)
     scaled = scaled / jnp.maximum(excess, 1)
     return jnp.where(second_moment > least, scaled, 0)
@@ -142,8 +140,8 @@ def noise_floor(
     second_moment: Float[Array, "..."],
     newly: Bool[Array, ""],
     extents: Float[Array, " k"],
-) -> Float[Array, "..."] | None:
-    """Second moments up to which there are rounding errors of the rotation alone; `None`: nowhere.
+) -> Float[Array, "..."]:
+    """Second moments up to which there are rounding errors of the rotation alone, or nothing.
 
     To divide by them would blow up noise: of a gradient of low rank, most of the update would be
     that. Errors of an element are relative to what it is a sum of, which has the norm of the fiber
@@ -155,10 +153,10 @@ def noise_floor(
       newly: Whether the gradient is the first one.
       extents: Lengths of the axes without padding.
     """
+    dtype = second_moment.dtype
     rounding = [float(jnp.finfo(Q.dtype).eps) for Q in bases if Q is not None]
     if not rounding:
-        return None
-    dtype = second_moment.dtype
+        return jnp.zeros([], dtype)
     extents = extents.astype(dtype)
     rounded = (_ROUNDED * max(rounding)) ** 2
     summed = (_SUMMED * float(jnp.finfo(dtype).eps)) ** 2

@@ -363,7 +363,7 @@ def norm_constraint_scale(
     Args:
       pairs: Blocks [N, ...] of gradients g, and of natural gradients P⁻¹g.
       learning_rate: lr.
-      norm_constraint: c.
+      norm_constraint: c. Below zero, as schedules may end, it is zero. NaN gives NaN: no step.
       dtype: Of the result.
     """
     largest = [
@@ -377,10 +377,11 @@ def norm_constraint_scale(
     total = sum(products, jnp.zeros([], dtype))
     # Both roots are in units of those of the largest entries.
     length = jnp.abs(jnp.asarray(learning_rate, dtype)) * jnp.sqrt(total)
-    bound = jnp.sqrt(jnp.asarray(norm_constraint, dtype))
+    bound = jnp.sqrt(jnp.maximum(jnp.asarray(norm_constraint, dtype), 0))
     for unit in units:
         bound = bound / jnp.sqrt(unit)
-    return jnp.where(length > bound, bound / jnp.where(length > bound, length, 1), 1)
+    is_short = length <= bound  # nothing is, beside NaN
+    return jnp.where(is_short, 1, bound / jnp.where(is_short, 1, length))
 
 
 def _product(gradients: Array, natural: Array) -> Array:

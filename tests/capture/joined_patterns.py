@@ -64,6 +64,20 @@ def joined_inputs(p, x, y):
     return classify(jax.lax.scan(step, jnp.zeros((len(y), 5)), x.swapaxes(0, 1))[0] @ p["out"], y)
 
 
+# A number in front of a part of the bias alone is that part's input; one that is known only when
+# the program runs, as p["s"], leaves the part a layer of its own.
+SIGNED = {name: {"w": draw(4, 3, seed=i), "b": draw(3, seed=i)} for i, name in enumerate("uvw")}
+
+
+@pattern(
+    SIGNED | {"s": draw() + 2, "o": draw(9, 3)}, draw(N, 4), labels(), uncovered=["s"], layers=5
+)
+def joined_biases_of_other_signs(p, x, y):
+    biases = [p["u"]["b"], -2 * p["v"]["b"], p["s"] * p["w"]["b"]]
+    h = x @ _joined(p, "uvw", "w") - jnp.concatenate(biases)
+    return classify(jnp.tanh(h) @ p["o"], y)
+
+
 DEEP = [{"w": draw(4, 4, seed=i), "b": draw(4, seed=i)} for i in range(3)]
 
 

@@ -221,8 +221,11 @@ def _take_biases_apart(
         for mine in pieces[kernel]:
             for other in pieces[bias]:
                 pairs = _pairs(mine, other, dict(merged.beside))
-                if pairs is not None:
-                    biases[mine.use] = MergedBias(other.use, merged.value, pairs)
+                # A part may be scaled by itself, as in `concatenate([b, -c])`.
+                added, whole = other.use.view, bias.view
+                if pairs is not None and added.scales == whole.scales:
+                    value = merged.value * added.scale / whole.scale
+                    biases[mine.use] = MergedBias(other.use, value, pairs)
 
 
 def _pairs(
