@@ -18,7 +18,8 @@ is missing to orthonormality.
 
 Directions of S that are lost in rounding, or zero, are none to follow. There Q stays as it is, but
 for being made orthogonal to the rest: S + μ·I, with μ of rounding, leads to Q where S has nothing,
-and has the same eigenvectors.
+and has the same eigenvectors. Where that is too little to tell rows apart, as of a large matrix of
+equal numbers, the same is done with a larger μ.
 """
 
 # A worked example, for stacks [9, 1024, 1024], [16, 256, 256] and [41, 200, 200]:
@@ -50,6 +51,8 @@ _ROUNDS = 8
 _GROWTH, _USABLE = 2.0, 64.0
 # After a pivot that was not positive.
 _LARGER_SHIFT = 16.0
+# How often rows are made orthonormal anew, and how much larger μ is each time.
+_ATTEMPTS, _LARGER = 3, 128.0
 # On accelerators: the sum of squares of a row of `Z Zᴴ − I`, in units of rounding, that a polish is
 # enough for, as it squares what is missing; and polishes, at most.
 _POLISHED, _POLISHES = 8.0, 6
@@ -95,9 +98,9 @@ def follow(
         lengths = [(len(bases[i]), bases[i].shape[-1]) for i in members]
         Q = _pool([bases[i] for i in members], size, 1)
         S = _pool([matrices[i] for i in members], size, 0)
-        rows, order = _products(Q, S, lengths, precision)
-        rows, growth = _orthonormal_rows(rows, panels, precision)
-        new, usable = rows.conj().mT, growth <= _USABLE  # of NaN it is not
+        products, rows, order = _products(Q, S, lengths, precision)
+        rows, usable, _ = _orthonormal_rows(products, rows, panels, precision)
+        new = rows.conj().mT
         start = 0
         for i, (count, d) in zip(members, lengths, strict=True):
             own = slice(start, start + count)
@@ -142,7 +145,7 @@ def _pool(stacks: Sequence[Matrices], size: int, diagonal: int) -> Matrices:
 
 
 def _products(bases, matrices, lengths, precision):
-    """`Qᴴ (S + μ·I)` in units of the largest Rayleigh quotient, ordered by them; and the order.
+    """`Qᴴ S` in units of the largest Rayleigh quotient, and Qᴴ, ordered by them; and the order.
 
     Rows beyond the lengths, which are those of so many matrices each, stay behind.
     """
@@ -155,19 +158,40 @@ def _products(bases, matrices, lengths, precision):
     keys = jnp.where(inside, -quotients, jnp.inf)
     order = jnp.argsort(keys, axis=1, stable=True).astype(jnp.int32)
     products, rows = (jnp.take_along_axis(x, order[:, :, None], axis=1) for x in (products, rows))
-    return products / unit.astype(rows.dtype) + float(jnp.finfo(unit.dtype).eps) * rows, order
+    return products / unit.astype(rows.dtype), rows, order
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _orthonormal_rows(
-    rows: Matrices, panels: int, precision: contract.Precision
-) -> tuple[Matrices, Float[Array, " N"]]:
-    """Orthonormal rows, each in the span of those up to its own; and how much they grew."""
-    return flow.platform_dependent(
-        rows,
-        cpu=functools.partial(_exact_rows, panels=panels),
-        default=functools.partial(_polished_rows, panels=panels, precision=precision),
-    )
+    products: Matrices, rows: Matrices, panels: int, precision: contract.Precision
+) -> tuple[Matrices, Bool[Array, " N"], Float[Array, " N"]]:
+    """Orthonormal rows, each in the span of those of `products + μ·rows` up to its own.
+
+    Returns:
+      The rows, whether they are orthonormal, and μ.
+    """
+    dtype = contract.real_dtype(rows.dtype)
+    can_be = contract.all_finite(products, axis=(1, 2))
+
+    def is_unfinished(carry):
+        attempt, _, usable, _ = carry
+        return (attempt < _ATTEMPTS) & jnp.any(can_be & ~usable)
+
+    def once(carry):
+        attempt, old, usable, least = carry
+        least = jnp.where(usable, least, least * _LARGER)
+        new, growth = flow.platform_dependent(
+            products + contract.scaled_blocks(rows, least.astype(rows.dtype)),
+            cpu=functools.partial(_exact_rows, panels=panels),
+            default=functools.partial(_polished_rows, panels=panels, precision=precision),
+        )
+        new = jnp.where(usable[:, None, None], old, new)
+        return attempt + 1, new, usable | (growth <= _USABLE), least  # of NaN it is not
+
+    none = jnp.zeros(len(rows), bool)
+    least = jnp.full(len(rows), float(jnp.finfo(dtype).eps) / _LARGER, dtype)
+    start = jnp.zeros([], jnp.int32), rows, none, least
+    return flow.while_loop(is_unfinished, once, start)[1:]
 
 
 def _exact_rows(rows: Matrices, panels: int) -> tuple[Matrices, Float[Array, " N"]]:
@@ -209,7 +233,7 @@ def _polished_rows(
 
 def _polish(rows: Matrices, precision: contract.Precision) -> tuple[Matrices, Bool[Array, " N"]]:
     """Nearly orthonormal rows made orthonormal; and whether they are."""
-    identity = np.eye(rows.shape[1], dtype=rows.dtype)[None]
+    identity = np.eye(rows.shape[1], dtype=bool)[None]
     dtype = contract.real_dtype(rows.dtype)
     enough = _POLISHED * float(jnp.finfo(dtype).eps)
 
@@ -219,7 +243,10 @@ def _polish(rows: Matrices, precision: contract.Precision) -> tuple[Matrices, Bo
 
     def one_polish(carry):
         done, rows, _ = carry
-        missing = matmul_exact(rows, rows.conj().mT) - identity
+        # A product's sums drift where all numbers are equal.
+        excess = jnp.sum(contract.squared_magnitude(rows), axis=2) - 1
+        gram = matmul_exact(rows, rows.conj().mT)
+        missing = jnp.where(identity, excess[..., None].astype(rows.dtype), gram)
         error = jnp.max(jnp.sum(contract.squared_magnitude(missing), axis=2), axis=1)
         return done + 1, rows - _product(missing / 2, rows, precision), error
 
@@ -264,8 +291,8 @@ def _orthonormal_rows_jvp(panels, precision, primals, tangents):
 
     `L⁻¹ dY Zᴴ = L⁻¹ dL + Ω`, of which the first has nothing above its diagonal, and is real on it.
     """
-    (Y,), (dY,) = primals, tangents
-    Z, growth = _orthonormal_rows(Y, panels, precision)
+    Z, usable, least = _orthonormal_rows(*primals, panels, precision)
+    Y, dY = (x + contract.scaled_blocks(y, least.astype(y.dtype)) for x, y in (primals, tangents))
     adjoint = Z.conj().mT
     lower = jnp.tril(matmul_exact(Y, adjoint))
 
@@ -279,7 +306,8 @@ def _orthonormal_rows_jvp(panels, precision, primals, tangents):
     if jnp.iscomplexobj(moved):
         identity = np.eye(moved.shape[-1], dtype=bool)[None]
         turned += jnp.where(identity, jax.lax.complex(jnp.zeros_like(moved.imag), moved.imag), 0)
-    return (Z, growth), (matmul_exact(turned, Z), jnp.zeros_like(growth))
+    constant = np.zeros(usable.shape, jax.dtypes.float0), jnp.zeros_like(least)
+    return (Z, usable, least), (matmul_exact(turned, Z), *constant)
 
 
 def _orthonormal_panel(

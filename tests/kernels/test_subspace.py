@@ -109,7 +109,7 @@ def drifting(kind, rng, d):
 
 
 @pytest.mark.parametrize("kind", ["rank one", "ones", "rank five", "steep", "jumps", "dead rows"])
-@pytest.mark.parametrize("d", [2, 3, 31, 400])
+@pytest.mark.parametrize("d", [2, 3, 31, 400, 512])
 def test_bases_of_statistics_without_full_rank_stay_orthonormal(d, kind, arithmetic):
     rng = np.random.default_rng(d)
     Q, S = np.eye(d, dtype=np.float32)[None], np.zeros((1, d, d), np.float32)
