@@ -946,7 +946,7 @@ def test_dtypes_are_kept(dtype):
 def test_no_implicit_promotion(rule, x64, strict_promotion):
     grads, taps = problem()
     grads = {"kernel": grads["kernel"], "bias": grads["bias"].astype(jnp.float32)}
-    tx = kfac(0.1, layers=[DENSE], damping_rule=rule, norm_constraint=1.0)
+    tx = kfac(0.1, layers=[DENSE], damping_rule=rule, norm_constraint=1.0, factor_dtype="float32")
     state = jax.eval_shape(tx.init, grads)
     _, after = jax.eval_shape(lambda g, s, t: tx.update(g, s, taps=t), grads, state, taps)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
