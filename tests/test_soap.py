@@ -146,11 +146,12 @@ def test_in_no_bases_an_update_is_larger_than_that_of_adam_can_be(basis, variant
 def test_updates_of_gradients_of_low_rank_are_of_their_space(shape, rank, basis, variant):
     rng = np.random.default_rng(0)
     spaces = [np.linalg.qr(rng.standard_normal((d, rank)))[0] for d in shape]
-    cores = rng.standard_normal((32, *[rank] * len(shape)))
+    cores = rng.standard_normal((52, *[rank] * len(shape)))
     stream = np.stack([reference.psgd.apply(spaces, core) for core in cores])
     updates, _ = run(scale_by_soap(variant=variant, basis=basis), stream.astype(np.float32))
-    # One power iteration of the identity is not yet as near to the space as its rounding.
-    for update in updates[30 if basis == "power" else 1 :]:
+    # The first bases are not yet as near to the space as its rounding: one power iteration of the
+    # identity, or eigenvectors of what is nearly a multiple of it, as kl_soap begins with.
+    for update in updates[1 if (basis, variant) == ("qr", "soap") else 50 :]:
         inside = reference.psgd.apply([U @ U.T for U in spaces], update.astype(np.float64))
         assert np.linalg.norm(update - inside) < 0.01 * np.linalg.norm(update)
 
