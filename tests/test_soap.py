@@ -10,7 +10,7 @@ import pytest
 
 from optax_kron import Blocking, scale_by_soap, soap
 from optax_kron.kernels import packed
-from optax_kron.kernels import soap as kernels
+from optax_kron.transforms.stacks import largest_update
 from tests.reference import shampoo as reference
 from tests.test_shampoo import (
     assert_close,
@@ -162,7 +162,7 @@ def test_updates_of_gradients_of_low_rank_are_of_their_space(shape, rank, basis,
 def test_the_largest_update_of_adam(b1, b2):
     for count in (1, 2, 10):
         w, v = (b ** np.arange(count) / np.sum(b ** np.arange(count)) for b in (b1, b2))
-        found = kernels.largest_update(b1, b2, jnp.asarray(count), np.float64)
+        found = largest_update(b1, b2, jnp.asarray(count), np.float64)
         if np.any(w[v == 0] > 0):
             assert found > 1e100
         else:

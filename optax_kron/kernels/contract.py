@@ -253,7 +253,7 @@ def complex_like(dtype: DTypeLike, is_complex: bool) -> jnp.dtype:
     """The real dtype, or the complex one of its precision (at least complex64)."""
     if not is_complex:
         return jnp.dtype(dtype)
-    return jnp.dtype(jnp.complex128 if jnp.finfo(dtype).bits > 32 else jnp.complex64)
+    return jnp.dtype(jnp.complex128 if wide_dtype(dtype) == jnp.float64 else jnp.complex64)
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from optax_kron.kernels import contract, eigenbases, packed
 
@@ -101,7 +101,7 @@ def adam(
       rotated: The momentum in the bases.
       eps: What is added to the square root of the second moment.
       least: Where the second moment is no larger, the update is zero, see `noise_floor`.
-      largest: No element of the update is larger, see `largest_update`.
+      largest: No element of the update is larger: what Adam's can be in bases that stay.
     """
     divisor = jnp.sqrt(second_moment) + jnp.asarray(eps, second_moment.dtype)
     scaled = rotated / jnp.where(divisor > 0, divisor, 1)
@@ -110,29 +110,6 @@ def adam(
     excess = jnp.abs(scaled) / jnp.asarray(largest).astype(second_moment.dtype)
     scaled = scaled / jnp.maximum(excess, 1)
     return jnp.where(second_moment > least, scaled, 0)
-
-
-def largest_update(
-    momentum: ArrayLike, b2: ArrayLike, count: Int[Array, ""], dtype: DTypeLike
-) -> Float[Array, ""]:
-    """The largest element of Adam's update, whatever the gradients, in bases that stay as they are.
-
-    With weights w of the gradients in the momentum, and v of their squares in the second moment,
-    that is the root of the largest `w_k / v_k`: by Cauchy and Schwarz, as the w add up to one,
-    `|Σ w_k g_k|² ≤ Σ w_k |g_k|² ≤ max(w_k / v_k) Σ v_k |g_k|²`. Of equal decays it is one.
-
-    Args:
-      momentum: Decay of the momentum.
-      b2: Decay of the second moment.
-      count: How many gradients both have taken in, at least one.
-      dtype: Of the result, and of the arithmetic.
-    """
-    b1, b2 = jnp.asarray(momentum, dtype), jnp.asarray(b2, dtype)
-    age = jnp.maximum(count, 1).astype(dtype)
-    last = (1 - b1) / (1 - b1**age) * (1 - b2**age) / (1 - b2)
-    # w_k / v_k is a power of b1 / b2: it is largest for the last gradient, or for the first.
-    first = (b1 / jnp.maximum(b2, jnp.finfo(dtype).tiny)) ** (age - 1)
-    return jnp.sqrt(last * jnp.where(b1 > b2, first, 1))
 
 
 def noise_floor(

@@ -71,23 +71,6 @@ def moments_of(
     return Moments(A, G, jnp.broadcast_to(weight, blocks))
 
 
-def moments_of_member(
-    owner: str,
-    member: Member,
-    taps: Sequence[Tap | Moments],
-    *,
-    approx: str = "expand",
-    dtype: DTypeLike,
-    precision: contract.Precision = None,
-) -> Moments:
-    """The second moments of a layer's blocks from all groups of its taps.
-
-    Arguments and errors as of `moments_of_uses`.
-    """
-    settings = {"approx": approx, "dtype": dtype, "precision": precision}
-    return moments_of_blocks(member, moments_of_uses(owner, member, taps, **settings))
-
-
 def moments_of_blocks(member: Member, uses: Sequence[Moments]) -> Moments:
     """The second moments of a layer's blocks from those of its uses."""
     together = nearest(member.uncut, uses) if member.uncut.is_tied else uses[0]

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from optax_kron.kernels import contract, ekfac, kfac
+from optax_kron.kernels.eigenbases import rayleigh_quotients
 from optax_kron.layers.moments import masked_inputs, moments_of_blocks, moments_of_uses
 from optax_kron.layers.plan import Member
 from optax_kron.layers.taps import Moments, Tap
@@ -89,7 +90,7 @@ def _without_columns(member, use, bases, precision):
 def _diagonal(factor, basis, precision):
     if basis is None:
         return jnp.diagonal(factor, axis1=1, axis2=2)
-    return jnp.einsum("bij,bik,bkj->bj", basis, factor, basis, precision=precision)
+    return rayleigh_quotients(basis, factor, precision=precision)
 
 
 def seen_blocks(member: Member, taps: Sequence[Tap | Moments]) -> Bool[Array, " B"]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from optax_kron.kernels import flow, kfac, packed
 from optax_kron.layers.layer import Layer
-from optax_kron.layers.moments import moments_of_member
+from optax_kron.layers.moments import moments_of_blocks, moments_of_uses
 from optax_kron.layers.plan import LayerPlan, Member, factor_shape
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import mesh, outliers, program, validation
@@ -344,9 +344,8 @@ class LayerFactors(Preconditioner):
         settings = {"approx": self.approx, "dtype": dtype, "precision": self.precision}
         moments, seen, rows = {}, {}, []
         for label, members in plan.stacks.items():
-            pairs = [
-                moments_of_member(self.owner, m, used[m.layer.name], **settings) for m in members
-            ]
+            uses = [moments_of_uses(self.owner, m, used[m.layer.name], **settings) for m in members]
+            pairs = map(moments_of_blocks, members, uses)
             *both, weight = (plan.stacked(label, x) for x in zip(*pairs, strict=True))
             moments[label], seen[label] = tuple(both), weight > 0
             given = [tap for m in members for tap in used[m.layer.name]]

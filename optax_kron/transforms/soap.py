@@ -238,7 +238,7 @@ class Soap(base.Preconditioner):
             second = second / blocks.ema_weight(self.b2, step.count, second.dtype)
             least = kernels.noise_floor(block.bases, second, seen.newly, extents)
             b1 = 0.0 if self.momentum is None else self.momentum
-            largest = kernels.largest_update(b1, self.b2, step.count, second.dtype)
+            largest = blocks.largest_update(b1, self.b2, step.count, second.dtype)
             rotated = kernels.adam(second, rotated, self.eps, least, largest)
         return contract.out_of_bases(bases, rotated, precision=self.precision)
 

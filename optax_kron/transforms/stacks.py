@@ -218,3 +218,27 @@ def ema_weight(decay: ArrayLike, count: Int[Array, ""], dtype: DTypeLike) -> Flo
     """
     # Before the first accepted gradient the average is zero, and no correction is due.
     return 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1).astype(dtype)
+
+
+def largest_update(
+    momentum: ArrayLike, b2: ArrayLike, count: Int[Array, ""], dtype: DTypeLike
+) -> Float[Array, ""]:
+    """The largest element of Adam's update, whatever the gradients, in bases that stay as they are.
+
+    With weights w of the gradients in the momentum, and v of their squares in the second moment,
+    that is the root of the largest `w_k / v_k`: by Cauchy and Schwarz, as the w add up to one,
+    `|Σ w_k g_k|² ≤ Σ w_k |g_k|² ≤ max(w_k / v_k) Σ v_k |g_k|²`. Of equal decays it is one.
+
+    Args:
+      momentum: Decay of the momentum.
+      b2: Decay of the second moment.
+      count: How many gradients both have taken in.
+      dtype: Of the result, and of the arithmetic.
+    """
+    last = ema_weight(b2, count, dtype) / ema_weight(momentum, count, dtype)
+    b1, b2 = jnp.asarray(momentum, dtype), jnp.asarray(b2, dtype)
+    last = last * (1 - b1) / (1 - b2)
+    # w_k / v_k is a power of b1 / b2: it is largest for the last gradient, or for the first.
+    age = jnp.maximum(count, 1).astype(dtype) - 1
+    first = (b1 / jnp.maximum(b2, jnp.finfo(dtype).tiny)) ** age
+    return jnp.sqrt(last * jnp.where(b1 > b2, first, 1))

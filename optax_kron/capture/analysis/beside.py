@@ -21,15 +21,9 @@ def beside(
 
     `None` unless they match one to one: then the bias is one more input, of ones, of the kernel.
     """
-    pairs: dict[AxisFactor, AxisFactors] = {}
-    steps = dict(bias.view.steps)
-    if set(steps) != {scan for scan, _ in kernel.view.steps}:
+    pairs = beside_in_steps(kernel.view, bias.view)
+    if pairs is None:
         return None
-    for scan, factors in kernel.view.steps:
-        groups = views.regroup(steps[scan], [f.size for f in factors])
-        if groups is None:
-            return None
-        pairs.update(zip(factors, groups, strict=True))
     for factors, others in zip(view.axes, bias.view.axes, strict=True):
         roles = roles_of(factors, kernel.contraction.output_axes, None)
         groups = None if roles is None else views.regroup(others, [role.size for role in roles])
@@ -42,3 +36,16 @@ def beside(
                 pairs[role.of_kernel] = group
     expected = {f.of_kernel for f in kernel.role_factors if f.role in ("block", "output")}
     return tuple(pairs.items()) if set(pairs) == expected else None
+
+
+def beside_in_steps(kernel: View, bias: View) -> dict[AxisFactor, AxisFactors] | None:
+    """`beside` of the steps of scans alone, which have to be those of the same scans."""
+    steps, pairs = dict(bias.steps), {}
+    if set(steps) != {scan for scan, _ in kernel.steps}:
+        return None
+    for scan, factors in kernel.steps:
+        groups = views.regroup(steps[scan], [f.size for f in factors])
+        if groups is None:
+            return None
+        pairs.update(zip(factors, groups, strict=True))
+    return pairs

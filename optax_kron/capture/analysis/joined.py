@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from optax_kron.capture.analysis.beside import beside_in_steps
 from optax_kron.capture.analysis.uses import Consumption, Gap, MergedBias, Use
 from optax_kron.capture.program.graph import Node, Value
 from optax_kron.capture.rules import views
@@ -247,12 +248,5 @@ def _pairs(
         if groups is None:
             return None
         pairs.update(zip(own, groups, strict=True))
-    steps, others = dict(kernel.use.view.steps), dict(bias.use.view.steps)
-    if set(steps) != set(others):
-        return None
-    for scan, own in steps.items():
-        groups = views.regroup(others[scan], [f.size for f in own])
-        if groups is None:
-            return None
-        pairs.update(zip(own, groups, strict=True))
-    return tuple(pairs.items())
+    in_steps = beside_in_steps(kernel.use.view, bias.use.view)
+    return None if in_steps is None else tuple((pairs | in_steps).items())
