@@ -52,7 +52,12 @@ class Quadratic:
 
 
 adaptive = functools.partial(
-    ok.adaptive_kfac, layers=[OTHER], damping_decrease=0.8, min_damping=1e-30, outlier_clip=None
+    ok.adaptive_kfac,
+    layers=[OTHER],
+    damping_decrease=0.8,
+    min_damping=1e-30,
+    outlier_clip=None,
+    cg_steps=0,
 )
 undamped = functools.partial(adaptive, initial_damping=1e-30)
 
@@ -83,6 +88,45 @@ def test_without_damping_steps_are_those_of_conjugate_gradients(dtype, x64):
     solution = np.linalg.solve(problem.A, problem.b)
     np.testing.assert_allclose(params["x"], solution, atol=1e-8 * np.abs(solution).max())
     assert state.metrics.accepted_steps == 6
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=str)
+def test_conjugate_gradients_within_a_step(dtype, x64):
+    """The first of which is that along the natural gradient, here the gradient."""
+    problem = Quadratic(dtype)
+    expected = conjugate_gradients(np.asarray(problem.A), np.asarray(problem.b), 6)
+    for more in (1, 3, 5):
+        tx, x = undamped(cg_steps=more), expected[more]
+        params, state, _ = jax.jit(functools.partial(problem.step, tx))(
+            problem.params, tx.init(problem.params)
+        )
+        np.testing.assert_allclose(params["x"], x, atol=1e-7 * np.abs(expected[-1]).max())
+        np.testing.assert_allclose(state.metrics.reduction_ratio, 1, rtol=1e-6)
+        decrease = -problem.loss({**params, "x": x})
+        np.testing.assert_allclose(state.metrics.predicted_decrease, decrease, rtol=1e-5)
+
+
+def test_conjugate_gradients_are_preconditioned(x64):
+    """Of one dense layer P is exact but for its damping, so that λ alone is left for them."""
+    loss_fn, params, batch = regression()
+    layers = ok.find_layers(loss_fn, params, *batch)
+    settings = {"initial_damping": 0.1, "damping_increase": 1.0, "l2": 0.01}
+    inputs = np.append(batch[0], np.ones((9, 1)), axis=1)
+    # The squared error has a curvature of two.
+    least = inputs.T @ inputs / 9 + (0.1 + 0.01) / 2 * np.eye(5)
+    solution = np.linalg.solve(least, inputs.T @ np.asarray(batch[1]) / 9)
+    errors = []
+    for method in ("adaptive_kfac", "adaptive_ekfac"):
+        for more in (0, 1, 4):
+            tx = getattr(ok, method)(layers=layers, cg_steps=more, **settings)
+            step = jax.jit(stepper(loss_fn, tx, layers, batch))
+            new, state, _ = step(params, tx.init(params))
+            errors.append(np.abs(new["kernel"] - solution[:4]).max())
+            assert (state.preconditioner.count, state.preconditioner.refreshes) == (1, 1)
+    assert errors[0] > 1.3 * errors[1] > 1e-3
+    assert errors[2] < 1e-6
+    # The damping of EKFAC is that of the model: nothing is left to do.
+    assert max(errors[3:]) < 1e-6
 
 
 def test_l2_gives_the_solution_of_ridge_regression(x64):
@@ -151,7 +195,7 @@ def test_inner_products_and_products_give_the_same_steps(x64):
     """The first are what `ok.ggn_vector_product` has; any other function gives the second."""
     loss_fn, params, batch = regression()
     layers = ok.find_layers(loss_fn, params, *batch)
-    tx = ok.adaptive_kfac(layers=layers, l2=0.1)
+    tx = ok.adaptive_kfac(layers=layers, l2=0.1, cg_steps=0)
     with_taps = ok.value_and_grad_with_taps(loss_fn, layers, fisher="exact")
 
     def run(wrap):

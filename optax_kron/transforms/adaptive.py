@@ -26,6 +26,7 @@ def adaptive_kfac(
     damping_decrease: ArrayLike = 0.7,
     damping_increase: ArrayLike = 1.5,
     l2: ArrayLike = 0.0,
+    cg_steps: ArrayLike = 2,
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping_rule: str = "pi",
@@ -43,7 +44,8 @@ def adaptive_kfac(
 
     With the natural gradient and the last update as directions d1 = −P⁻¹g and d2, the update is
     `α·d1 + μ·d2`, where α and μ minimize the exact quadratic model of the loss,
-    `½ δᵀ(C + (λ + l2) I)δ + gᵀδ`, C being the generalized Gauss-Newton matrix. The same λ damps P.
+    `½ δᵀ(C + (λ + l2) I)δ + gᵀδ`, C being the generalized Gauss-Newton matrix; `cg_steps` of
+    conjugate gradients, preconditioned by P, then lower the model further. The same λ damps P.
     It falls after a step that lowers the loss by more than 3/4 of what the model predicts, grows
     after one that lowers it by less than 1/4, and a step that would raise the loss is not taken:
     its update is zero, and the next has no momentum.
@@ -62,6 +64,8 @@ def adaptive_kfac(
       damping_increase: Factor of λ after a poor step, ≥ 1; after a rejected one, its cube.
       l2: Of the term `l2/2·‖params‖²` that is added to the loss, ≥ 0: to its gradient, curvature
         and value, none of which is to have it already.
+      cg_steps: Steps of conjugate gradients that improve an update, ≥ 0; 0, not traced, saves half
+        of the products.
       refresh_every: The inverses are made anew after so many accepted steps; and, as with
         `scale_by_kfac`, at each of the first.
       refresh_factor: And where λ is more than so many times larger or smaller than they were made
@@ -82,8 +86,9 @@ def adaptive_kfac(
         a loss is no real scalar.
 
     Cost, beside that of `scale_by_kfac` without momentum: the last update in the state; one more
-    evaluation of the loss a step; and two products, of about four evaluations each, or half of that
-    where `ggn_fn` is what `ok.ggn_vector_product` returns, which has `inner_products`.
+    evaluation of the loss a step; and `2 + cg_steps` products, of about four evaluations each. With
+    `cg_steps=0` they are two, or half of that where `ggn_fn` is what `ok.ggn_vector_product`
+    returns, which has `inner_products`.
 
     Examples:
       >>> import jax
@@ -132,6 +137,7 @@ def adaptive_ekfac(
     damping_decrease: ArrayLike = 0.7,
     damping_increase: ArrayLike = 1.5,
     l2: ArrayLike = 0.0,
+    cg_steps: ArrayLike = 2,
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping_rule: str = "exact",
@@ -183,6 +189,9 @@ _LEFT_OUT = {
 }
 
 
+_NEVER = 2**30  # steps
+
+
 def _adaptive(
     owner: str,
     named: Callable[[str, Mapping[str, Any]], optax.GradientTransformationExtraArgs],
@@ -198,6 +207,7 @@ def _adaptive(
     check(owner, "damping_decrease", arguments["damping_decrease"], most=1, open_left=True)
     check(owner, "damping_increase", arguments["damping_increase"], least=1)
     check(owner, "l2", arguments["l2"])
+    check(owner, "cg_steps", arguments["cg_steps"])
     if owner == "adaptive_kfac":
         check(owner, "refresh_factor", arguments["refresh_factor"], least=1)
     if arguments["damping_rule"] == "exact":  # which comes in when the bases are applied
@@ -206,8 +216,12 @@ def _adaptive(
     rest = {name: x for name, x in arguments.items() if name not in own}
     rest["layers"] = check_layers(owner, rest["layers"])
 
-    def preconditioner(**settings: Any) -> optax.GradientTransformationExtraArgs:
-        return named(owner, {**_LEFT_OUT, **rest, **settings})
+    def preconditioner(
+        *, is_frozen: bool = False, **settings: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        intervals = ["refresh_every", *({"factor_every", "correct_every"} & rest.keys())]
+        still = dict.fromkeys(intervals, _NEVER) if is_frozen else {}
+        return named(owner, {**_LEFT_OUT, **rest, **settings, **still})
 
     # Settings of the preconditioner are checked here too, rather than in the first `init`.
     preconditioner(
@@ -224,8 +238,9 @@ def _check_order(owner: str, arguments: Mapping[str, Any], low: str, high: str) 
     least, most = arguments[low], arguments[high]
     if least is None or not program.is_concrete((least, most)):
         return
-    if float(least) > float(most):
+    # optax.inject_hyperparams gives them the dtype of a parameter, which may be complex.
+    least, most = float(np.real(least)), float(np.real(most))
+    if least > most:
         raise ValueError(
-            f"{owner}: {low} must be at most {high}; got {low}={float(least):g} and "
-            f"{high}={float(most):g}."
+            f"{owner}: {low} must be at most {high}; got {low}={least:g} and {high}={most:g}."
         )

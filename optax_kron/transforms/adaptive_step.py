@@ -3,7 +3,7 @@
 Around a preconditioner that keeps no momentum, a step is
 
     gradient → direction d1, and the last update d2 → C d1, C d2 → the best α d1 + μ d2
-    → the loss after it → taken or rejected, and the next damping
+    → better by some conjugate gradients → the loss after it → taken or rejected; the next damping
 
 The damping λ is that of the model and of the preconditioner. What costs something, products and the
 loss after the step, is left out where the step is lost already.
@@ -87,6 +87,16 @@ class AdaptiveState(NamedTuple):
     metrics: AdaptiveMetrics
 
 
+class Iterate(NamedTuple):
+    """Where conjugate gradients are; trees like the parameters, of at least float32."""
+
+    step: PyTree
+    product: PyTree  # C times the step
+    change: PyTree  # by which the step became what it is
+    change_product: PyTree
+    predicted_decrease: Float[Array, ""]
+
+
 class Trial(NamedTuple):
     """What is known of a step once the loss after it is."""
 
@@ -103,13 +113,15 @@ class Adaptive:
 
     Attributes:
       owner: Name of the optimizer, for messages.
-      preconditioner: Makes it, of a damping, an interval between refreshes, and a dtype.
+      preconditioner: Makes it, of a damping, an interval between refreshes, a dtype, and whether
+        what it keeps stays as it is.
       initial_damping: λ of the first step.
       min_damping: The least λ; `None` for what the dtype of the factors bears.
       max_damping: The largest λ.
       damping_decrease: Factor of λ after a step as good as predicted.
       damping_increase: Factor of λ after a step that was not.
       l2: Of the term `l2/2·‖params‖²` that is added to the loss.
+      cg_steps: Steps of conjugate gradients on the quadratic model, beyond its first directions.
       refresh_every: Steps from one refresh to the next.
       refresh_factor: By how much λ may change between refreshes.
       factor_dtype: Real dtype of the factors; `None` for that of the parameters, or float32.
@@ -123,6 +135,7 @@ class Adaptive:
     damping_decrease: ArrayLike
     damping_increase: ArrayLike
     l2: ArrayLike
+    cg_steps: ArrayLike
     refresh_every: ArrayLike
     refresh_factor: ArrayLike
     factor_dtype: DTypeLike | None
@@ -165,7 +178,14 @@ class Adaptive:
         natural, inner = self._precondition(grads, state, params, known, extra_args)
         moved = inner.count > state.preconditioner.count
         directions = jax.tree.map(jnp.negative, natural), state.last_update
-        model = self._model(ggn_fn, grads, directions, params, damping, moved)
+
+        def natural_direction(vector):
+            made = self._preconditioner_of(
+                params, damping + self._l2(jnp.float32), 1, is_frozen=True
+            )
+            return made.update(vector, inner, params, **extra_args)[0]
+
+        model = self._model(ggn_fn, grads, directions, params, damping, moved, natural_direction)
         trial = self._try(model, moved, params, known, value_fn)
         step = jax.tree.map(lambda x: jnp.where(trial.accepted, x, 0), model.step)
         refreshed = inner.refreshes > state.preconditioner.refreshes
@@ -212,21 +232,25 @@ class Adaptive:
         factor = jnp.asarray(self.refresh_factor, jnp.float32)
         stale = (damping > last * factor) | (damping * factor < last)
         every = jnp.where(stale, 1, validation.interval(self.refresh_every))
-        whole = damping + jnp.asarray(self.l2, jnp.float32)
-        inner = self._preconditioner_of(params, whole, every)
+        inner = self._preconditioner_of(params, damping + self._l2(jnp.float32), every)
         # Without the loss there is no step: the preconditioner skips what is not finite.
         good = jnp.isfinite(value)
         grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), grads)
         return inner.update(grads, state.preconditioner, params, **extra_args)
 
     def _preconditioner_of(
-        self, params: PyTree, damping: ArrayLike, refresh_every: ArrayLike
+        self,
+        params: PyTree,
+        damping: ArrayLike,
+        refresh_every: ArrayLike,
+        is_frozen: bool = False,
     ) -> Any:
         """That of a step."""
         return self.preconditioner(
             damping=damping,
             refresh_every=refresh_every,
             factor_dtype=self._dtype_of_factors(params),
+            is_frozen=is_frozen,
         )
 
     def _dtype_of_factors(self, params: PyTree) -> jnp.dtype:
@@ -242,17 +266,42 @@ class Adaptive:
             least = _LEAST_WIDE if self._dtype_of_factors(params).itemsize > 4 else _LEAST
         return jnp.asarray(least, jnp.float32)
 
-    def _model(self, ggn_fn, grads, directions, params, damping, needed) -> QuadraticStep:
+    def _model(
+        self, ggn_fn, grads, directions, params, damping, needed, natural_direction
+    ) -> QuadraticStep:
         """The step that is best by the quadratic model; without curvature where it is lost."""
         settings = {"damping": damping, "l2": self.l2}
-        if not hasattr(ggn_fn, "inner_products"):
-            products = self._products(ggn_fn, directions, params, needed)
-            return quadratic_step(grads, directions, products, **settings)
+        without = validation.is_off(self.cg_steps)
+        if without and hasattr(ggn_fn, "inner_products"):
 
-        def form(directions):  # which costs half of the products
-            return flow.cond_or_zeros(needed, lambda: ggn_fn.inner_products(directions))
+            def form(directions):  # which costs half of the products
+                return flow.cond_or_zeros(needed, lambda: ggn_fn.inner_products(directions))
 
-        return step_of_form(grads, directions, form, **settings)
+            return step_of_form(grads, directions, form, **settings)
+        products = self._products(ggn_fn, directions, params, needed)
+        first = quadratic_step(grads, directions, products, **settings)
+        if without:
+            return first
+        start = _started(first, directions, products)
+
+        def improve(_, at: Iterate) -> Iterate:
+            shift = damping + self._l2(jnp.float32)
+            residual = jax.tree.map(
+                lambda g, p, s: (g + p + shift.astype(contract.real_dtype(s.dtype)) * s).astype(
+                    g.dtype
+                ),
+                grads,
+                at.product,
+                at.step,
+            )
+            direction = jax.tree.map(jnp.negative, natural_direction(residual))
+            (product,) = self._products(ggn_fn, (direction,), params, True)
+            return _improved(grads, at, direction, product, settings)
+
+        steps = jnp.asarray(self.cg_steps, jnp.int32)
+        last = flow.fori_loop(0, jnp.where(needed, steps, 0), improve, start)
+        step = jax.tree.map(lambda s, g: s.astype(g.dtype), last.step, grads)
+        return QuadraticStep(first.coefficients, step, last.predicted_decrease)
 
     def _products(self, ggn_fn, directions, params, needed):
         """The products of all directions, or zeros."""
@@ -266,7 +315,7 @@ class Adaptive:
                 self._check_product(product, direction, params)
             return jax.tree.map(lambda x, like: x.astype(like.dtype), made, directions)
 
-        return flow.cond(needed, products, zeros)
+        return products() if needed is True else flow.cond(needed, products, zeros)
 
     def _check_product(self, product, direction, params) -> None:
         """Raise unless a product is like its direction, as precise as that or the parameters."""
@@ -336,6 +385,49 @@ class Adaptive:
             rejected_steps=old.rejected_steps + (~trial.accepted).astype(jnp.int32),
         )
         return select(trial.skipped, old, new)
+
+
+def _started(first: QuadraticStep, directions, products) -> Iterate:
+    """Where conjugate gradients begin: the best step over the first directions."""
+    rate = first.coefficients[:1]
+    return Iterate(
+        step=jax.tree.map(contract.widen, first.step),
+        product=_combined(first.coefficients, products),
+        change=_combined(rate, directions[:1]),
+        change_product=_combined(rate, products[:1]),
+        predicted_decrease=first.predicted_decrease,
+    )
+
+
+def _improved(grads, at: Iterate, direction, product, settings) -> Iterate:
+    """The best step over the present one, a new direction, and the last change.
+
+    Without rounding these are conjugate gradients, whose residuals are at right angles to all
+    directions before; they need no more memory than the last of them.
+    """
+    directions = at.step, direction, at.change
+    products = at.product, product, at.change_product
+    found = quadratic_step(grads, directions, products, **settings)
+    x = found.coefficients
+    return Iterate(
+        step=_combined(x, directions),
+        product=_combined(x, products),
+        change=_combined(x[1:], directions[1:]),
+        change_product=_combined(x[1:], products[1:]),
+        predicted_decrease=found.predicted_decrease,
+    )
+
+
+def _combined(coefficients: Float[Array, " k"], trees) -> PyTree:
+    """The sum of trees times numbers, in at least float32."""
+
+    def combine(*xs):
+        xs = [contract.widen(x) for x in xs]
+        numbers = coefficients.astype(contract.real_dtype(xs[0].dtype))
+        # Of a direction that is left out, nothing may come in: not even 0·inf.
+        return sum(jnp.where(c == 0, 0, c * x) for c, x in zip(numbers, xs, strict=True))
+
+    return jax.tree.map(combine, *trees)
 
 
 def _refuse_masked(owner: str, params: PyTree) -> None:
