@@ -189,9 +189,6 @@ _LEFT_OUT = {
 }
 
 
-_NEVER = 2**30  # steps
-
-
 def _adaptive(
     owner: str,
     named: Callable[[str, Mapping[str, Any]], optax.GradientTransformationExtraArgs],
@@ -216,12 +213,8 @@ def _adaptive(
     rest = {name: x for name, x in arguments.items() if name not in own}
     rest["layers"] = check_layers(owner, rest["layers"])
 
-    def preconditioner(
-        *, is_frozen: bool = False, **settings: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        intervals = ["refresh_every", *({"factor_every", "correct_every"} & rest.keys())]
-        still = dict.fromkeys(intervals, _NEVER) if is_frozen else {}
-        return named(owner, {**_LEFT_OUT, **rest, **settings, **still})
+    def preconditioner(**settings: Any) -> optax.GradientTransformationExtraArgs:
+        return named(owner, {**_LEFT_OUT, **rest, **settings})
 
     # Settings of the preconditioner are checked here too, rather than in the first `init`.
     preconditioner(

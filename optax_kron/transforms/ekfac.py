@@ -337,12 +337,13 @@ def scale_by_ekfac(
 
 
 def named_ekfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_ekfac` of all its arguments, with the name of an optimizer for messages."""
-    of = settings
+    """`scale_by_ekfac` of all its arguments, as `named_kfac`."""
+    of = {"is_frozen": False, **settings}
     validation.check_choice(owner, "damping_rule", of["damping_rule"], ("exact", "pi"))
     validation.check_interval(owner, "correct_every", of["correct_every"])
     validation.check_choice(owner, "basis", of["basis"], ("eigh", "power"))
     own = ("bias_correction", "damping_rule", "basis", "outlier_clip", "precision", "correct_every")
+    own += ("is_frozen",)
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Ekfac(**factors, **{name: of[name] for name in own})
     layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})

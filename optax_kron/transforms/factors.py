@@ -116,6 +116,7 @@ class LayerFactors(Preconditioner):
       schedule: Of the refreshes, once the factors have settled.
       outlier_clip: How many times its usual root of the trace a second moment may have.
       precision: Precision of the matrix products.
+      is_frozen: See `Preconditioner`.
     """
 
     owner: str
@@ -128,6 +129,7 @@ class LayerFactors(Preconditioner):
     schedule: RefreshSchedule
     outlier_clip: ArrayLike | None
     precision: jax.lax.PrecisionLike
+    is_frozen: bool = dataclasses.field(default=False, kw_only=True)
 
     refreshed: ClassVar[tuple[str, ...]] = ("inverse",)
     averages: ClassVar[int] = 2  # second moments that are averaged over steps
@@ -222,6 +224,12 @@ class LayerFactors(Preconditioner):
         step: Step,
     ) -> Advanced:
         """See `Preconditioner`: factors take in taps, which may turn out not to be finite."""
+        if self.is_frozen:
+            updates = {
+                label: self.precondition(stacks[label], x, step) for label, x in seen.items()
+            }
+            none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+            return Advanced(stacks, updates, none, no, step.accepted, state.schedule, no)
         learned = self.learn(plan, state, stacks, seen, extra, step)
         looked = None
         if self.looks_twice:

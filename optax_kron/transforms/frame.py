@@ -233,7 +233,7 @@ class Frame:
         specs, before_specs, done_specs = self._specs(state), *_specs_of_blocks(cut)
         operands = given, state, taken, finite
         kinds = cut, specs, method.spread_as(share), WHOLE
-        if share.is_alone or not method.looks_twice:
+        if share.is_alone or method.is_frozen or not method.looks_twice:
             out = before_specs, done_specs
             return self._on_devices(Frame._move_own, plan, operands, kinds, out)
         learned_specs = method.learned_as(share)

@@ -259,12 +259,15 @@ def scale_by_kfac(
 
 
 def named_kfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_kfac` of all its arguments, with the name of an optimizer for messages."""
-    of = dict(settings)
+    """`scale_by_kfac` of all its arguments, with the name of an optimizer for messages.
+
+    With `is_frozen` beside them what is kept stays as it is.
+    """
+    of = {"is_frozen": False, **settings}
     validation.check_choice(owner, "damping_rule", of["damping_rule"], kernels.DAMPING_RULES)
     if of["bias_correction"] is None:
         of["bias_correction"] = of["damping_rule"] != "trace"
-    own = ("bias_correction", "damping_rule", "outlier_clip", "precision")
+    own = ("bias_correction", "damping_rule", "outlier_clip", "precision", "is_frozen")
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Kfac(**factors, **{name: of[name] for name in own})
     layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})

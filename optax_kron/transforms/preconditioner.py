@@ -137,6 +137,7 @@ class Preconditioner:
       keeps_squares: Whether what is kept is made of squares of gradients, which must be finite.
       looks_twice: Whether what is refreshed decides what `advance` takes of the extra arguments; it
         then comes in two parts, `learn` and `finish`, with `look` between, as in `LayerFactors`.
+      is_frozen: Whether updates are all that `advance` makes, and what is kept stays as it is.
       bounded: What `outlier_clip` bounds, beside gradients in no block.
       keeps_gradients: Whether what is kept is made of gradients, and not of anything else.
     """
@@ -146,6 +147,7 @@ class Preconditioner:
     refreshes_first: ClassVar[bool] = True
     keeps_squares: ClassVar[bool] = True
     looks_twice: ClassVar[bool] = False
+    is_frozen: bool = False
 
     def __init_subclass__(cls, **options: PyTree) -> None:
         """Refuse a class whose refreshes would never be seen."""
