@@ -26,7 +26,7 @@ import optax_kron as ok
 NAMES = ("adamw", "soap", "kfac", "adaptive_kfac")
 # Of three peak rates, a factor of three apart, the one of least loss on either text at step 150.
 PEAKS = {"adamw": 1e-2, "soap": 1e-2, "kfac": 1e-1}
-HEADINGS = ("", "peak rate", "training loss", "held-out", "ms a step", "compile, s", "state")
+HEADINGS = ("", "peak", "training", "held-out", "ms a step", "compile, s", "state")
 
 
 def make_optimizer(name, layers, steps):
@@ -109,7 +109,7 @@ def main() -> None:
         key = jax.random.key(given.seed)
         curves[name], *costs = train(name, loss_fn, layers, params, windows, others, key)
         numbers = (PEAKS.get(name), *curves[name][-1][2:], *costs)
-        table.add_row(name, *(f"{x:.3g}" if x else "" for x in numbers))
+        table.add_row(name, *(f"{x:.4g}" if x else "" for x in numbers))
     Console().print(table)
     draw(curves, given.out)
 
