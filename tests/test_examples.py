@@ -73,7 +73,7 @@ def check_picture(path):
         ("digits_kfac.py", ("--optimizer", "kfac"), ("params/Conv_2/kernel", "kfac")),
         ("autoencoder.py", ("--optimizer", "kfac"), ("params/Dense_7/kernel", "after 2 steps")),
         ("characters.py", (), ("MultiHeadDotProductAttention_0/query", "held-out loss")),
-        ("gpt.py", ("--optimizer", "kfac"), ("8192 diagonal", "tied embedding", "held-out")),
+        ("gpt.py", ("--optimizer", "adamw"), ("8192 diagonal", "tied embedding", "held-out")),
         ("state_space.py", ("--optimizer", "branch_kfac"), ("branch_kfac step    2",)),
         ("compare.py", ("--optimizer", "branch_kfac"), ("branch_kfac", "ms a step", "KiB")),
         ("influence.py", (), ("without those that help", "norm of the gradient")),
