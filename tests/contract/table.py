@@ -433,7 +433,13 @@ ROWS = (
     _kfac("captured", core=False, **_CAPTURED),
     # Taps by hand do not say what the examples weigh in the loss: without the bound on steps.
     _kfac("hand", **_HAND),
-    _kfac("captured", method="ekfac", core=False, settings={"correct_every": 2}, **_CAPTURED),
+    _kfac(
+        "captured",
+        method="ekfac",
+        core=False,
+        settings={"correct_every": 2, "basis": "eigh"},
+        **_CAPTURED,
+    ),
     _kfac(
         "hand",
         method="ekfac",
@@ -444,11 +450,11 @@ ROWS = (
         "shampoo",
         "eigh",
         # More damping than rounding makes of the null space of a few gradients.
-        settings={"refresh_every": 1, "relative_damping": 1e-4},
+        settings={"root_method": "eigh", "refresh_every": 1, "relative_damping": 1e-4},
         tunable={"decay": 0.5, "relative_damping": 0.1, "start_step": 5, "refresh_every": 2},
         core=True,
     ),
-    _blockwise("shampoo", "newton", settings={"root_method": "newton", "stagger": True}),
+    _blockwise("shampoo", "newton", settings={"stagger": True}),
     _blockwise(
         "shampoo",
         "sums",
