@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -325,3 +326,20 @@ def test_power_iterations_lead_to_the_updates_of_eigendecompositions(make):
 def test_a_basis_out_of_range_is_refused(make):
     with pytest.raises(ValueError, match="kfac: basis must be one of eigh, power; got 'qr'"):
         make(layers=[DENSE], basis="qr")
+
+
+def test_bases_go_on_from_good_factors_where_new_ones_overflow():
+    grads, taps = optax.tree.cast(problem(), jnp.float32)
+    settings = {"decay": 0.5, "refresh_every": 1, "momentum": None, "outlier_clip": None}
+    tx = scale_by_ekfac(layers=[DENSE], **settings)
+    tap = taps["dense"][0]
+    huge = Taps({"dense": tap._replace(inputs=tap.inputs * 1e30)})
+    updates, state = run(tx, [(grads, taps)] * 3)
+    updates, after = run(tx, [(grads, taps)] * 3 + [(grads, huge)])
+    assert int(state.failed_refreshes) == 0
+    assert int(after.failed_refreshes) > 0
+    chex.assert_tree_all_finite((updates, after))
+    old, new = (x.stacks["4x3"] for x in (state, after))
+    chex.assert_trees_all_equal(new[:2], old[:2])
+    for Q in (new.inverse.input_basis[0], new.inverse.output_basis[0]):
+        np.testing.assert_allclose(Q.T @ Q, np.eye(len(Q)), atol=1e-5)

@@ -433,18 +433,17 @@ ROWS = (
     _kfac("captured", core=False, **_CAPTURED),
     # Taps by hand do not say what the examples weigh in the loss: without the bound on steps.
     _kfac("hand", **_HAND),
-    _kfac(
-        "captured",
-        method="ekfac",
-        core=False,
-        settings={"correct_every": 2, "basis": "eigh"},
-        **_CAPTURED,
-    ),
+    _kfac("captured", method="ekfac", core=False, settings={"correct_every": 2}, **_CAPTURED),
     _kfac(
         "hand",
         method="ekfac",
         steps=2,
-        **_HAND | {"tunable": _HAND["tunable"] | {"correct_every": 3}},
+        **_HAND
+        | {
+            # Bases of "power" go on also where factors stay as they are.
+            "settings": _HAND["settings"] | {"basis": "eigh"},
+            "tunable": _HAND["tunable"] | {"correct_every": 3},
+        },
     ),
     _blockwise(
         "shampoo",
