@@ -135,7 +135,8 @@ def stepper(loss_fn, tx, layers, batch, fisher="exact"):
 def test_one_step_solves_a_linear_regression(method, x64):
     loss_fn, params, batch = regression()
     layers = ok.find_layers(loss_fn, params, *batch)
-    tx = getattr(ok, method)(layers=layers, initial_damping=1e-14, min_damping=1e-14)
+    least = {"initial_damping": 1e-14, "min_damping": 1e-14}
+    tx = getattr(ok, method)(layers=layers, basis="eigh", **least)
     step = jax.jit(stepper(loss_fn, tx, layers, batch))
     params, state, _ = step(params, tx.init(params))
     solution = np.linalg.lstsq(np.append(batch[0], np.ones((9, 1)), axis=1), batch[1])[0]
