@@ -47,7 +47,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale soak clean
+.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -111,6 +111,9 @@ bench-family: $(VENV)/.installed-examples ## SOAP and Shampoo beside figures of 
 
 bench-rates: $(VENV)/.installed-examples ## One optimizer on the digits autoencoder at several rates
 	$(call within,1800) $(RUN) benchmarks/learning_rates.py $(ARGS)
+
+bench-minibatches: $(VENV)/.installed-examples ## K-FAC and EKFAC on minibatches, with their defaults
+	$(call within,1800) $(RUN) benchmarks/minibatches.py $(ARGS)
 
 bench-outliers: $(VENV)/.installed-examples ## What one outlier among the gradients costs every optimizer
 	$(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)

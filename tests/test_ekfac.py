@@ -268,6 +268,7 @@ def test_second_moments_are_refused():
         ({"damping": -1.0}, "ekfac: damping"),
         ({"layers": "dense"}, "ekfac: layers must be"),
         ({"refresh_every": 0}, "ekfac: refresh_every"),
+        ({"bias_correction": "auto"}, "ekfac: bias_correction must be True or False; got 'auto'"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):

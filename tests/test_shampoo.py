@@ -445,6 +445,7 @@ def test_a_state_of_another_optimizer_or_setting_is_refused():
             {"grafting": "lion"},
             "shampoo: grafting must be one of sgd, adagrad, rmsprop, adam, None; got 'lion'",
         ),
+        ({"bias_correction": None}, "shampoo: bias_correction must be True or False; got None"),
         ({"refresh_every": len}, "got a function. Where schedules are not taken"),
         ({"root_order": jnp.ones(2, int)}, 'static_args=("root_order",)'),
         ({"refresh_every": 0}, "shampoo: refresh_every must be a number in [1, inf]"),

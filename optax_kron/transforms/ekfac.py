@@ -316,6 +316,7 @@ def named_ekfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransf
     of = settings
     validation.check_choice(owner, "damping_rule", of["damping_rule"], ("exact", "pi"))
     validation.check_interval(owner, "correct_every", of["correct_every"])
+    validation.check_switch(owner, "bias_correction", of["bias_correction"])
     validation.check_choice(owner, "basis", of["basis"], BASES)
     own = ("bias_correction", "damping_rule", "basis", "outlier_clip", "precision", "correct_every")
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})

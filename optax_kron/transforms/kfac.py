@@ -282,6 +282,7 @@ def named_kfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransfo
     """`scale_by_kfac` of all its arguments, with the name of an optimizer for messages."""
     of = dict(settings)
     validation.check_choice(owner, "damping_rule", of["damping_rule"], kernels.DAMPING_RULES)
+    validation.check_switch(owner, "bias_correction", of["bias_correction"], optional=True)
     if of["bias_correction"] is None:
         of["bias_correction"] = of["damping_rule"] != "trace"
     validation.check_choice(owner, "basis", of["basis"], BASES)

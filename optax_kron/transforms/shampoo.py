@@ -347,6 +347,7 @@ def scale_by_shampoo(
             f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}. It cannot be "
             'traced: with optax.inject_hyperparams, pass static_args=("root_order",).'
         )
+    validation.check_switch(owner, "bias_correction", bias_correction)
     validation.check_choice(owner, "root_method", root_method, roots.METHODS)
     check(owner, "relative_damping", relative_damping)
     check(owner, "start_step", start_step)
