@@ -26,7 +26,6 @@ from optax_kron.layers.moments import moments_of_blocks, moments_of_uses
 from optax_kron.layers.plan import LayerPlan, Member, factor_shape
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import mesh, outliers, program, validation
-from optax_kron.transforms.mesh import Share
 from optax_kron.transforms.preconditioner import (
     Advanced,
     KronState,
@@ -142,9 +141,8 @@ class LayerFactors(Preconditioner):
     def init(self, count: int, signature: Sequence[Member], dtype: jnp.dtype) -> KfacStack:
         """See `Preconditioner`: factors of zero, and inverses at the identity."""
         layer = signature[0].layer
-        usual = None
-        if self.outlier_clip is not None:
-            usual = tuple(outliers.start(count) for _ in range(self.averages))
+        norms = (outliers.start(count) for _ in range(self.averages))
+        usual = None if self.outlier_clip is None else tuple(norms)
         shapes = (
             factor_shape(count, layer.d_in, layer.has_diagonal_input),
             factor_shape(count, layer.d_out, layer.has_diagonal_output),
@@ -183,7 +181,7 @@ class LayerFactors(Preconditioner):
     def spread(
         self,
         plan: LayerPlan,
-        share: Share,
+        share: mesh.Share,
         extra: Taps,
         updates: PyTree,
         state: KronState,
@@ -206,7 +204,7 @@ class LayerFactors(Preconditioner):
         due = state.count % validation.interval(self.factor_every) == 0
         return share.globally(make, extra, due, out=self.spread_as(share))
 
-    def spread_as(self, share: Share) -> Observed:
+    def spread_as(self, share: mesh.Share) -> Observed:
         """See `Preconditioner`."""
         return Observed(share.cut, share.cut, share.cut, mesh.WHOLE)
 
@@ -225,11 +223,7 @@ class LayerFactors(Preconditioner):
     ) -> Advanced:
         """See `Preconditioner`: factors take in taps, which may turn out not to be finite."""
         if self.is_frozen:
-            updates = {
-                label: self.precondition(stacks[label], x, step) for label, x in seen.items()
-            }
-            none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-            return Advanced(stacks, updates, none, no, step.accepted, state.schedule, no)
+            return self.preconditioned(state, stacks, seen, step)
         learned = self.learn(plan, state, stacks, seen, extra, step)
         looked = None
         if self.looks_twice:
@@ -259,8 +253,7 @@ class LayerFactors(Preconditioner):
         if self._takes_every_step:
             taken = take(stacks)  # a branch copies the state
         else:
-            no, yes = jnp.zeros([], bool), jnp.ones([], bool)
-            none = jnp.zeros([], jnp.int32)
+            none, no, yes = jnp.asarray(0, jnp.int32), jnp.asarray(False), jnp.asarray(True)
             taken = flow.cond(moving, take, lambda x: Taken(x, none, yes, no), stacks)
         step = step._replace(accepted=step.accepted & taken.finite)
         moved = moving & taken.finite
@@ -302,12 +295,12 @@ class LayerFactors(Preconditioner):
         )
 
     @staticmethod
-    def learned_as(share: Share) -> Learned:
+    def learned_as(share: mesh.Share) -> Learned:
         """How what is learned is spread over a mesh."""
         return Learned(share.cut, *[mesh.WHOLE] * 5)
 
     def look_from(
-        self, plan: LayerPlan, share: Share, stacks: Stacks, taps: Taps, dtype: jnp.dtype
+        self, plan: LayerPlan, share: mesh.Share, stacks: Stacks, taps: Taps, dtype: jnp.dtype
     ) -> PyTree:
         """`look` on a mesh, where every device sees its part of the batch, and all blocks."""
 

@@ -255,6 +255,14 @@ class Preconditioner:
         stack, failed = self.correct(stack, seen, step)
         return stack, self.precondition(stack, seen, step), failed
 
+    def preconditioned(
+        self, state: KronState, stacks: Stacks, seen: Mapping[str, Seen], step: Step
+    ) -> Advanced:
+        """What `advance` returns where `is_frozen`: updates, and everything as it is."""
+        updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
+        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        return Advanced(stacks, updates, none, no, step.accepted, state.schedule, no)
+
     def can_refresh(self, stack: AnyStack) -> bool:
         """Whether a stack has anything to refresh."""
         return bool(self.refreshed)
