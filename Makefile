@@ -47,7 +47,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-outliers bench-influence bench-laplace bench-lapack bench-gpu test-gpu bench-scale soak clean
+.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -58,15 +58,15 @@ demo: $(VENV)/.installed-examples ## Train on real digits, AdamW beside kron_psg
 
 demo-%: $(VENV)/.installed-examples ## Run examples/NAME.py; writes out/NAME.png
 	@mkdir -p out
-	OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
+	$(call within,900) $(RUN) examples/$*.py --out out/$*.png $(ARGS)
 
 demo-mesh: $(VENV)/.installed-examples ## Two processes on one mesh, and checkpoints; writes out/two_processes.png
 	@mkdir -p out
-	OPENBLAS_NUM_THREADS=1 $(call within,900) $(RUN) examples/two_processes.py --out out/two_processes.png $(ARGS)
+	$(call within,900) $(RUN) examples/two_processes.py --out out/two_processes.png $(ARGS)
 
 tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an example, each at several rates
 	@mkdir -p out
-	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/tournament.py $* --out out/tournament-$*.png $(ARGS)
+	$(call within,1800) $(RUN) benchmarks/tournament.py $* --out out/tournament-$*.png $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite
 	$(call within,3600) $(RUN) -m pytest $(WORKERS) $(PARTS) $(ARGS)
@@ -101,19 +101,22 @@ bench-kfac: $(VENV)/.installed-examples $(KFAC_VENV)/.installed ## Beside kfac-j
 	$(call within,3600) $(RUN) benchmarks/kfac_peers.py --peer-python $(KFAC_VENV)/bin/python $(ARGS)
 
 bench-ekfac: $(VENV)/.installed-examples ## EKFAC beside K-FAC
-	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/ekfac.py $(ARGS)
+	$(call within,3600) $(RUN) benchmarks/ekfac.py $(ARGS)
 
 bench-cg: $(VENV)/.installed-examples ## Conjugate gradients, preconditioned by curvature of layers
 	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/curvature.py $(ARGS)
 
 bench-family: $(VENV)/.installed-examples ## SOAP and Shampoo beside figures of their peers
-	OPENBLAS_NUM_THREADS=1 $(call within,3600) $(RUN) benchmarks/family.py $(ARGS)
+	$(call within,3600) $(RUN) benchmarks/family.py $(ARGS)
 
 bench-rates: $(VENV)/.installed-examples ## One optimizer on the digits autoencoder at several rates
-	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/learning_rates.py $(ARGS)
+	$(call within,1800) $(RUN) benchmarks/learning_rates.py $(ARGS)
+
+bench-minibatches: $(VENV)/.installed-examples ## K-FAC and EKFAC on minibatches, with their defaults
+	$(call within,1800) $(RUN) benchmarks/minibatches.py $(ARGS)
 
 bench-outliers: $(VENV)/.installed-examples ## What one outlier among the gradients costs every optimizer
-	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)
+	$(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)
 
 bench-influence: $(VENV)/.installed-examples ## Influence scores beside training without some images
 	@mkdir -p out
@@ -126,11 +129,14 @@ bench-laplace: $(VENV)/.installed-examples ## Calibration of Laplace approximati
 bench-lapack: $(VENV)/.installed-examples ## Count the batched LAPACK calls that hang on this JAX
 	$(call within,7200) $(RUN) benchmarks/lapack_hang.py $(ARGS)
 
+bench-busy: $(VENV)/.installed-examples ## What a busy process beside it does to a step of every optimizer
+	$(call within,1800) $(RUN) benchmarks/busy.py $(ARGS)
+
 bench-gpu: $(VENV)/.installed-examples ## Optimizers on the shapes of GPT-2 small, on a GPU
 	$(call within,1800) $(RUN) benchmarks/gpu.py $(ARGS)
 
 bench-scale: $(VENV)/.installed-examples ## 7 B parameters on 64 devices, by the compiler: state, collectives, operations
-	OPENBLAS_NUM_THREADS=1 $(call within,1800) $(RUN) benchmarks/scale.py $(ARGS)
+	$(call within,1800) $(RUN) benchmarks/scale.py $(ARGS)
 
 soak: $(VENV)/.installed-examples ## Run 200 updates of every optimizer, under a time limit
 	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/soak.py $(ARGS)

@@ -158,6 +158,8 @@ def transformation(name, sizes):
     }
     if name.startswith("kl_"):
         return ok.soap(1e-3, variant=name, **settings), AxisType.Explicit
+    if name == "shampoo":  # how often an iteration goes on cannot be read off a program
+        settings["root_method"] = "eigh"
     return getattr(ok, name)(1e-3, **settings), AxisType.Explicit
 
 

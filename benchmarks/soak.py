@@ -23,10 +23,10 @@ GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
 BRANCHES = (64, 16)  # samples and dimensions of the state that branch_kfac is given
 # Those without geometry: the name in the library, and settings.
 OTHERS = {
-    "shampoo": ("shampoo", {"refresh_every": 2, "block_size": 256}),
-    "shampoo-newton": (
+    "shampoo": ("shampoo", {"refresh_every": 10, "stagger": True, "block_size": 256}),
+    "shampoo-eigh": (
         "shampoo",
-        {"refresh_every": 10, "stagger": True, "root_method": "newton", "block_size": 256},
+        {"refresh_every": 2, "root_method": "eigh", "block_size": 256},
     ),
     "soap": ("soap", {"refresh_every": 2}),
     "soap-eigh": ("soap", {"refresh_every": 10, "stagger": True, "basis": "eigh"}),

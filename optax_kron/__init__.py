@@ -4,7 +4,7 @@ from optax_kron import losses, operators, sharding
 from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
-from optax_kron.capture.ggn import ggn_vector_product
+from optax_kron.capture.ggn import GaussNewton, ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Moments, Tap, Taps
@@ -32,6 +32,7 @@ __all__ = [
     "AdaptiveState",
     "Blocking",
     "FixedNormState",
+    "GaussNewton",
     "KronState",
     "Layer",
     "Layers",

@@ -13,9 +13,8 @@ all of this: its axes come first, and every operand but integer labels gets thos
 Values and gradients are those of Optax. Shapes that do not fit raise a `ValueError`.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron import operands
 from optax_kron.distributions import MARK_PREFIX
 
 # ------------------------------------------------------------------------------------------ losses
@@ -54,15 +54,15 @@ def softmax_cross_entropy(
     Source: `optax.losses.softmax_cross_entropy`.
     """
     function = "softmax_cross_entropy"
-    logits = _floating(function, "logits", logits)
-    labels = _as_targets(labels, logits)
-    axes = _class_axes(function, axis, logits.ndim)
-    shape = _stretched(logits.shape, labels.shape)
+    logits = operands.floating(function, "logits", logits)
+    labels = operands.as_targets(labels, logits)
+    axes = operands.class_axes(function, axis, logits.ndim)
+    shape = operands.stretched(logits.shape, labels.shape)
     if shape is None or any(shape[a] != logits.shape[a] for a in axes):
-        raise _shape_error(function, "labels", labels.shape, logits.shape)
-    operands = [logits, labels, *_mask(function, where, axes, logits.shape)]
-    operands = [_classes_last(jnp.broadcast_to(x, shape), axes) for x in operands]
-    return _softmax(*_align(*operands))
+        raise operands.shape_error(function, "labels", labels.shape, logits.shape)
+    arrays = [logits, labels, *operands.where_mask(function, where, axes, logits.shape)]
+    arrays = [operands.classes_last(jnp.broadcast_to(x, shape), axes) for x in arrays]
+    return _softmax(*operands.align(*arrays))
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -94,20 +94,20 @@ def softmax_cross_entropy_with_integer_labels(
     Source: `optax.losses.softmax_cross_entropy_with_integer_labels`.
     """
     function = "softmax_cross_entropy_with_integer_labels"
-    logits, labels = _floating(function, "logits", logits), jnp.asarray(labels)
+    logits, labels = operands.floating(function, "logits", logits), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{function}: labels has dtype {labels.dtype}, expected an integer one.")
     if axis is None:
         raise ValueError(f"{function}: axis is None, expected an integer or a tuple of them.")
-    axes = _class_axes(function, axis, logits.ndim)
-    operands = [logits, *_mask(function, where, axes, logits.shape)]
-    logits, *mask = (_classes_last(x, axes) for x in operands)
-    batch = _stretched(logits.shape[:-1], labels.shape)
+    axes = operands.class_axes(function, axis, logits.ndim)
+    arrays = [logits, *operands.where_mask(function, where, axes, logits.shape)]
+    logits, *mask = (operands.classes_last(x, axes) for x in arrays)
+    batch = operands.stretched(logits.shape[:-1], labels.shape)
     if batch is None or labels.ndim != logits.ndim - 1:
-        raise _shape_error(function, "labels", labels.shape, logits.shape[:-1])
+        raise operands.shape_error(function, "labels", labels.shape, logits.shape[:-1])
     labels = jnp.broadcast_to(labels, batch)
-    operands = [jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (logits, *mask)]
-    logits, *mask = _align(*operands, beside=labels[..., None])
+    arrays = [jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (logits, *mask)]
+    logits, *mask = operands.align(*arrays, beside=labels[..., None])
     return _softmax_integer(logits, labels, *mask)
 
 
@@ -130,13 +130,13 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     Source: `optax.losses.sigmoid_binary_cross_entropy`.
     """
     function = "sigmoid_binary_cross_entropy"
-    logits = _floating(function, "logits", logits)
+    logits = operands.floating(function, "logits", logits)
     labels = jnp.asarray(labels)
-    shape = _stretched(logits.shape, labels.shape)
+    shape = operands.stretched(logits.shape, labels.shape)
     if shape is None:
-        raise _shape_error(function, "labels", labels.shape, logits.shape)
-    operands = _align(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
-    return _sigmoid(*operands)
+        raise operands.shape_error(function, "labels", labels.shape, logits.shape)
+    arrays = operands.align(jnp.broadcast_to(logits, shape), jnp.broadcast_to(labels, shape))
+    return _sigmoid(*arrays)
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -158,7 +158,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> A
     Source: `optax.losses.squared_error`.
     """
     targets = jnp.zeros_like(predictions) if targets is None else targets
-    return _squared_error(*_pair("squared_error", "predictions", predictions, targets))
+    return _squared_error(*operands.pair("squared_error", "predictions", predictions, targets))
 
 
 def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
@@ -180,7 +180,7 @@ def l2_loss(predictions: ArrayLike, targets: ArrayLike | None = None) -> Array:
     Source: `optax.losses.l2_loss`.
     """
     targets = jnp.zeros_like(predictions) if targets is None else targets
-    return _l2(*_pair("l2_loss", "predictions", predictions, targets))
+    return _l2(*operands.pair("l2_loss", "predictions", predictions, targets))
 
 
 def gaussian_negative_log_likelihood(
@@ -193,7 +193,8 @@ def gaussian_negative_log_likelihood(
     Args:
       predictions: Means, floating-point [...].
       targets: [...], the same shape.
-      variance: Positive, of a shape that broadcasts to that of the predictions.
+      variance: Real and positive, of a shape that broadcasts to that of the predictions. One that
+        is traced is not checked; if it is not positive, losses or curvatures are not finite.
 
     Returns:
       `(predictions - targets)² / (2 variance) + log(2π variance) / 2`, [...].
@@ -208,7 +209,7 @@ def gaussian_negative_log_likelihood(
     Source: Bishop (2006), Pattern Recognition and Machine Learning, section 1.2.4.
     """
     function = "gaussian_negative_log_likelihood"
-    return _gaussian(*_with_variance(function, predictions, targets, variance))
+    return _gaussian(*operands.with_variance(function, predictions, targets, variance))
 
 
 def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) -> Array:
@@ -230,7 +231,7 @@ def poisson_negative_log_likelihood(log_rates: ArrayLike, targets: ArrayLike) ->
     Source: Bishop (2006), Pattern Recognition and Machine Learning, appendix B.
     """
     function = "poisson_negative_log_likelihood"
-    return _poisson(*_pair(function, "log_rates", log_rates, targets))
+    return _poisson(*operands.pair(function, "log_rates", log_rates, targets))
 
 
 def normal(
@@ -244,7 +245,7 @@ def normal(
     Args:
       predictions: Floating-point or complex [...].
       targets: [...], the same shape; by default the predictions themselves.
-      variance: Positive, of a shape that broadcasts to that of the predictions.
+      variance: Real and positive, as in `gaussian_negative_log_likelihood`.
 
     Returns:
       `|predictions - targets|² / (2 variance)`, real [...].
@@ -263,7 +264,7 @@ def normal(
         # Re(Jᴴ J) is the curvature of two real numbers.
         real = normal(predictions.real, targets.real, variance)
         return real + normal(predictions.imag, targets.imag, variance)
-    return _half_square(*_with_variance("normal", predictions, targets, variance))
+    return _half_square(*operands.with_variance("normal", predictions, targets, variance))
 
 
 def log_psi(log_psi: ArrayLike) -> Array:
@@ -275,6 +276,7 @@ def log_psi(log_psi: ArrayLike) -> Array:
 
     Args:
       log_psi: `log |ψ|` of real, or `log ψ` of complex wave functions, [...], one for each sample.
+        One where ψ is zero, `-inf`, is no sample of `|ψ|²`: it adds nothing to the curvature.
 
     Returns:
       Zeros, real [...], with gradient zero: `normal(log_psi)`.
@@ -290,7 +292,8 @@ def log_psi(log_psi: ArrayLike) -> Array:
     Sources: Sorella (1998), cond-mat/9803107; Stokes et al. (2020), Quantum natural gradient,
     arXiv:1909.02108; Pfau et al. (2020), arXiv:1909.02487, for K-FAC.
     """
-    return normal(log_psi)
+    log_psi = jnp.asarray(log_psi)
+    return normal(jnp.where(log_psi.real == -jnp.inf, 0, log_psi))
 
 
 # ------------------------------------------------------------------------------------------- marks
@@ -343,108 +346,3 @@ _l2 = _mark("l2", optax.losses.l2_loss)
 _gaussian = _mark("gaussian", _gaussian_loss, "variance")
 _half_square = _mark("gaussian", _half_squared_loss, "variance")
 _poisson = _mark("poisson", _poisson_loss)
-
-
-# ---------------------------------------------------------------------------------- their operands
-
-
-@jax.jit
-def _align(*operands: Array, beside: Array | None = None) -> list[Array]:
-    """Arrays of one shape, unchanged, but with the same axes of `vmap`, which come first.
-
-    Else a mark under `vmap` could have logits [C, B] and targets [B, C] or [C], as the axes of a
-    batch are wherever, and only where, the program made them. Without `vmap` it costs nothing.
-    Axes of an array `beside` them, which broadcasts to their shape, are joined in.
-    """
-    # `vmap(loss, (1, 0))` of logits [3, 8] and targets [8, 3] must not leave both as they are.
-    # `vmap` puts its axis first when an array gains an axis, and where it joins different arrays.
-    joined = operands if beside is None else (*operands, beside)
-    # Each gains an axis and loses it; all are joined in one array, of zeros, that each then joins.
-    joined = [jax.lax.squeeze(jnp.expand_dims(x, 0), (0,)) for x in joined]
-    false = jnp.logical_and(functools.reduce(jnp.logical_or, (x != x for x in joined)), False)
-    # Adding leaves nothing to remember for the gradient, as selecting would.
-    aligned = joined[: len(operands)]
-    return [x | false if x.dtype == bool else x + false.astype(x.dtype) for x in aligned]
-
-
-def _floating(function: str, argument: str, value: ArrayLike) -> Array:
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {argument} has dtype {value.dtype}, expected a floating-point one."
-        )
-    return value
-
-
-def _as_targets(value: ArrayLike, logits: Array) -> Array:
-    """An array of the dtype to which JAX promotes it beside the logits."""
-    return jnp.asarray(value, jnp.result_type(value, logits))
-
-
-def _pair(function: str, name: str, predictions: ArrayLike, targets: ArrayLike) -> list[Array]:
-    """Aligned predictions and targets of one shape."""
-    predictions = _floating(function, name, predictions)
-    targets = _as_targets(targets, predictions)
-    if targets.shape != predictions.shape:
-        raise _shape_error(function, "targets", targets.shape, predictions.shape)
-    return _align(predictions, targets)
-
-
-def _with_variance(
-    function: str, predictions: ArrayLike, targets: ArrayLike, variance: ArrayLike
-) -> list[Array]:
-    """Aligned predictions, targets and variances of one shape."""
-    predictions = _floating(function, "predictions", predictions)
-    targets, variance = _as_targets(targets, predictions), _as_targets(variance, predictions)
-    if targets.shape != predictions.shape:
-        raise _shape_error(function, "targets", targets.shape, predictions.shape)
-    if _stretched(predictions.shape, variance.shape) != predictions.shape:
-        raise _shape_error(function, "variance", variance.shape, predictions.shape)
-    return _align(predictions, targets, jnp.broadcast_to(variance, predictions.shape))
-
-
-def _mask(
-    function: str, where: ArrayLike | None, axes: Sequence[int], shape: tuple[int, ...]
-) -> list[Array]:
-    """The mask in the shape of the logits, if there is one."""
-    if where is None:
-        return []
-    where = given = jnp.asarray(where, bool)
-    if where.ndim == len(shape) - len(axes):
-        where = jnp.expand_dims(where, axes)
-    if where.ndim != len(shape) or _stretched(shape, where.shape) != shape:
-        expected = f"{shape}, with or without the axis of the classes"
-        raise _shape_error(function, "where", given.shape, expected)
-    return [jnp.broadcast_to(where, shape)]
-
-
-def _class_axes(function: str, axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
-    """The axes of the classes, counted from the end, where `vmap` adds none."""
-    axes = tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    counted = tuple(a if a < 0 else a - ndim for a in axes)
-    if len(set(counted)) < len(axes) or not all(-ndim <= a < 0 for a in counted):
-        raise ValueError(
-            f"{function}: axis is {axis}, expected different axes of logits with {ndim} dimensions."
-        )
-    return counted
-
-
-def _classes_last(x: Array, axes: Sequence[int]) -> Array:
-    """Flatten the axes of the classes into one, the last."""
-    batch = x.ndim - len(axes)
-    x = jnp.moveaxis(x, axes, range(batch, x.ndim))
-    return x.reshape((*x.shape[:batch], math.prod(x.shape[batch:])))
-
-
-def _stretched(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape to which two broadcast, or `None`."""
-    try:
-        return jnp.broadcast_shapes(first, second)
-    except ValueError:
-        return None
-
-
-def _shape_error(
-    function: str, argument: str, shape: tuple[int, ...], expected: object
-) -> ValueError:
-    return ValueError(f"{function}: {argument} has shape {shape}, expected {expected}.")

@@ -1,6 +1,7 @@
 """K-FAC that tunes itself: on quadratics it is what theory says, and no fault gets in."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -135,7 +136,8 @@ def stepper(loss_fn, tx, layers, batch, fisher="exact"):
 def test_one_step_solves_a_linear_regression(method, x64):
     loss_fn, params, batch = regression()
     layers = ok.find_layers(loss_fn, params, *batch)
-    tx = getattr(ok, method)(layers=layers, initial_damping=1e-14, min_damping=1e-14)
+    least = {"initial_damping": 1e-14, "min_damping": 1e-14}
+    tx = getattr(ok, method)(layers=layers, basis="eigh", **least)
     step = jax.jit(stepper(loss_fn, tx, layers, batch))
     params, state, _ = step(params, tx.init(params))
     solution = np.linalg.lstsq(np.append(batch[0], np.ones((9, 1)), axis=1), batch[1])[0]
@@ -425,6 +427,19 @@ def test_ranks_and_dtypes_are_explicit(strict_promotion):
     assert problem.loss(params) < problem.loss(problem.params)
 
 
+def test_updates_that_are_scaled_further_down_a_chain_are_counted():
+    problem = Quadratic(np.float32)
+    for scale, counted in ((1.0, 0), (0.5, 3)):
+        tx = optax.chain(adaptive(initial_damping=1.0), optax.scale(scale))
+        params, state = problem.params, tx.init(problem.params)
+        step = jax.jit(functools.partial(problem.step, tx))
+        for i in range(5):
+            spoilt = {"value": jnp.nan} if i == 2 else {}  # skipped: the parameters stay
+            params, state, _ = step(params, state, **spoilt)
+        assert optax.tree.get(state, "mismatched_updates") == counted
+        assert optax.tree.get(state, "skipped_steps") == 1
+
+
 @pytest.mark.parametrize("name", ["value", "value_fn", "ggn_fn", "taps"])
 def test_missing_argument_is_named(name):
     problem, tx = Quadratic(np.float32), adaptive()
@@ -457,6 +472,34 @@ def test_errors_say_what_was_expected():
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be a number in"):
             ok.adaptive_kfac(layers=[OTHER], **{name: bad})
+
+
+@pytest.mark.parametrize("make", [ok.adaptive_kfac, ok.adaptive_ekfac])
+def test_what_the_model_chooses_is_no_argument(make):
+    match = f"^{make.__name__}: there is no learning_rate to choose, .*; got 0.1"
+    for given in ({}, {"learning_rate": 0.1}):
+        with pytest.raises(TypeError, match=match):
+            make(*([] if given else [0.1]), layers=[OTHER], **given)
+    for name in ("momentum", "damping", "norm_constraint", "weight_decay"):
+        with pytest.raises(TypeError, match=f"there is no {name} to choose, .*; got 0.5"):
+            make(layers=[OTHER], **{name: 0.5})
+    assert "learning_rate" not in inspect.signature(make).parameters
+
+
+def test_what_a_gauss_newton_matrix_does_not_act_on_is_named():
+    params = {"w": jnp.ones(3)}
+    product = ok.ggn_vector_product(lambda p: jnp.sum(ok.losses.squared_error(p["w"])), params)
+    assert isinstance(product, ok.GaussNewton)
+    for bad in ([], params):
+        with pytest.raises(ValueError, match="inner_products takes a list of trees like the param"):
+            product.inner_products(bad)
+    shapes = [({"w": jnp.ones(2)}, r"at w it has shape \(2,\), and the parameters \(3,\)")]
+    shapes += [({"v": jnp.ones(3)}, "at w it has shape .no such leaf")]
+    shapes += [(params | {"v": jnp.ones(3)}, r"at v it has shape \(3,\), .* .no such leaf")]
+    for bad, message in shapes:
+        for call in (product, lambda v: product.inner_products([params, v])):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
 
 
 @pytest.mark.parametrize("method", ["adaptive_kfac", "adaptive_ekfac"])

@@ -18,6 +18,7 @@ ROOMS = [
     "layers",
     "autodiff",
     "distributions",
+    "operands",
     "losses",
     "capture",
     "operators",

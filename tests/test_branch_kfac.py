@@ -184,6 +184,7 @@ def test_what_is_not_finite_is_skipped(spoilt):
         ({"blocks": 2.5}, "branch_kfac: blocks must be an integer ≥ 1; got 2.5"),
         ({"clip": 0.0}, "branch_kfac: clip must be a number in (0, inf]"),
         ({"clip": 1.0}, "it needs learning_rate; got None"),
+        ({"redraw": "no"}, "branch_kfac: redraw must be True or False; got 'no'"),
         ({"seed": None}, "branch_kfac: seed must be an integer or a PRNG key"),
     ],
     ids=str,

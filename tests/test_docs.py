@@ -46,6 +46,7 @@ PAGES = [
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
+    "docs/language_models.md",
     "docs/physics.md",
     "docs/wave_functions.md",
     "docs/from_kfac_jax.md",

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,13 @@ def draw(*shape, seed=0):
 
 
 def settings(**changes):
-    return {"layers": [DENSE], "momentum": None, "factor_dtype": "float64", **changes}
+    return {
+        "layers": [DENSE],
+        "momentum": None,
+        "factor_dtype": "float64",
+        "basis": "eigh",
+        **changes,
+    }
 
 
 def problem(seed=0, columns=2, positions=2):
@@ -261,6 +268,7 @@ def test_second_moments_are_refused():
         ({"damping": -1.0}, "ekfac: damping"),
         ({"layers": "dense"}, "ekfac: layers must be"),
         ({"refresh_every": 0}, "ekfac: refresh_every"),
+        ({"bias_correction": "auto"}, "ekfac: bias_correction must be True or False; got 'auto'"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):
@@ -303,17 +311,36 @@ def test_no_damping_leaves_out_what_is_null():
 
 
 @pytest.mark.usefixtures("x64")
-def test_power_iterations_lead_to_the_updates_of_eigendecompositions():
+@pytest.mark.parametrize("make", [scale_by_ekfac, scale_by_kfac])
+def test_power_iterations_lead_to_the_updates_of_eigendecompositions(make):
     """Of taps that stay as they are, at the first of which the factors are no longer moved."""
     grads, taps = problem()
-    stream = [(grads, taps)] * 400
-    exact = settings(damping=0.1, refresh_every=1)
-    updates, state = run(scale_by_ekfac(**{**exact, "basis": "power"}), stream)
-    (expected, *_), _ = run(scale_by_ekfac(**exact), stream[:1])
+    stream = [(grads, taps)] * 150
+    exact = settings(damping=0.1, damping_rule="exact", refresh_every=1)
+    updates, state = run(make(**{**exact, "basis": "power"}), stream)
+    (expected, *_), _ = run(make(**exact), stream[:1])
     assert int(state.failed_refreshes) == 0
     np.testing.assert_allclose(updates[-1]["kernel"], expected["kernel"], rtol=1e-3)
 
 
-def test_a_basis_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="ekfac: basis must be one of eigh, power; got 'qr'"):
-        scale_by_ekfac(layers=[DENSE], basis="qr")
+@pytest.mark.parametrize("make", [scale_by_ekfac, scale_by_kfac])
+def test_a_basis_out_of_range_is_refused(make):
+    with pytest.raises(ValueError, match="kfac: basis must be one of eigh, power; got 'qr'"):
+        make(layers=[DENSE], basis="qr")
+
+
+def test_bases_go_on_from_good_factors_where_new_ones_overflow():
+    grads, taps = optax.tree.cast(problem(), jnp.float32)
+    settings = {"decay": 0.5, "refresh_every": 1, "momentum": None, "outlier_clip": None}
+    tx = scale_by_ekfac(layers=[DENSE], **settings)
+    tap = taps["dense"][0]
+    huge = Taps({"dense": tap._replace(inputs=tap.inputs * 1e30)})
+    updates, state = run(tx, [(grads, taps)] * 3)
+    updates, after = run(tx, [(grads, taps)] * 3 + [(grads, huge)])
+    assert int(state.failed_refreshes) == 0
+    assert int(after.failed_refreshes) > 0
+    chex.assert_tree_all_finite((updates, after))
+    old, new = (x.stacks["4x3"] for x in (state, after))
+    chex.assert_trees_all_equal(new[:2], old[:2])
+    for Q in (new.inverse.input_basis[0], new.inverse.output_basis[0]):
+        np.testing.assert_allclose(Q.T @ Q, np.eye(len(Q)), atol=1e-5)

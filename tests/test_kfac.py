@@ -52,7 +52,13 @@ def solved(grads, taps, damping=1e-3, rule="pi", approx="expand"):
 
 
 def settings(**changes):
-    return {"layers": [DENSE], "momentum": None, "factor_dtype": "float64", **changes}
+    return {
+        "layers": [DENSE],
+        "momentum": None,
+        "factor_dtype": "float64",
+        "basis": "eigh",
+        **changes,
+    }
 
 
 def run(tx, stream, params=None):
@@ -410,7 +416,7 @@ def test_norm_constraint_of_the_alias_follows_the_schedule_over_skipped_steps(x6
 @pytest.mark.parametrize("make", [scale_by_kfac, scale_by_ekfac])
 @pytest.mark.parametrize("injected", [False, True])
 def test_norm_constraint_may_be_a_schedule_which_counts_skipped_steps(x64, make, injected):
-    bounds = jnp.array([1e-9, 1e-6, 4e-9, 1.0])
+    bounds = jnp.array([0.0, 1e-9, 1e-6, 4e-9, 1.0])  # it may start at zero
     lr, given = 0.1, settings(norm_constraint=lambda step: bounds[step], learning_rate=0.1)
     if injected:
         # Its count is of all steps, as that of the schedule of a learning rate down the chain.
@@ -420,13 +426,23 @@ def test_norm_constraint_may_be_a_schedule_which_counts_skipped_steps(x64, make,
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     state, lengths = tx.init(grads), []
     step = jax.jit(lambda g, s: tx.update(g, s, taps=taps))
-    for g in (grads, bad, grads, grads):
+    for g in (grads, grads, bad, grads, grads):
         updates, state = step(g, state)
         lengths.append(np.sum(rows(grads) * rows(updates)))
-    del lengths[1]
+    del lengths[2]
     full = lengths[-1]  # which no bound of one binds
-    expected = np.sqrt([1e-9, 4e-9, lr**2 * full])
+    expected = np.sqrt([0.0, 1e-9, 4e-9, lr**2 * full])
     np.testing.assert_allclose(lr * np.asarray(lengths) / np.sqrt(full), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [scale_by_kfac, scale_by_ekfac])
+def test_what_is_in_no_layer_keeps_its_precision_without_anything_in_the_state(x64, make):
+    grads = {"scale": jnp.asarray(np.random.default_rng(0).normal(size=5))}
+    tx = make(layers=[], momentum=None, norm_constraint="auto")
+    with pytest.warns(UserWarning, match="no parameter belongs to a layer"):
+        updates, _ = first(tx, grads, Taps({}))
+    expected = 0.3 * grads["scale"] / np.linalg.norm(grads["scale"])
+    np.testing.assert_allclose(updates["scale"], expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize(("value", "skipped"), [(0.0, 0), (-1e-3, 0), (np.nan, 1)])
@@ -582,7 +598,8 @@ def test_taps_that_are_not_read_may_be_anything():
 @pytest.mark.parametrize("rule", DAMPING_RULES)
 def test_factors_that_overflow_keep_the_last_ones_of_their_block(rule):
     layers, params, taps = many_layers()
-    tx = scale_by_kfac(layers=layers, damping_rule=rule, momentum=None)
+    # Of "exact", bases that follow factors go on where these stay as they are.
+    tx = scale_by_kfac(layers=layers, damping_rule=rule, basis="eigh", momentum=None)
     update = jax.jit(tx.update)
     huge = jax.tree.map(lambda x: x, taps)
     huge["b"] = (taps["b"][0]._replace(inputs=taps["b"][0].inputs * 1e30),)
@@ -982,6 +999,8 @@ BAD_SETTINGS = [
     ("factor_every", 0, r"factor_every.*\[1, inf\].*0"),
     ("refresh_every", 2.5, r"refresh_every.*integer.*2\.5"),
     ("refresh_every", optax.constant_schedule(2), r"refresh_every.*\[1, inf\].*function"),
+    ("stagger", "yes", r"stagger must be True or False; got 'yes'"),
+    ("bias_correction", "auto", r"bias_correction must be True, False or None; got 'auto'"),
     ("norm_constraint", 0.0, r"norm_constraint.*\(0, inf\]"),
     ("norm_constraint", 1.0, r"norm_constraint=1\.0 needs learning_rate"),
     ("norm_constraint", optax.constant_schedule(1.0), r"norm_constraint=<function.*learning_rate"),

@@ -46,6 +46,8 @@ BAD_SETTINGS = [
     ("momentum_dtype", "int8"),
     ("momentum_dtype", "foo"),
     ("precision", "rough"),
+    ("cache_preconditioner", "auto"),
+    ("cache_preconditioner", 1),
     ("seed", "zero"),
     ("seed", 0.5),
 ]

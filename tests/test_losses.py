@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_kron as ok
 from optax_kron import distributions, losses
 
 SAMPLES = 3000
@@ -547,6 +548,33 @@ def test_extreme_logits_stay_finite(case, dtype):
 def test_shapes_that_do_not_fit_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["gaussian_negative_log_likelihood", "normal"])
+def test_a_variance_that_is_none_is_refused_where_it_is_known(name):
+    loss, x = getattr(losses, name), jnp.ones(2)
+    for bad in (0.0, -1, jnp.array([1.0, 0.0]), np.array([np.nan, 1])):
+        with pytest.raises(ValueError, match=f"{name}: variance is .*, expected positive numbers"):
+            loss(x, x, bad)
+        with pytest.raises(ValueError, match="expected positive numbers"):
+            jax.eval_shape(lambda x, bad=bad: loss(x, x, bad), x)
+    with pytest.raises(TypeError, match=f"{name}: variance has dtype complex64, expected a real"):
+        loss(x, x, 1j * x)
+    jax.eval_shape(lambda v: loss(x, x, v), x)  # of which nothing is known
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=str)
+def test_a_sample_where_a_wave_function_is_zero_adds_nothing(dtype):
+    log_psi, v = jnp.array([-jnp.inf, 1.0], dtype), jnp.array([2.0, 3.0], dtype)
+
+    def total(z):
+        return losses.log_psi(z).sum()
+
+    value, gradient = jax.value_and_grad(total)(log_psi)
+    np.testing.assert_array_equal(value, 0)
+    np.testing.assert_array_equal(gradient, 0)
+    product = ok.ggn_vector_product(total, log_psi)
+    np.testing.assert_array_equal(product(v), v * jnp.array([0, 1]))
 
 
 def test_dtypes_that_do_not_fit_are_named():

@@ -14,7 +14,13 @@ from optax_kron.kernels import packed
 from tests.reference import shampoo as reference
 
 RTOL = 1e-9  # float64 against the reference
-PLAIN = {"momentum": None, "grafting": None, "factor_dtype": "float64", "relative_damping": 1e-6}
+PLAIN = {
+    "momentum": None,
+    "grafting": None,
+    "factor_dtype": "float64",
+    "relative_damping": 1e-6,
+    "root_method": "eigh",  # right to rounding, where products only estimate the damping
+}
 
 
 def gradients(shape, steps=5, seed=0, is_complex=False):
@@ -109,7 +115,7 @@ def test_newton_roots_give_the_updates_of_eigendecompositions(shape):
     stream = gradients(shape, steps=8)
     tx = scale_by_shampoo(**{**PLAIN, "relative_damping": 1e-9}, refresh_every=1)
     newton = scale_by_shampoo(
-        **{**PLAIN, "relative_damping": 1e-9}, refresh_every=1, root_method="newton"
+        **{**PLAIN, "relative_damping": 1e-9, "root_method": "newton"}, refresh_every=1
     )
     # After a few gradients the statistics have full rank, and the damping hardly tells.
     assert_close(run(newton, stream)[0][-1], run(tx, stream)[0][-1], rtol=1e-6)
@@ -439,6 +445,7 @@ def test_a_state_of_another_optimizer_or_setting_is_refused():
             {"grafting": "lion"},
             "shampoo: grafting must be one of sgd, adagrad, rmsprop, adam, None; got 'lion'",
         ),
+        ({"bias_correction": None}, "shampoo: bias_correction must be True or False; got None"),
         ({"refresh_every": len}, "got a function. Where schedules are not taken"),
         ({"root_order": jnp.ones(2, int)}, 'static_args=("root_order",)'),
         ({"refresh_every": 0}, "shampoo: refresh_every must be a number in [1, inf]"),
@@ -472,3 +479,28 @@ def test_a_block_of_one_element_without_gradient_leaves_its_neighbours(grafting)
     updates, _ = jax.jit(tx.update)(gradient, tx.init(gradient), gradient)
     np.testing.assert_array_equal(updates != 0, gradient != 0)
     assert jnp.all(jnp.isfinite(updates))
+
+
+@pytest.mark.usefixtures("x64")
+def test_roots_of_similar_sizes_share_a_program_and_are_as_each_alone():
+    """Of several parameters, one of which gets its first gradient at the second step."""
+    shapes = {"a": (12, 9), "b": (9, 7), "c": (3, 8)}
+    drawn = {k: gradients(shape, steps=3) for k, shape in shapes.items()}
+    drawn["c"][0] = 0
+    settings = {**PLAIN, "relative_damping": 1e-3, "refresh_every": 2}
+
+    def updates_of(names, **changes):
+        tx = scale_by_shampoo(**{**settings, **changes})
+        update, updates = jax.jit(tx.update), []
+        state = tx.init({k: jnp.zeros(shapes[k]) for k in names})
+        for i in range(3):
+            u, state = update({k: jnp.asarray(drawn[k][i]) for k in names}, state)
+            updates.append(u)
+        assert int(state.failed_refreshes) == 0
+        return updates
+
+    together = updates_of(shapes, root_method="newton")
+    for name in shapes:
+        for one, found in zip(updates_of([name]), together, strict=True):
+            # The largest eigenvalue, which damping is relative to, is an estimate.
+            assert_close(found[name], one[name], rtol=1e-3)

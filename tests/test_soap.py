@@ -194,6 +194,7 @@ def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
         ({"decay": 1.0}, "soap: decay must be a number in [0, 1)"),
         ({"decay": -0.1}, "soap: decay must be a number in [0, 1)"),
         ({"relative_damping": 2.0}, "soap: relative_damping must be a number in [0, 1]"),
+        ({"stagger": "yes"}, "soap: stagger must be True or False; got 'yes'"),
         ({"refresh_every": 0}, "soap: refresh_every must be a number in [1, inf]"),
         ({"mask": True}, "soap: mask must be a tree of bools or a function"),
         ({"weight_decay": -1.0}, "soap: weight_decay must be a number in [0, inf]"),

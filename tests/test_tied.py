@@ -192,7 +192,12 @@ def test_uses_that_do_not_meet_make_an_exact_sum_and_equal_frequencies_an_exact_
 
 # ------------------------------------------------------------------------------------- optimizers
 
-PLAIN = {"momentum": None, "norm_constraint": None, "factor_dtype": "float64"}
+PLAIN = {
+    "momentum": None,
+    "norm_constraint": None,
+    "factor_dtype": "float64",
+    "basis": "eigh",  # of "exact": what the references take, too
+}
 
 
 def first(tx, p, grads, taps):
@@ -330,10 +335,19 @@ def test_what_does_not_fit_is_named(x64):
     wrong = Moments(jnp.ones((1, D, D)), jnp.ones((1, V, V)), jnp.ones(1))
     with pytest.raises(ValueError, match=re.escape(f"expected ((1, {D}, {D}), (1, {V}))")):
         tx.update(grads, tx.init(p), p, taps=Taps({"table": (wrong, wrong)}))
+
+
+def test_a_square_tied_table_beyond_the_longest_axis_is_refused_early():
     square = Layer("table", kernel="table", is_embedding=True, is_tied=True, max_size=D - 1)
-    tx, square_p = ok.kfac(0.1, layers=[square]), {"table": jnp.ones((D, D))}
+    tx, p = ok.kfac(0.1, layers=[square]), {"table": draw(D, D)}
     with pytest.raises(ValueError, match=f"as many rows as outputs, {D}, needs max_size ≥ {D}"):
-        tx.update(square_p, tx.init(square_p), square_p, taps=Taps({"table": head}))
+        tx.init(p)
+    text = jnp.arange(D)[None]
+    layers = ok.find_layers(bigram, p, text, max_size=D - 1)
+    (left,) = layers.uncovered
+    assert not len(layers)
+    assert f"needs max_size ≥ {D}" in left.reason
+    assert len(ok.find_layers(bigram, p, text, max_size=D)) == 1
 
 
 # ----------------------------------------------------------------------------------------- sizes

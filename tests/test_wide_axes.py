@@ -63,7 +63,7 @@ def first(tx, grads, taps):
 def test_kfac_is_the_dense_solution_with_the_diagonal_taken(x64, size, rule, approx):
     layer, grads, tap, wide = problem(size)
     settings = {"damping_rule": rule, "approx": approx, "momentum": None, "norm_constraint": None}
-    tx = scale_by_kfac(layers=[layer], factor_dtype="float64", **settings)
+    tx = scale_by_kfac(layers=[layer], factor_dtype="float64", basis="eigh", **settings)
     updates, state = first(tx, grads, Taps({"dense": tap}))
     factors = reference.factors(tap.inputs[0], tap.output_grads[:, 0], approx=approx)
     A, G = map(diagonal_if, wide, factors)
@@ -76,7 +76,8 @@ def test_kfac_is_the_dense_solution_with_the_diagonal_taken(x64, size, rule, app
 @sides
 def test_ekfac_is_diagonal_in_the_basis_with_unit_vectors_on_wide_sides(x64, size):
     layer, grads, tap, wide = problem(size)
-    tx = scale_by_ekfac(layers=[layer], norm_constraint=None, factor_dtype="float64", momentum=None)
+    settings = {"norm_constraint": None, "momentum": None, "basis": "eigh"}
+    tx = scale_by_ekfac(layers=[layer], factor_dtype="float64", **settings)
     updates, state = first(tx, grads, Taps({"dense": tap}))
     factors = reference.factors(tap.inputs[0], tap.output_grads[:, 0])
     bases = [
@@ -99,6 +100,7 @@ def test_without_columns_the_wide_output_factor_is_the_identity(x64, make):
     layer, grads, tap, wide = problem(SIZES["both"])
     tap = tap._replace(output_grads=tap.output_grads[:0])
     settings = {"damping_rule": "exact", "momentum": None, "norm_constraint": None}
+    settings["basis"] = "eigh"
     tx = make(layers=[layer], factor_dtype="float64", **settings)
     updates, _ = first(tx, grads, Taps({"dense": tap}))
     A, _ = reference.factors(tap.inputs[0], np.zeros((1, 9, 3, 6)))
@@ -341,7 +343,7 @@ def test_hidden_parameters_of_a_wide_layer(x64, hidden, reduce):
     whole = layer.resolved(by_path(grads))
     taps = Taps({"dense": moments_of(whole, tap) if reduce else tap})
     settings = {"momentum": None, "factor_dtype": "float64", "damping_rule": "exact"}
-    settings |= {"norm_constraint": None}
+    settings |= {"norm_constraint": None, "basis": "eigh"}
     tx = optax.masked(
         scale_by_kfac(layers=[layer], **settings), {name: name != hidden for name in grads}
     )

@@ -169,9 +169,14 @@ def find_layers(
     # With `check` biases may be gone, and layers refused: the analysis that travels has them all.
     sized = [captured.with_max_size(int(max_size)) for captured in verdict.analysis.layers]
     judged = verdict.analysis.of_layers(sized)
+    alike = [captured.layer for captured in sized if captured.layer.has_alike_uses]
+    refused = dict(verdict.refused) | {
+        x.name: f"is tied, with as many rows as outputs: it needs max_size ≥ {x.d_in}"
+        for x in alike
+    }
     return Layers(
-        tuple(captured.layer for captured in sized if captured.layer.name not in verdict.refused),
-        _uncovered(judged, verdict.refused),
+        tuple(captured.layer for captured in sized if captured.layer.name not in refused),
+        _uncovered(judged, refused),
         verdict.complete,
         bool(analysis.marks),
         traced.structure,

@@ -14,13 +14,31 @@ from optax_kron.layers.paths import by_path, map_by_path
 
 
 class GaussNewton:
-    """What `ggn_vector_product` returns: the products, and inner products of directions.
+    """Products with a generalized Gauss-Newton matrix C: what `ok.ggn_vector_product` returns.
+
+    It is a function of a pytree like the parameters, that returns one like it, and has inner
+    products of directions as well, at half the cost. `ok.adaptive_kfac` takes these where it is
+    given one of these objects as `ggn_fn`. Make it by `ok.ggn_vector_product`.
 
     Args:
       paths: Of the parameters.
       primals: The parameters.
       logits: From the parameters to the logits of all marks.
       hessian: From logits, and tangents of them, to the products with the Hessian of the losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_kron as ok
+      >>> loss_fn = lambda w: jnp.sum(ok.losses.l2_loss(w, jnp.zeros(2)))
+      >>> product = ok.ggn_vector_product(loss_fn, jnp.ones(2))
+      >>> isinstance(product, ok.GaussNewton)
+      True
+      >>> print(product.inner_products([jnp.ones(2), jnp.array([1.0, 0.0])]))
+      [[2. 1.]
+       [1. 1.]]
+
+    Source: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
+    descent.
     """
 
     def __init__(
@@ -34,7 +52,17 @@ class GaussNewton:
         self._logits, self._hessian = logits, hessian
 
     def __call__(self, v: PyTree) -> PyTree:
-        """`Jᵀ H J v`, like v."""
+        """`Jᵀ H J v`.
+
+        Args:
+          v: A tree like the parameters.
+
+        Returns:
+          One like it. Cost: about four evaluations of the loss.
+
+        Raises:
+          ValueError: If v is not like the parameters.
+        """
         logits, pushed = self._push(v)
         _, pull = jax.vjp(self._logits, self._primals)
         (result,) = pull(self._hessian(logits, pushed))
@@ -43,7 +71,19 @@ class GaussNewton:
         return map_by_path(lambda path, _: results[path], v)
 
     def inner_products(self, directions: Sequence[PyTree]) -> Float[Array, "k k"]:
-        """The real parts of `d_iᴴ Jᵀ H J d_j`, from `J d_i` alone: half of what products cost."""
+        """The real parts of `d_iᴴ Jᵀ H J d_j`, from `J d_i` alone: half of what products cost.
+
+        Args:
+          directions: A list or tuple of k ≥ 1 trees like the parameters.
+
+        Raises:
+          ValueError: If they are none, or not like the parameters.
+        """
+        if not isinstance(directions, list | tuple) or not directions:
+            raise ValueError(
+                "ggn_vector_product: inner_products takes a list of trees like the parameters, one "
+                f"or more; got {directions!r:.100}."
+            )
         pairs = [self._push(v) for v in directions]
         curved = [self._hessian(logits, pushed) for logits, pushed in pairs]
 
@@ -56,6 +96,15 @@ class GaussNewton:
     def _push(self, v):
         """The logits, and J v."""
         directions = by_path(v)
+        shapes = {path: x.shape for path, x in directions.items()}
+        expected = {p: x.shape for p, x in zip(self._paths, self._primals, strict=True)}
+        for path in [*expected, *shapes]:
+            if shapes.get(path) != expected.get(path):
+                raise ValueError(
+                    f"ggn_vector_product: v does not match the parameters: at {path or 'the root'} "
+                    f"it has shape {shapes.get(path, '(no such leaf)')}, and the parameters "
+                    f"{expected.get(path, '(no such leaf)')}."
+                )
         tangents = [
             directions[path].astype(x.dtype)
             for path, x in zip(self._paths, self._primals, strict=True)
@@ -80,9 +129,9 @@ def ggn_vector_product(
       has_aux: Whether `loss_fn` returns auxiliary data.
 
     Returns:
-      A function of a pytree like `params`, that returns one like it. Cost of a call: about four
-      evaluations of the loss. Its method `inner_products(directions)` is the matrix [k, k] of
-      `d_iᵀ C d_j`, at half of that for each of k directions.
+      An `ok.GaussNewton`: a function of a pytree like `params`, that returns one like it. Cost of a
+      call: about four evaluations of the loss. Its method `inner_products(directions)` is the
+      matrix [k, k] of `d_iᵀ C d_j`, at half of that for each of k directions.
 
     Raises:
       ValueError: If the loss marks no likelihood.

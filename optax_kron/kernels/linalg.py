@@ -5,6 +5,7 @@ What cannot be had of them goes through `lapack_safe`.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
 from optax_kron.kernels import contract, flow
+
+Kind = Any  # of one type that can be sorted
+Member = TypeVar("Member")
 
 PROBE_ROWS = 32
 
@@ -66,6 +70,38 @@ def map_blocks(fn: Callable[..., PyTree], *stacks: PyTree) -> PyTree:
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda x: fn(*x), stacks)
     return jax.vmap(fn)(*stacks)
+
+
+def joined(
+    kinds: Mapping[tuple[Kind, int], Sequence[Member]],
+    cost: Callable[[int, Sequence[Member]], float],
+    *,
+    slack: float,
+    free: float = 0,
+) -> list[tuple[int, list[Member]]]:
+    """What shares a program, which takes longer to compile than many a matrix takes to be used.
+
+    Args:
+      kinds: Members by what they must have in common, and the size of their matrices.
+      cost: Operations for some members, padded to a size.
+      slack: How many operations more than needed there may be, relative to the total.
+      free: And so many are not counted.
+
+    Returns:
+      The sizes of programs, the largest first, and their members, of this size or smaller.
+    """
+    room = free + slack * sum(cost(size, members) for (_, size), members in kinds.items())
+    programs: list[tuple[Kind, int, list[Member]]] = []
+    for (kind, size), members in sorted(kinds.items(), key=lambda x: x[0], reverse=True):
+        if programs and programs[-1][0] == kind:
+            _, larger, others = programs[-1]
+            extra = cost(larger, members) - cost(size, members)
+            if extra <= room:
+                room -= extra
+                others += members
+                continue
+        programs.append((kind, size, list(members)))
+    return [(size, members) for _, size, members in programs]
 
 
 def norm_bound(matrix: Inexact[Array, "d d"], rows: Float[Array, "r e"]) -> Float[Array, ""]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, flow, linalg
 from optax_kron.kernels.contract import matmul_exact
 
 # A worked example, for stacks [3, 520, 520] and [8, 130, 130]:
@@ -133,26 +133,17 @@ def _programs(stacks: Sequence[Matrices]) -> list[tuple[int, list[list[int]]]]:
     kinds = collections.defaultdict(list)
     for i, stack in enumerate(stacks):
         base, halvings = _base(stack.shape[-1])
-        kinds[str(stack.dtype), base].append((i, halvings))
+        # Those in closed form join no others.
+        kind = str(stack.dtype), min(base, _CLOSED_FORM + 1)
+        kinds[kind, base].append((i, halvings))
 
     def cost(base, members):
         # A block that is not halved is eliminated with all its zeros, at twice the operations.
         return sum(len(stacks[i]) * (base << n) ** 3 * (1 if n else 2) for i, n in members)
 
-    slack = _SLACK * sum(cost(base, members) for (_, base), members in kinds.items())
-    programs: list[tuple[str, int, list[tuple[int, int]]]] = []
-    for (dtype, base), members in sorted(kinds.items(), reverse=True):
-        if base > _CLOSED_FORM and programs and programs[-1][0] == dtype:
-            _, larger, joined = programs[-1]
-            extra = cost(larger, members) - cost(base, members)
-            if extra <= slack:
-                slack -= extra
-                joined += members
-                continue
-        programs.append((dtype, base, members))
     return [
         (base, [[i for i, k in members if k == n] for n in range(1 + max(k for _, k in members))])
-        for _, base, members in programs
+        for base, members in linalg.joined(kinds, cost, slack=_SLACK)
     ]
 
 

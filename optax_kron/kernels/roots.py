@@ -8,8 +8,10 @@ to that number times the rounding. So CPUs and CUDA compute in float64, also whi
 switched off; on a CPU the coupled iteration does so only where the condition number asks for it.
 """
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from optax_kron.kernels import contract, coupled, eigenbases, flow
+from optax_kron.kernels import contract, coupled, eigenbases, flow, linalg, packed
 from optax_kron.kernels.contract import matmul_exact
 
 METHODS = ("eigh", "newton")
@@ -28,6 +30,11 @@ _CLOSED_FORM = 2  # largest size whose eigenvalues need no LAPACK
 _CHECKED_ROWS = 16
 _EASY_RESIDUAL = 2e-3  # of roots in float32; others are made in float64
 
+# Operations more than needed, for a smaller number of programs; and of how many matrices of what
+# size they are counted for nothing, as a program takes longer to compile.
+_SLACK, _FREE = 0.25, 128**3
+
+Key = TypeVar("Key", bound=Hashable)
 Matrix = Inexact[Array, "d d"]
 Scalar = Float[Array, ""]
 
@@ -70,6 +77,54 @@ def inverse_root(
     else:
         root, residual = _by_products(unit, epsilon, order)
     return root * largest ** (-1 / order), residual
+
+
+def together(
+    stacks: Mapping[Key, Inexact[Array, "N r c"]],
+    orders: Mapping[Key, int],
+    find: Callable[..., tuple[Array, ...]],
+) -> dict[Key, tuple[Array, ...]]:
+    """What a function makes of every matrix of several stacks, each with its own order of roots.
+
+    Stacks of one order and of similar sizes share a program, in which the smaller ones are padded
+    with zeros; large ones, which are packed, only do so with those of their size.
+
+    Args:
+      stacks: Matrices by any key, or packed forms of matrices (`packed.keep_factors`).
+      orders: Of the roots, by the same keys.
+      find: From a matrix and `order` to a root in its shape, and what else is known of that.
+
+    Returns:
+      What the function returns of each stack, with a leading axis N.
+    """
+    kinds = collections.defaultdict(list)
+    for key, stack in stacks.items():
+        size = packed.size_of(stack) if stack.shape[1] != stack.shape[2] else stack.shape[1]
+        alone = size if size >= packed.LEAST_SIZE or size <= _CLOSED_FORM else 0
+        kinds[(str(stack.dtype), orders[key], alone), size].append(key)
+
+    def cost(size, members):
+        return size**3 * sum(len(stacks[key]) for key in members)
+
+    found: dict[Key, tuple[Array, ...]] = {}
+    for _, members in linalg.joined(kinds, cost, slack=_SLACK, free=_FREE):
+        rows, columns = np.max([stacks[key].shape[1:] for key in members], axis=0)
+        pool = [
+            jnp.pad(S, ((0, 0), (0, rows - S.shape[1]), (0, columns - S.shape[2])))
+            for S in map(stacks.__getitem__, members)
+        ]
+        one = functools.partial(find, order=orders[members[0]])
+        if max(rows, columns) <= _CLOSED_FORM:  # a loop would spend its time on looping
+            made, *rest = jax.vmap(one)(jnp.concatenate(pool))
+        else:
+            made, *rest = linalg.map_blocks(one, jnp.concatenate(pool))
+        start = 0
+        for key in members:
+            count, *shape = stacks[key].shape
+            own = slice(start, start + count)
+            found[key] = (made[own, : shape[0], : shape[1]], *(x[own] for x in rest))
+            start += count
+    return found
 
 
 def _by_products(matrix: Matrix, epsilon: Scalar, order: int) -> tuple[Matrix, Scalar]:

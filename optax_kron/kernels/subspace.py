@@ -76,19 +76,22 @@ def follow(
     matrices: Sequence[Matrices],
     *,
     precision: contract.Precision = None,
+    steps: int = 1,
 ) -> list[Followed]:
-    """One step of subspace iteration on every matrix of several stacks.
+    """Steps of subspace iteration on every matrix of several stacks.
 
     Args:
       bases: Q, orthonormal columns but for rounding, each stack with its own N and d.
       matrices: S, Hermitian and positive semidefinite, like the bases.
       precision: Precision of the products S Q.
+      steps: How many. Each takes what a column has of another, of a larger eigenvalue, down by the
+        ratio of the two.
 
     Returns:
       What has come of each stack, the largest eigenvalues' columns first. Where S is zero the basis
-      stays, but for rounding. Cost for each matrix: 2·d³ operations for S Q, and for each round
-      about 6·d³ where d ≤ 128, 3.5·d³ at 256, 2.3·d³ at 1024; all in all a quarter more at most, to
-      share programs. On accelerators a round takes 4·d³, and a polish at the end as much.
+      stays, but for rounding. Cost for each matrix and step: 2·d³ operations for S Q, and for each
+      round about 6·d³ where d ≤ 128, 3.5·d³ at 256, 2.3·d³ at 1024; all in all a quarter more at
+      most, to share programs. On accelerators a round takes 4·d³, and a polish at the end as much.
 
     Sources: Wang et al. (2024), arXiv:2405.18144, and Vyas et al. (2024), arXiv:2409.11321, for the
     iteration; Fukaya et al. (2020), arXiv:1809.11085, for shifted Cholesky QR in several rounds.
@@ -98,8 +101,10 @@ def follow(
         lengths = [(len(bases[i]), bases[i].shape[-1]) for i in members]
         Q = _pool([bases[i] for i in members], size, 1)
         S = _pool([matrices[i] for i in members], size, 0)
-        products, rows, order = _products(Q, S, lengths, precision)
-        rows, usable, _ = _orthonormal_rows(products, rows, panels, precision)
+        once = functools.partial(
+            _step, matrices=S, lengths=lengths, panels=panels, precision=precision
+        )
+        rows, order, usable = _repeated(once, Q.conj().mT, steps)
         new = rows.conj().mT
         start = 0
         for i, (count, d) in zip(members, lengths, strict=True):
@@ -113,25 +118,20 @@ def _programs(stacks: Sequence[Matrices]) -> list[tuple[list[int], int, int]]:
     """Which stacks share a program, the size that it pads them to, and in how many panels."""
     kinds = collections.defaultdict(list)
     for i, stack in enumerate(stacks):
-        panels = -(-stack.shape[-1] // _WIDTH)
+        panels = _panels(stack.shape[-1])
         width = positive.padded_size(-(-stack.shape[-1] // panels))
-        kinds[str(stack.dtype), width * panels, panels].append(i)
+        kinds[str(stack.dtype), width * panels].append(i)
 
     def cost(size, members):
         return size**3 * sum(len(stacks[i]) for i in members)
 
-    slack = _FREE + _SLACK * sum(cost(size, members) for (_, size, _), members in kinds.items())
-    programs: list[tuple[str, int, int, list[int]]] = []
-    for (dtype, size, panels), members in sorted(kinds.items(), reverse=True):
-        if programs and programs[-1][0] == dtype:
-            _, larger, _, joined = programs[-1]
-            extra = cost(larger, members) - cost(size, members)
-            if extra <= slack:
-                slack -= extra
-                joined += members
-                continue
-        programs.append((dtype, size, panels, members))
-    return [(members, size, panels) for _, size, panels, members in programs]
+    programs = linalg.joined(kinds, cost, slack=_SLACK, free=_FREE)
+    return [(members, size, _panels(size)) for size, members in programs]
+
+
+def _panels(size: int) -> int:
+    """How many panels it takes."""
+    return -(-size // _WIDTH)
 
 
 def _pool(stacks: Sequence[Matrices], size: int, diagonal: int) -> Matrices:
@@ -144,12 +144,33 @@ def _pool(stacks: Sequence[Matrices], size: int, diagonal: int) -> Matrices:
     return jnp.concatenate(padded)
 
 
-def _products(bases, matrices, lengths, precision):
+def _step(rows, *, matrices, lengths, panels, precision):
+    """One step: new rows Qᴴ, the indices of the rows they were made of, and whether all is well."""
+    products, rows, order = _products(rows, matrices, lengths, precision)
+    rows, usable, _ = _orthonormal_rows(products, rows, panels, precision)
+    return rows, order, usable
+
+
+def _repeated(once, rows, steps):
+    """What comes of so many steps, likewise."""
+    if steps == 1:
+        return once(rows)
+
+    def again(_, carry):
+        rows, order, usable = carry
+        rows, places, is_usable = once(rows)
+        return rows, jnp.take_along_axis(order, places, axis=1), usable & is_usable
+
+    count, size, _ = rows.shape
+    order = jnp.tile(jnp.arange(size, dtype=jnp.int32), (count, 1))
+    return flow.fori_loop(0, steps, again, (rows, order, jnp.ones(count, bool)))
+
+
+def _products(rows, matrices, lengths, precision):
     """`Qᴴ S` in units of the largest Rayleigh quotient, and Qᴴ, ordered by them; and the order.
 
     Rows beyond the lengths, which are those of so many matrices each, stay behind.
     """
-    rows = bases.conj().mT
     products = jnp.matmul(rows, matrices, precision=precision)
     quotients = jnp.sum((rows.conj() * products).real, axis=2)
     largest = jnp.max(quotients, axis=1)

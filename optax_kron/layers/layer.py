@@ -204,6 +204,11 @@ class Layer:
         return bool(self.d_out > self.max_size)
 
     @property
+    def has_alike_uses(self) -> bool:
+        """Whether second moments of a tied embedding would not tell which use they are of."""
+        return self.is_tied and self.d_in == self.d_out > self.max_size
+
+    @property
     def _view(self) -> Arrangement:
         view = self.bias_view if self.kernel_view is None else self.kernel_view
         assert view is not None, "views are set by `resolved`"
@@ -238,9 +243,15 @@ class Layer:
                         f"Layer {self.name!r}: the bias {bias} of shape {shape} does not fit the "
                         f"kernel {kernel}, which has {blocks} blocks of {outputs} outputs."
                     )
-        return dataclasses.replace(
+        layer = dataclasses.replace(
             self, kernel=kernel, bias=bias, kernel_view=kernel_view, bias_view=bias_view
         )
+        if layer.has_alike_uses:
+            raise ValueError(
+                f"Layer {self.name!r}: a tied embedding with as many rows as outputs, "
+                f"{layer.d_out}, needs max_size ≥ {layer.d_out}; got {self.max_size}."
+            )
+        return layer
 
     def _find(self, path: str | None, leaves: Mapping[str, Leaf]) -> str | None:
         """The key of `leaves` that a path means."""

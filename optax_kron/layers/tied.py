@@ -31,17 +31,8 @@ from optax_kron.layers.taps import Moments, Tap
 
 
 def head_of(layer: Layer) -> Layer:
-    """A tied layer as its use as a head: inputs over the width, outputs over the rows.
-
-    Raises:
-      ValueError: If second moments would not tell which of the uses they are of.
-    """
+    """A tied layer as its use as a head: inputs over the width, outputs over the rows."""
     assert layer.kernel_view is not None, "views are set by `resolved`"
-    if layer.d_in == layer.d_out > layer.max_size:
-        raise ValueError(
-            f"Layer {layer.name!r}: a tied embedding with as many rows as outputs, {layer.d_out}, "
-            f"needs max_size ≥ {layer.d_out}; got {layer.max_size}."
-        )
     blocks, rows, width = layer.kernel_view.roles
     return declared(
         layer,

@@ -1,8 +1,9 @@
 """K-FAC and EKFAC that tune themselves: rate, momentum and damping from a model of the loss."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +17,39 @@ from optax_kron.transforms.adaptive_step import Adaptive
 from optax_kron.transforms.ekfac import named_ekfac
 from optax_kron.transforms.kfac import named_kfac
 
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
+_BY_MODEL = "a quadratic model of the loss does that at every step"
+# What other optimizers take, and why it is not here.
+_NOT_HERE = {
+    "learning_rate": _BY_MODEL,
+    "momentum": _BY_MODEL,
+    "norm_constraint": _BY_MODEL,
+    "damping": "initial_damping is that of the first step, and it adapts",
+    "weight_decay": "l2 adds its term to the loss",
+}
+
+
+def _tunes_itself(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """An optimizer that says in words that it takes no learning rate, and the like."""
+
+    @functools.wraps(make)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        unknown = [name for name in _NOT_HERE if name in kwargs]
+        if args or unknown:
+            name = "learning_rate" if args else unknown[0]
+            got = args[0] if args else kwargs[name]
+            raise TypeError(
+                f"{make.__name__}: there is no {name} to choose, {_NOT_HERE[name]}; got {got!r}. "
+                f"All arguments have names: {make.__name__}(layers=layers)."
+            )
+        return make(*args, **kwargs)
+
+    return made
+
+
+@_tunes_itself
 def adaptive_kfac(
     *,
     layers: Iterable[Layer],
@@ -29,6 +62,7 @@ def adaptive_kfac(
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping_rule: str = "pi",
+    basis: str = "power",
     approx: str = "expand",
     factor_every: ArrayLike = 1,
     refresh_every: ArrayLike = 5,
@@ -49,9 +83,9 @@ def adaptive_kfac(
     its update is zero, and the next has no momentum.
 
     This is a complete optimizer: its updates are added to the parameters as they are. So it is not
-    to be scaled further down a chain; and as `value_fn` and `ggn_fn` take all parameters, it does
-    not go inside of `optax.masked` or `optax.partition`. Arguments that are not listed here are
-    those of `scale_by_kfac`.
+    to be scaled further down a chain, which `mismatched_updates` would count; and as `value_fn` and
+    `ggn_fn` take all parameters, it does not go inside of `optax.masked` or `optax.partition`.
+    Arguments that are not listed here are those of `scale_by_kfac`.
 
     Args:
       initial_damping: λ of the first step, > 0.
@@ -123,6 +157,7 @@ def adaptive_kfac(
     return _adaptive("adaptive_kfac", named_kfac, arguments)
 
 
+@_tunes_itself
 def adaptive_ekfac(
     *,
     layers: Iterable[Layer],
@@ -135,7 +170,7 @@ def adaptive_ekfac(
     decay: ArrayLike = 0.95,
     bias_correction: bool = True,
     damping_rule: str = "exact",
-    basis: str = "eigh",
+    basis: str = "power",
     approx: str = "expand",
     factor_every: ArrayLike = 1,
     correct_every: ArrayLike = 1,

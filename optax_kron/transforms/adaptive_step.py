@@ -35,6 +35,8 @@ _REJECTED = 3
 # The least damping of factors in float32, and in float64. Each factor gets its root. With less,
 # a fifth of the steps of an autoencoder in float32 were rejected, and none with this.
 _LEAST, _LEAST_WIDE = 1e-6, 1e-12
+# Of an update, how much of it may be missing, or too much, where it was added to parameters.
+_APART = 0.1
 
 
 class AdaptiveMetrics(NamedTuple):
@@ -50,6 +52,9 @@ class AdaptiveMetrics(NamedTuple):
       accepted_steps: Steps that were taken, int32.
       rejected_steps: Steps that would have raised the loss, int32. Those that were skipped, as
         something was not finite before them, are `skipped_steps` of the preconditioner.
+      mismatched_updates: Updates after which the parameters were not those with the update added,
+        as far as its direction tells, int32: what scales or clips it comes after it in a chain. Of
+        updates that are lost in rounding beside the parameters nothing is known.
     """
 
     learning_rate: Float[Array, ""]
@@ -59,6 +64,7 @@ class AdaptiveMetrics(NamedTuple):
     reduction_ratio: Float[Array, ""]
     accepted_steps: Int[Array, ""]
     rejected_steps: Int[Array, ""]
+    mismatched_updates: Int[Array, ""]
 
 
 class AdaptiveState(NamedTuple):
@@ -69,6 +75,7 @@ class AdaptiveState(NamedTuple):
     Attributes:
       preconditioner: That of the preconditioner, with counters of its own.
       last_update: The last update, like the parameters; zero after a rejected step.
+      expected_product: The inner product of that with the parameters once it is added, [].
       refreshed_damping: λ with which the inverses were made last, float32 [].
       metrics: What the last step was.
 
@@ -83,6 +90,7 @@ class AdaptiveState(NamedTuple):
 
     preconditioner: KronState
     last_update: PyTree
+    expected_product: Float[Array, ""]
     refreshed_damping: Float[Array, ""]
     metrics: AdaptiveMetrics
 
@@ -139,6 +147,7 @@ class Adaptive:
         return AdaptiveState(
             preconditioner=inner.init(params),
             last_update=jax.tree.map(jnp.zeros_like, params),
+            expected_product=jnp.zeros_like(_product(params, params)),
             refreshed_damping=jnp.array(initial, copy=True),
             metrics=AdaptiveMetrics(**{**zeros, "damping": initial, **counters}),
         )
@@ -170,11 +179,17 @@ class Adaptive:
         step = jax.tree.map(lambda x: jnp.where(trial.accepted, x, 0), model.step)
         refreshed = inner.refreshes > state.preconditioner.refreshes
         lost = (moved & trial.skipped).astype(jnp.int32)  # by the products alone
+        last = select(trial.skipped, state.last_update, step)
+        metrics = self._measured(state.metrics, model, trial, self._least_damping(params))
+        differs = _is_elsewhere(params, state.last_update, state.expected_product) & ~trial.skipped
+        expected = _product(last, params) + _product(last, step)
+        mismatched = metrics.mismatched_updates + differs.astype(jnp.int32)
         new_state = AdaptiveState(
             preconditioner=inner._replace(skipped_steps=inner.skipped_steps + lost),
-            last_update=select(trial.skipped, state.last_update, step),
+            last_update=last,
+            expected_product=select(trial.skipped, state.expected_product, expected),
             refreshed_damping=jnp.where(refreshed, damping, state.refreshed_damping),
-            metrics=self._measured(state.metrics, model, trial, self._least_damping(params)),
+            metrics=metrics._replace(mismatched_updates=mismatched),
         )
         return step, new_state
 
@@ -334,8 +349,33 @@ class Adaptive:
             reduction_ratio=trial.ratio.astype(jnp.float32),
             accepted_steps=old.accepted_steps + trial.accepted.astype(jnp.int32),
             rejected_steps=old.rejected_steps + (~trial.accepted).astype(jnp.int32),
+            mismatched_updates=old.mismatched_updates,
         )
         return select(trial.skipped, old, new)
+
+
+def _product(xs: PyTree, ys: PyTree) -> Array:
+    """The real part of the inner product of two trees, in float32 or wider."""
+    total = jnp.zeros([], jnp.float32)
+    for x, y in zip(*map(jax.tree.leaves, (xs, ys)), strict=True):
+        x, y = contract.widen(x), contract.widen(y)
+        product = jnp.sum(jnp.real(x.conj() * y))
+        total = total + product
+    return total
+
+
+def _is_elsewhere(params: PyTree, last: PyTree, expected: Array) -> Bool[Array, ""]:
+    """Whether parameters are not where the last update took them, along that update.
+
+    Without a copy of the parameters that is all that one can see. In the units of the update the
+    rounding of parameters p is up to `ε·‖p‖ / ‖update‖`; it is to be well below what is a mismatch.
+    """
+    squared = _product(last, last)
+    leaves = [x for x in jax.tree.leaves(params) if x.size]
+    least = min((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize, default=expected.dtype)
+    rounding = float(jnp.finfo(least).eps) * jnp.sqrt(squared) * jnp.sqrt(_product(params, params))
+    off = jnp.abs(_product(last, params) - expected)
+    return (off > _APART * squared) & (rounding < _APART / 8 * squared)
 
 
 def _refuse_masked(owner: str, params: PyTree) -> None:

@@ -107,6 +107,7 @@ def scale_by_branch_kfac(
     validation.check_range(owner, "damping", damping, schedule=True)
     validation.check_interval(owner, "blocks", blocks)
     outliers.check(owner, outlier_clip)
+    validation.check_switch(owner, "redraw", redraw)
     validation.check_seed(owner, seed)
 
     def init(params: PyTree) -> ScaleByBranchKfacState:

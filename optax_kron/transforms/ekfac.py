@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optax_kron.kernels import contract, flow, packed
 from optax_kron.kernels import ekfac as kernels
 from optax_kron.kernels import kfac as kfac_kernels
-from optax_kron.kernels.eigenbases import rayleigh_quotients
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import LayerPlan
 from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
@@ -38,7 +37,7 @@ from optax_kron.transforms.preconditioner import (
     total,
 )
 from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
-from optax_kron.transforms.turned import follow_pairs
+from optax_kron.transforms.turned import BASES, follow_factors
 
 
 class Spectrum(NamedTuple):
@@ -77,45 +76,20 @@ class Ekfac(LayerFactors):
         """See `Preconditioner`: bases of similar sizes, of all stacks, share a program."""
         if self.basis == "eigh":
             return super().refresh_all(stacks, step)
-        bases = {k: (x.inverse.input_basis, x.inverse.output_basis) for k, x in stacks.items()}
-        factors = {k: tuple(map(packed.whole_factors, x[:2])) for k, x in stacks.items()}
-        pairs = {
-            (label, side): (basis, factors[label][side])
-            for label in stacks
-            for side, basis in enumerate(bases[label])
-            if basis is not None
-        }
-        followed = follow_pairs(pairs, precision=self.precision)
-        done = {
-            k: self._turned(x, factors[k], [followed.get((k, side)) for side in (0, 1)])
-            for k, x in stacks.items()
-        }
-        return separated(done)
+        turned = follow_factors(stacks, precision=self.precision)
+        return separated({k: self._turned(x, turned[k]) for k, x in stacks.items()})
 
-    def _turned(self, stack, factors, followed):
-        """A stack with other bases, `None` for diagonal factors, and what is known in them."""
-        old, usable = stack.inverse, jnp.ones(len(stack.initialized), bool)
-        bases, diagonals, overlaps = [], [], []
+    def _turned(self, stack, turned):
+        """A stack with other bases, and what is known in them."""
+        old = stack.inverse
         before = old.input_basis, old.output_basis
-        for new, basis, factor in zip(followed, before, factors, strict=True):
-            if new is None:
-                bases.append(None)
-                diagonals.append(factor)
-                overlaps.append(None)
-                continue
-            Q, _, is_usable = new
-            usable &= is_usable
-            bases.append(Q)
-            quotients = rayleigh_quotients(Q, contract.widen(factor), precision=self.precision)
-            diagonals.append(jnp.maximum(quotients, 0))  # below zero is rounding
-            overlaps.append(self._overlap(Q, basis))
+        overlaps = [self._overlap(Q, basis) for Q, basis in zip(turned.bases, before, strict=True)]
         carry = functools.partial(kernels.carried_over, precision=self.precision)
-        values = jax.vmap(carry)(contract.widen(old.values), *overlaps)
-        new = Spectrum(bases[0], diagonals[0], bases[1], diagonals[1], values, old.known)
-        leaves = jax.tree.leaves((diagonals, values))
-        return guarded(
-            stack, Change({"inverse": new}, stack.initialized, usable & finite_blocks(leaves))
-        )
+        values = jax.vmap(carry)(contract.widen(old.values), *overlaps).astype(old.values.dtype)
+        (Q_a, Q_g), (a, g) = turned.bases, turned.values
+        new = Spectrum(Q_a, a, Q_g, g, values, old.known)
+        usable = turned.usable & finite_blocks([values])
+        return guarded(stack, Change({"inverse": new}, stack.initialized, usable))
 
     def refresh(self, stack: KfacStack, step: Step) -> tuple[KfacStack, Bool[Array, " N"]]:
         """See `Preconditioner`: new bases, and what is known in them."""
@@ -249,7 +223,7 @@ def scale_by_ekfac(
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "exact",
-    basis: str = "eigh",
+    basis: str = "power",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
@@ -285,8 +259,9 @@ def scale_by_ekfac(
       damping_rule: what is added to the eigenvalues. "exact": δ. "pi": what this rule adds to
         those of `A ⊗ G` in `kfac`, `π√δ·g + √δ/π·a + δ` with a and g those of A and G: much more
         than δ where only one of them is small.
-      basis: "eigh", eigendecompositions, by LAPACK on a CPU; or "power", bases that start at the
-        identity, and at every refresh follow the factors by a power iteration, of matrix products.
+      basis: "power", bases that start at the identity, and at every refresh follow the factors by
+        three steps of power iteration, of matrix products alone; or "eigh", eigendecompositions, by
+        LAPACK on a CPU.
       approx: of the factors whose eigenvectors are taken. The eigenvalues are exact in either case.
       momentum: of the velocity.
       factor_every: as in `scale_by_kfac`, of the factors alone.
@@ -317,8 +292,8 @@ def scale_by_ekfac(
     diagonal factor has unit vectors for its basis, and 2·d numbers. A step:
     4·d_in·d_out·(d_in + d_out) operations, and for the eigenvalues 2·N·S·(d_in² + V·d_out²) and
     2·N·d_in·d_out where S = 1, else 2·V·N·S·d_in·d_out. Taking in taps: as there. A refresh, for
-    each factor of size d: about 9·d³, by LAPACK on a CPU; with "power" 6·d³ and, once or twice,
-    2.3·d³ at d = 1024 to 6·d³ where d ≤ 128. And 2·d_in·d_out·(d_in + d_out).
+    each factor of size d: 6·d³ and, three times, 4·d³ at d = 1024 to 8·d³ where d ≤ 128, at first
+    up to twice that; with "eigh" about 9·d³, by LAPACK on a CPU. And 2·d_in·d_out·(d_in + d_out).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -341,7 +316,8 @@ def named_ekfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransf
     of = settings
     validation.check_choice(owner, "damping_rule", of["damping_rule"], ("exact", "pi"))
     validation.check_interval(owner, "correct_every", of["correct_every"])
-    validation.check_choice(owner, "basis", of["basis"], ("eigh", "power"))
+    validation.check_switch(owner, "bias_correction", of["bias_correction"])
+    validation.check_choice(owner, "basis", of["basis"], BASES)
     own = ("bias_correction", "damping_rule", "basis", "outlier_clip", "precision", "correct_every")
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Ekfac(**factors, **{name: of[name] for name in own})
@@ -357,7 +333,7 @@ def ekfac(
     bias_correction: bool = True,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "exact",
-    basis: str = "eigh",
+    basis: str = "power",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,

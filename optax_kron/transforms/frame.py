@@ -125,8 +125,9 @@ class Frame:
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         method, layout = self.method.at(state), self.layout.at(state)
-        # Gradients may be of another dtype than the parameters.
-        precise = self._as_precise_as(stacks or state.momentum)
+        # Gradients may be of another dtype than the parameters, of which a state may hold nothing.
+        kept = jax.tree.leaves(stacks) or jax.tree.leaves(state.momentum)
+        precise = self._as_precise_as(kept or (updates if params is None else params))
         now = dataclasses.replace(precise, method=method, layout=layout, share=share)
         extra = method.read(plan, updates, state, extra_args)
         rest, others, fallback = None, {}, state.fallback

@@ -20,6 +20,7 @@ from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import Seen, Stacks, Step, separated
 from optax_kron.transforms.stacks import Change, guarded, map_blocks
+from optax_kron.transforms.turned import BASES, follow_factors
 
 
 class Inverses(NamedTuple):
@@ -43,6 +44,8 @@ class Eigenbases(NamedTuple):
 class Kfac(LayerFactors):
     """How factors are inverted and applied; the settings of `scale_by_kfac`."""
 
+    basis: str  # how eigenbases follow factors, with damping_rule="exact"
+
     def init_inverse(self, layer: Layer, count: int, dtype: jnp.dtype) -> Inverses | Eigenbases:
         """See `LayerFactors`."""
         if self.damping_rule == "exact":
@@ -59,12 +62,24 @@ class Kfac(LayerFactors):
     ) -> tuple[Stacks, Mapping[str, Bool[Array, " N"]]]:
         """See `Preconditioner`: factors of similar sizes, of all stacks, share a program."""
         del step
-        if self.damping_rule == "exact":
+        if self.damping_rule == "exact" and self.basis == "power":
+            changes = self._followed(stacks)
+        elif self.damping_rule == "exact":
             changes = {label: self._eigenbases(stack) for label, stack in stacks.items()}
         else:
             changes = self._inverses(stacks)
         done = {label: guarded(stacks[label], change) for label, change in changes.items()}
         return separated(done)
+
+    def _followed(self, stacks):
+        """Eigenbases that have followed the factors of all stacks, by matrix products."""
+        changes = {}
+        for label, (bases, values, usable) in follow_factors(
+            stacks, precision=self.precision
+        ).items():
+            new = Eigenbases(bases[0], values[0], bases[1], values[1])
+            changes[label] = Change({"inverse": new}, stacks[label].initialized, usable)
+        return changes
 
     def _eigenbases(self, stack):
         """The eigendecompositions of the factors of a stack."""
@@ -143,6 +158,7 @@ def scale_by_kfac(
     bias_correction: bool | None = None,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "pi",
+    basis: str = "power",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,
@@ -177,8 +193,12 @@ def scale_by_kfac(
         `decay·old + (1 − decay)·new`. `None`: corrected, but with damping_rule="trace".
       damping: λ ≥ 0, or a schedule of it.
       damping_rule: "pi": `A + π√λ I` and `G + √λ/π I`, `π² = (tr A / d_in) / (tr G / d_out)`;
-        "trace": `M + max(λ·tr(M)/d, 1e-12)·I` for each factor M; "exact": `(A ⊗ G + λI)⁻¹` exactly,
-        by eigendecompositions.
+        "trace": `M + max(λ·tr(M)/d, 1e-12)·I` for each factor M; "exact": `(A ⊗ G + λI)⁻¹`, with
+        eigenvectors and eigenvalues of A and G.
+      basis: where these come from, with damping_rule="exact". "power": bases start at the identity,
+        and at every refresh follow the factors by three steps of power iteration, of matrix
+        products alone; eigenvalues are the diagonals of the factors in them. So the inverse is
+        exact where the factors have settled. "eigh": eigendecompositions, by LAPACK on a CPU.
       approx: how the positions at which a weight is used count: "expand", each for itself, or
         "reduce", inputs averaged and gradients summed first. A bias alone is always reduced; the
         diagonal input factor of an embedding is always that of "expand".
@@ -236,7 +256,7 @@ def scale_by_kfac(
     a diagonal factor, as embeddings have and axes longer than the layer's `max_size`, 2·d.
     A step: 2·d_in·d_out·(d_in + d_out) operations, twice that with "exact". Taking in taps:
     2·N·S·(d_in² + V·d_out²). A refresh: 2·(d_in³ + d_out³), up to twice that for sizes ≤ 256, with
-    "exact" about 9·(d_in³ + d_out³).
+    "exact" three times 8·d³ to 4·d³ for each factor, and 2·d³; or about 9·d³, by LAPACK on a CPU.
 
     Examples:
       >>> import jax
@@ -262,9 +282,11 @@ def named_kfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransfo
     """`scale_by_kfac` of all its arguments, with the name of an optimizer for messages."""
     of = dict(settings)
     validation.check_choice(owner, "damping_rule", of["damping_rule"], kernels.DAMPING_RULES)
+    validation.check_switch(owner, "bias_correction", of["bias_correction"], optional=True)
     if of["bias_correction"] is None:
         of["bias_correction"] = of["damping_rule"] != "trace"
-    own = ("bias_correction", "damping_rule", "outlier_clip", "precision")
+    validation.check_choice(owner, "basis", of["basis"], BASES)
+    own = ("bias_correction", "damping_rule", "basis", "outlier_clip", "precision")
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Kfac(**factors, **{name: of[name] for name in own})
     layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})
@@ -279,6 +301,7 @@ def kfac(
     bias_correction: bool | None = None,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_rule: str = "pi",
+    basis: str = "power",
     approx: str = "expand",
     momentum: ArrayLike | None = 0.9,
     factor_every: ArrayLike = 1,

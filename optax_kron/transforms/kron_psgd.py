@@ -362,15 +362,15 @@ def scale_by_kron_psgd(
     check("update_probability", update_probability, most=1, optional=True, schedule=True)
     check("damping", damping)
     check("init_scale", init_scale, open_left=True, optional=True)
+    validation.check_switch(owner, "cache_preconditioner", cache_preconditioner, optional=True)
     validation.check_seed(owner, seed)
-    if update_probability is None:
-        update_probability = update_probability_schedule()
+    chance = update_probability_schedule() if update_probability is None else update_probability
     method = KronPsgd(
         owner=owner,
         geometry=geometry,
         criterion=criterion,
         precond_lr=precond_lr,
-        update_probability=update_probability,
+        update_probability=chance,
         damping=damping,
         init_scale=init_scale,
         has_init_scale=init_scale is not None,

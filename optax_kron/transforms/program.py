@@ -25,12 +25,34 @@ Class = TypeVar("Class", bound=type)
 def transformation(
     init: Callable[[PyTree], PyTree], update: Callable[..., tuple[PyTree, PyTree]]
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of two functions, whose state varies over a mesh as the parameters do."""
+    """The transformation of two functions, whose state varies over a mesh as the parameters do.
+
+    Its update refuses a state of 64 bits while these are off.
+    """
 
     def init_like(params: PyTree) -> PyTree:
         return flow.varying_like(init(params), params)
 
-    return optax.GradientTransformationExtraArgs(init_like, update)
+    @functools.wraps(update)
+    def update_checked(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        _check_bits(state)
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_like, update_checked)
+
+
+def _check_bits(state: PyTree) -> None:
+    """Raise where a state has been made with types that are off now, which JAX takes for others."""
+    for leaf in jax.tree.leaves(state):
+        dtype = getattr(leaf, "dtype", jnp.float32)
+        if jnp.issubdtype(dtype, jnp.inexact) and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"the state of the optimizer holds numbers of {dtype}, but 64-bit types are off: "
+                "jax_enable_x64 was on when init made the state. Switch it on again, or start from "
+                "tx.init(params) with it off."
+            )
 
 
 def settings(cls: Class) -> Class:

@@ -220,6 +220,7 @@ def refresh_schedule(owner: str, refresh_every: ArrayLike, stagger: bool) -> Ref
         is only known at run time, as under `optax.inject_hyperparams`.
     """
     validation.check_interval(owner, "refresh_every", refresh_every)
+    validation.check_switch(owner, "stagger", stagger)
     if stagger and isinstance(refresh_every, jax.core.Tracer):
         raise ValueError(
             f"{owner}: stagger=True needs refresh_every as a number, not traced, as it decides how "

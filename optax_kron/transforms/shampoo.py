@@ -1,8 +1,7 @@
 """Shampoo: gradients preconditioned by inverse roots of their second moments along each axis."""
 
-import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from optax_kron.kernels import contract, packed, roots
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
-from optax_kron.transforms.preconditioner import Preconditioner, Seen, Step
+from optax_kron.transforms.preconditioner import Preconditioner, Seen, Stacks, Step, separated
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
 from optax_kron.transforms.stacks import (
     Change,
@@ -144,60 +143,77 @@ class Shampoo(Preconditioner):
             return stack, jnp.zeros_like(stack.initialized)
         return self._new_roots(stack, step, stack.initialized & step.accepted, diagonal=True)
 
+    def refresh_all(self, stacks, step) -> tuple[Stacks, Mapping[str, Bool[Array, " N"]]]:
+        """See `Preconditioner`: by products, roots of similar sizes share a program."""
+        if self.root_method == "eigh":  # LAPACK takes a core for each axis, all at once
+            return super().refresh_all(stacks, step)
+        statistics, orders = {}, {}
+        for label, stack in stacks.items():
+            axes, order = self._acting([S.shape[1:] for S in stack.statistics])
+            for axis in axes:
+                if stack.statistics[axis].ndim > 2:
+                    statistics[label, axis] = stack.statistics[axis]
+                    orders[label, axis] = order
+
+        def find(S, order):
+            return self._root(S, order, step)
+
+        found = roots.together(statistics, orders, find)
+        done = {}
+        for label, stack in stacks.items():
+            new, wanted = list(stack.roots), stack.initialized
+            accurate = jnp.ones(len(wanted), bool)
+            for axis in range(len(new)):
+                if (label, axis) in found:
+                    new[axis], is_accurate, is_any = found[label, axis]
+                    accurate, wanted = accurate & is_accurate, wanted & is_any
+            done[label] = guarded(stack, Change({"roots": tuple(new)}, wanted, accurate))
+        return separated(done)
+
     def _new_roots(self, stack, step, wanted, *, diagonal):
         """New roots along axes with diagonal statistics, or along all others."""
-        real = contract.wide_dtype(contract.real_dtype(stack.statistics[0].dtype))
-        weight = jnp.ones([], real)
-        if self.decay is not None and self.bias_correction:
-            weight = ema_weight(self.decay, step.count, real)
-        least = _NOISE * float(jnp.finfo(stack.statistics[0].dtype).eps)
-        if self.root_method == "newton":
-            least = max(least, _LEAST_FOR_NEWTON)
-        damping = jnp.maximum(jnp.asarray(self.relative_damping, real), least)
+        axes, order = self._acting([S.shape[1:] for S in stack.statistics])
 
         def make(block, wanted):
-            # Along an axis of length one all is known from the others: its root is one.
-            acting = [i for i, S in enumerate(block.statistics) if S.shape[0] > 1] or [0]
-            order = self.root_order or 2 * len(acting)
             accurate, new = jnp.ones([], bool), list(block.roots)
-            axes = [i for i in acting if diagonal == (block.statistics[i].ndim == 1)]
-            matrices = {i: contract.widen(packed.whole(block.statistics[i])) for i in axes}
-            finite = {}
-            for i, S in matrices.items():
-                largest = contract.largest_magnitude(S)
-                finite[i] = jnp.isfinite(largest)
-                # Where gradients have all but vanished, there is nothing to take a root of.
-                wanted &= ~(largest < 4 * jnp.finfo(largest.dtype).tiny)
-                # LAPACK need not come to an end on what is not finite.
-                S = jnp.where(finite[i], S / weight.astype(contract.real_dtype(S.dtype)), 0)
-                matrices[i] = S
-            for i, (root, residual) in self._inverse_roots(matrices, order, damping).items():
-                root = root.astype(new[i].dtype)  # where it may overflow
-                root = root if diagonal else packed.keep(root)
-                accurate &= finite[i] & contract.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
-                new[i] = root
+            for i in axes:
+                if diagonal == (block.statistics[i].ndim == 1):
+                    new[i], is_accurate, is_any = self._root(block.statistics[i], order, step)
+                    accurate, wanted = accurate & is_accurate, wanted & is_any
             block, failed = guarded(block, Change({"roots": tuple(new)}, wanted, accurate))
             return block.roots, failed
 
         new, failed = map_blocks(stack.roots)(make, stack, wanted)
         return stack._replace(roots=new), failed
 
-    def _inverse_roots(self, matrices, order, damping):
-        """Roots and residuals by axis; of products, matrices of one shape share a program."""
+    def _acting(self, shapes):
+        """The axes that have a root, and its order p; shapes are those of statistics."""
+        # Along an axis of length one all is known from the others: its root is one.
+        axes = [i for i, shape in enumerate(shapes) if shape[0] > 1] or [0]
+        return axes, self.root_order or 2 * len(axes)
 
-        def find(S):
-            return roots.inverse_root(S, order, damping, method=self.root_method)
-
-        if self.root_method == "eigh":  # LAPACK takes a core for each axis, all at once
-            return {axis: find(S) for axis, S in matrices.items()}
-        groups, found = collections.defaultdict(list), {}
-        for axis, S in matrices.items():
-            groups[S.shape].append(axis)
-        for axes in groups.values():
-            stacked = jnp.stack([matrices[i] for i in axes])
-            made = map_blocks([stacked])(find, stacked)
-            found |= {i: (made[0][k], made[1][k]) for k, i in enumerate(axes)}
-        return found
+    def _root(self, kept, order, step):
+        """The root of a statistic, kept likewise; whether it is accurate; whether there is one."""
+        dtype = contract.real_dtype(kept.dtype)
+        real = contract.wide_dtype(dtype)
+        weight = jnp.ones([], real)
+        if self.decay is not None and self.bias_correction:
+            weight = ema_weight(self.decay, step.count, real)
+        least = _NOISE * float(jnp.finfo(dtype).eps)
+        if self.root_method == "newton":
+            least = max(least, _LEAST_FOR_NEWTON)
+        damping = jnp.maximum(jnp.asarray(self.relative_damping, real), least)
+        S = contract.widen(packed.whole(kept))
+        largest = contract.largest_magnitude(S)
+        finite = jnp.isfinite(largest)
+        # LAPACK need not come to an end on what is not finite.
+        S = jnp.where(finite, S / weight.astype(contract.real_dtype(S.dtype)), 0)
+        root, residual = roots.inverse_root(S, order, damping, method=self.root_method)
+        root = root.astype(kept.dtype)  # where it may overflow
+        accurate = finite & contract.all_finite(root) & (residual <= _LARGEST_RESIDUAL)
+        # Where gradients have all but vanished, there is nothing to take a root of.
+        is_any = ~(largest < 4 * jnp.finfo(largest.dtype).tiny)
+        return root if kept.ndim == 1 else packed.keep(root), accurate, is_any
 
     def precondition(self, stack: ShampooStack, seen: Seen, step: Step) -> Inexact[Array, "N ..."]:
         """See `Preconditioner`: roots along every axis, with the length of the grafted update."""
@@ -237,7 +253,7 @@ def scale_by_shampoo(
     decay: ArrayLike | None = 0.95,
     bias_correction: bool = True,
     root_order: int | None = None,
-    root_method: str = "eigh",
+    root_method: str = "newton",
     relative_damping: ArrayLike = 1e-6,
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
@@ -264,8 +280,9 @@ def scale_by_shampoo(
       bias_correction: whether averaged statistics are divided by `1 − βᵗ`.
       root_order: p, an int ≥ 1. `None`: twice the number of axes longer than one. Axes of length
         one have no root beside longer ones.
-      root_method: "eigh", an eigendecomposition; or "newton", a coupled iteration of matrix
-        products, without LAPACK: on a CPU the faster up to condition numbers of about 1e3.
+      root_method: "newton", a coupled iteration of matrix products alone; or "eigh", an
+        eigendecomposition, by LAPACK on a CPU: where nothing else runs on it, and LAPACK has a
+        single thread, the faster from condition numbers of about 1e3 on.
       relative_damping: ε, what is added to the eigenvalues relative to the largest; ≥ 0. It counts
         as no less than eight roundings of the factors, 1e-6 in float32: what lies below is noise.
         With "newton" the least is 1e-12.
@@ -305,9 +322,9 @@ def scale_by_shampoo(
 
     Cost, for an m×n parameter with dense statistics, which are kept packed if m, n ≥ 256, as are
     roots. State: m² + m + n² + n + mn numbers, and mn more with grafting other than "sgd" or
-    `None`. A step: 3.5·mn·(m + n) operations. A refresh: about 20·(m³ + n³), on CPUs and CUDA in
-    float64, by LAPACK on a CPU one matrix after the other; with "newton" 20·(m³ + n³) in float32,
-    and 50·(m³ + n³) more in float64 where that is not enough.
+    `None`. A step: 3.5·mn·(m + n) operations. A refresh: about 20·(m³ + n³) in float32, and
+    50·(m³ + n³) more in float64 where that is not enough; with "eigh" 20·(m³ + n³) in float64, by
+    LAPACK on a CPU one matrix after the other.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -330,6 +347,7 @@ def scale_by_shampoo(
             f"{owner}: root_order must be an int ≥ 1 or None; got {root_order!r}. It cannot be "
             'traced: with optax.inject_hyperparams, pass static_args=("root_order",).'
         )
+    validation.check_switch(owner, "bias_correction", bias_correction)
     validation.check_choice(owner, "root_method", root_method, roots.METHODS)
     check(owner, "relative_damping", relative_damping)
     check(owner, "start_step", start_step)
@@ -360,7 +378,7 @@ def shampoo(
     decay: ArrayLike | None = 0.95,
     bias_correction: bool = True,
     root_order: int | None = None,
-    root_method: str = "eigh",
+    root_method: str = "newton",
     relative_damping: ArrayLike = 1e-6,
     refresh_every: ArrayLike = 10,
     stagger: bool = False,

@@ -15,9 +15,14 @@ from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.kernels import contract, eigenbases, packed, subspace
 from optax_kron.transforms.preconditioner import AnyStack, Stacks, separated
-from optax_kron.transforms.stacks import Change, guarded
+from optax_kron.transforms.stacks import Change, finite_blocks, guarded
 
 Key = TypeVar("Key", bound=Hashable)
+
+BASES = ("eigh", "power")  # how eigenbases of layers' factors are found
+# Of subspace iteration at a refresh of layers' factors. One would follow them, but the first bases,
+# which start at the identity, stay behind eigendecompositions for a hundred steps of training.
+_STEPS = 3
 
 
 def follow_statistics(
@@ -102,12 +107,57 @@ def _shifted(statistics: Array, shift: ArrayLike | None) -> Array:
 
 
 def follow_pairs(
-    pairs: Mapping[Key, tuple[Array, Array]], *, precision: contract.Precision
+    pairs: Mapping[Key, tuple[Array, Array]], *, precision: contract.Precision, steps: int = 1
 ) -> dict[Key, subspace.Followed]:
     """`subspace.follow` of pairs of bases and matrices [N, d, d], by any key, in the arithmetic."""
     bases, matrices = ([contract.widen(pair[i]) for pair in pairs.values()] for i in (0, 1))
-    found = subspace.follow(bases, matrices, precision=precision)
+    found = subspace.follow(bases, matrices, precision=precision, steps=steps)
     return dict(zip(pairs, found, strict=True))
+
+
+class Turned(NamedTuple):
+    """The eigenbases of the factors of a stack, and what is known in them, in their dtype."""
+
+    bases: tuple[Array | None, Array | None]  # of A and G, [N, d, d]; None for diagonal factors
+    values: tuple[Array, Array]  # diagonals of the factors in them, [N, d]
+    usable: Bool[Array, " N"]  # whether bases are orthonormal, and all is finite
+
+
+def follow_factors(stacks: Stacks, *, precision: contract.Precision) -> dict[str, Turned]:
+    """Where the eigenbases of layers' factors go at a refresh.
+
+    Args:
+      stacks: Of `KfacStack`s, whose `inverse` has `input_basis` and `output_basis`, and by the same
+        names with `values` the eigenvalues.
+      precision: Precision of the products with factors.
+    """
+    factors = {
+        k: [contract.widen(packed.whole_factors(F)) for F in x[:2]] for k, x in stacks.items()
+    }
+    bases = {k: (x.inverse.input_basis, x.inverse.output_basis) for k, x in stacks.items()}
+    pairs = {
+        (label, side): (Q, factors[label][side])
+        for label in stacks
+        for side, Q in enumerate(bases[label])
+        if Q is not None
+    }
+    followed = follow_pairs(pairs, precision=precision, steps=_STEPS)
+    done = {}
+    for label, stack in stacks.items():
+        usable = jnp.ones(len(stack.initialized), bool)
+        new, values = list(bases[label]), list(factors[label])
+        for side, Q in enumerate(new):
+            if Q is not None:
+                found = followed[label, side]
+                new[side] = found.bases
+                values[side] = jnp.maximum(  # below zero is rounding
+                    eigenbases.rayleigh_quotients(found.bases, values[side], precision=precision), 0
+                )
+                usable &= found.usable
+            values[side] = values[side].astype(stack.inverse.input_values.dtype)
+        usable &= finite_blocks(values)
+        done[label] = Turned((new[0], new[1]), (values[0], values[1]), usable)
+    return done
 
 
 def _turned(

@@ -39,7 +39,8 @@ def check_range(
       value: a number, array scalar, tracer, schedule or `None`.
       least: lower end of the range.
       most: upper end of the range.
-      open_left: exclude the lower end.
+      open_left: exclude the lower end; but not of an array, as `optax.inject_hyperparams` makes one
+        of a schedule, which may start there.
       open_right: exclude the upper end.
       optional: let `None` pass too.
       schedule: let callables pass too.
@@ -52,7 +53,7 @@ def check_range(
     if callable(value) and schedule:
         return
     interval = f"{'(' if open_left else '['}{least:g}, {most:g}{')' if open_right else ']'}"
-    expected = f"{owner}: {name} must be a number in {interval}"
+    expected, given = f"{owner}: {name} must be a number in {interval}", value
     if isinstance(value, jax.Array) and np.iscomplexobj(value) and np.imag(value) == 0:
         value = np.real(value)  # optax.inject_hyperparams gives them the dtype of a parameter
     if callable(value):
@@ -65,7 +66,8 @@ def check_range(
     if np.ndim(value) or np.iscomplexobj(value):
         raise ValueError(f"{expected}; got {value!r}.")
     number = float(value)
-    above = number > least if open_left else number >= least
+    is_open = open_left and not isinstance(given, jax.Array)
+    above = number > least if is_open else number >= least
     below = number < most if open_right else number <= most
     if not (above and below and np.isfinite(number)):
         raise ValueError(f"{expected}; got {number!r}.")
@@ -100,6 +102,13 @@ def check_choice(
     if value not in choices and not (optional and value is None):
         among = f"{', '.join(choices)}{', None' if optional else ''}"
         raise ValueError(f"{owner}: {name} must be one of {among}; got {value!r}.")
+
+
+def check_switch(owner: str, name: str, value: Unchecked, *, optional: bool = False) -> None:
+    """Raise unless a setting is `True` or `False`, or `None` if that is optional."""
+    if not (isinstance(value, bool | np.bool_) or (optional and value is None)):
+        expected = "True, False or None" if optional else "True or False"
+        raise ValueError(f"{owner}: {name} must be {expected}; got {value!r}.")
 
 
 def check_stacks(owner: str, plan: Unchecked, stacks: Unchecked, source: str) -> None:

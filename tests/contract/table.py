@@ -438,17 +438,22 @@ ROWS = (
         "hand",
         method="ekfac",
         steps=2,
-        **_HAND | {"tunable": _HAND["tunable"] | {"correct_every": 3}},
+        **_HAND
+        | {
+            # Bases of "power" go on also where factors stay as they are.
+            "settings": _HAND["settings"] | {"basis": "eigh"},
+            "tunable": _HAND["tunable"] | {"correct_every": 3},
+        },
     ),
     _blockwise(
         "shampoo",
         "eigh",
         # More damping than rounding makes of the null space of a few gradients.
-        settings={"refresh_every": 1, "relative_damping": 1e-4},
+        settings={"root_method": "eigh", "refresh_every": 1, "relative_damping": 1e-4},
         tunable={"decay": 0.5, "relative_damping": 0.1, "start_step": 5, "refresh_every": 2},
         core=True,
     ),
-    _blockwise("shampoo", "newton", settings={"root_method": "newton", "stagger": True}),
+    _blockwise("shampoo", "newton", settings={"stagger": True}),
     _blockwise(
         "shampoo",
         "sums",

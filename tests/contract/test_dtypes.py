@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optax_kron as ok
+
 from .table import avals, core_rows, get, norms, quick_jit, random_like, updater
 
 SHAPES = {"matrix": (3, 2), "vector": (2,)}
@@ -45,6 +47,14 @@ def _check(row, params):
         assert all(np.all(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(updates))
     assert avals(state) == avals(before)
     chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("make", [ok.kron_psgd, ok.soap], ids=["kron_psgd", "soap"])
+def test_a_state_of_64_bits_is_refused_where_these_are_off(make, x64):
+    params, tx = _filled(jnp.float64), make(0.1)
+    state = tx.init(params)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="float64, but 64-bit types are of"):
+        tx.update(_filled(jnp.float32), state)
 
 
 @core_rows

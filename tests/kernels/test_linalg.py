@@ -1,5 +1,7 @@
 """The norm bound, the Procrustes step, triangular solves and the map over blocks."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -259,3 +261,18 @@ def test_lapack_safe_does_not_batch_on_cpu():
     calls = [line for line in text.splitlines() if "custom_call" in line and "potrf" in line]
     assert calls
     assert not [line for line in calls if "5x3x3" in line]
+
+
+def test_what_shares_a_program_costs_little_more_than_it_needs():
+    kinds = {("a", 4): [0, 1], ("a", 3): [2], ("a", 1): [3], ("b", 2): [4]}
+
+    def cost(size, members):
+        return size * len(members)
+
+    join = functools.partial(linalg.joined, kinds, cost)
+    alone = [(2, [4]), (4, [0, 1]), (3, [2]), (1, [3])]
+    assert join(slack=0.0) == alone
+    # Of 14 operations 1 more is 7 %: the matrix of size 3 may join, that of size 1 needs 3 more.
+    assert join(slack=0.08) == [(2, [4]), (4, [0, 1, 2]), (1, [3])]
+    assert join(slack=0.0, free=4) == [(2, [4]), (4, [0, 1, 2, 3])]
+    assert kinds["a", 4] == [0, 1]

@@ -186,3 +186,30 @@ def test_power_iteration_with_zero_keeps_the_basis(d):
     Q = jnp.asarray(unitary(d))
     new, order = eigenbases.power_iteration(Q, jnp.zeros((d, d)))
     np.testing.assert_array_equal(new, Q[:, order])
+
+
+def test_matrices_of_similar_sizes_share_a_program_and_get_their_own_roots(x64):
+    rng = np.random.default_rng(0)
+
+    def gram(count, d):
+        x = rng.standard_normal((count, d, d))
+        return jnp.asarray(x @ x.swapaxes(1, 2))
+
+    stacks = {"a": gram(2, 9), "b": gram(1, 7), "c": gram(1, 2), "d": gram(1, 9)}
+    orders = {"a": 4, "b": 4, "c": 4, "d": 2}
+    programs = []
+
+    def find(S, order):
+        programs.append((S.shape[0], order))
+        return roots.inverse_root(S, order, 1e-3, method="newton")
+
+    found = roots.together(stacks, orders, find)
+    assert sorted(set(programs)) == [(2, 4), (9, 2), (9, 4)]
+    for key, stack in stacks.items():
+        made, residual = found[key]
+        assert made.shape == stack.shape
+        assert residual.shape == stack.shape[:1]
+        for X, S in zip(made, stack, strict=True):
+            expected = reference.power(np.asarray(S), -1 / orders[key], 1e-3)
+            # The largest eigenvalue, which damping is relative to, is an estimate.
+            np.testing.assert_allclose(X, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

@@ -163,6 +163,35 @@ def test_a_thousand_refreshes_leave_bases_orthonormal():
         assert orthonormality_error(Q) < 1e-5
 
 
+@pytest.mark.usefixtures("x64")
+def test_several_steps_are_one_after_the_other():
+    rng = np.random.default_rng(0)
+    stacks = []
+    for count, d in ((2, 5), (1, 150)):
+        x = rng.standard_normal((count, d, d))
+        stacks.append((np.stack([unitary(rng, d) for _ in range(count)]), x @ x.swapaxes(1, 2)))
+    bases, matrices = ([jnp.asarray(x) for x in y] for y in zip(*stacks, strict=True))
+    together = jax.jit(lambda *stacks: subspace.follow(*stacks, steps=3))(bases, matrices)
+    orders = [np.tile(np.arange(Q.shape[1]), (len(Q), 1)) for Q in bases]
+    for _ in range(3):
+        done = compiled("cpu")(bases, matrices)
+        bases = [one.bases for one in done]
+        orders = [
+            np.take_along_axis(order, np.asarray(one.order), axis=1)
+            for order, one in zip(orders, done, strict=True)
+        ]
+    for one, Q, order in zip(together, bases, orders, strict=True):
+        np.testing.assert_allclose(one.bases, Q, atol=1e-9)
+        np.testing.assert_array_equal(one.order, order)
+        assert np.all(one.usable)
+
+
+def test_what_fails_at_one_of_several_steps_is_told():
+    S = jnp.full((1, 3, 3), jnp.nan)
+    (one,) = subspace.follow([jnp.eye(3)[None]], [S], steps=2)
+    assert not one.usable[0]
+
+
 def test_it_finds_the_eigenbasis():
     rng = np.random.default_rng(0)
     values = 2.0 ** -np.arange(8)
