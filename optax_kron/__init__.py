@@ -16,6 +16,7 @@ from optax_kron.transforms.branch_kfac import (
     scale_by_branch_kfac,
 )
 from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
+from optax_kron.transforms.fixed_norm import FixedNormState, fixed_norm
 from optax_kron.transforms.kfac import kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import kron_psgd, scale_by_kron_psgd
 from optax_kron.transforms.preconditioner import KronState
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptiveMetrics",
     "AdaptiveState",
     "Blocking",
+    "FixedNormState",
     "GaussNewton",
     "KronState",
     "Layer",
@@ -44,6 +46,7 @@ __all__ = [
     "branch_kfac",
     "ekfac",
     "find_layers",
+    "fixed_norm",
     "ggn_vector_product",
     "hessian_vector_product",
     "kfac",

@@ -118,7 +118,7 @@ class Blocking:
                 merged.append(size)
         return tuple(merged)
 
-    def _stacked(self, tree: PyTree) -> list[int]:
+    def count_stacked(self, tree: PyTree) -> list[int]:
         """For each leaf of the tree, how many leading axes are stacked."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         setting = self.stacked_axes
@@ -328,7 +328,7 @@ def plan_blocks(tree: PyTree, blocking: Blocking, multiple: int = 1) -> BlockPla
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     plans = [
         _plan_leaf(jax.tree_util.keystr(path), leaf, stacked, blocking)
-        for (path, leaf), stacked in zip(leaves, blocking._stacked(tree), strict=True)
+        for (path, leaf), stacked in zip(leaves, blocking.count_stacked(tree), strict=True)
     ]
     plans = _pad_vectors(plans)
     stacks = {plan.signature.label: plan.signature for plan in plans if plan is not None}

@@ -40,6 +40,7 @@ PAGES = [
     "docs/kfac.md",
     "docs/ekfac.md",
     "docs/adaptive.md",
+    "docs/fixed_norm.md",
     "docs/shampoo.md",
     "docs/soap.md",
     "docs/branch_kfac.md",

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "soap eigh": (ok.soap(1.0, basis="eigh", refresh_every=2, stagger=True), None),
     "shampoo": (ok.shampoo(1.0, root_method="eigh"), None),
     "shampoo newton": (ok.shampoo(1.0, root_method="newton", grafting=None), None),
+    "fixed_norm": (ok.fixed_norm(ok.scale_by_soap(), 0.1), None),
     "kfac": (ok.kfac(1.0, layers=DENSE), taps),
     "ekfac": (ok.ekfac(1.0, layers=DENSE), taps),
     "branch_kfac": (ok.branch_kfac(1.0), lambda params: {"branches": jnp.ones((6, 4))}),
