@@ -47,7 +47,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale soak clean
+.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -134,6 +134,9 @@ bench-busy: $(VENV)/.installed-examples ## What a busy process beside it does to
 
 bench-gpu: $(VENV)/.installed-examples ## Optimizers on the shapes of GPT-2 small, on a GPU
 	$(call within,1800) $(RUN) benchmarks/gpu.py $(ARGS)
+
+bench-tasks: $(VENV)/.installed-examples ## Every optimizer at its defaults on eight small tasks, beside tuned AdamW
+	$(call within,7200) $(RUN) benchmarks/tasks.py $(ARGS)
 
 bench-scale: $(VENV)/.installed-examples ## 7 B parameters on 64 devices, by the compiler: state, collectives, operations
 	$(call within,1800) $(RUN) benchmarks/scale.py $(ARGS)

@@ -13,6 +13,7 @@ import characters
 import common
 import data
 import digits
+import equations
 import influence
 import laplace
 import state_space
@@ -23,6 +24,7 @@ __all__ = [
     "common",
     "data",
     "digits",
+    "equations",
     "influence",
     "laplace",
     "state_space",

@@ -134,8 +134,12 @@ class Trainer:
         else:
             key = jax.random.fold_in(jax.random.key(self.task.seed), i)
             with_taps = ok.value_and_grad_with_taps(self.task.loss_fn, layers)
-            _, grads, taps = with_taps(params, *batch, key=key)
-            extra = self.contestant.extras(taps)
+            value, grads, taps = with_taps(params, *batch, key=key)
+            extra = self.contestant.extras(taps) | {
+                "value": value,  # these three for adaptive ones alone
+                "value_fn": lambda params: self.task.loss_fn(params, *batch),
+                "ggn_fn": ok.ggn_vector_product(self.task.loss_fn, params, *batch),
+            }
         optimizer = self._optimizer(learning_rate)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state

@@ -97,11 +97,11 @@ def draw_points(equation, rng, inside=1024, on_sides=192):
     return lower + (upper - lower) * unit, border, equation.exact(border)
 
 
-def make_model(seed):
+def make_model(seed, dtype=jnp.float64):
     """Returns a network, as the graph of its modules and its parameters."""
     rngs, layers = nnx.Rngs(seed), []
     for a, b in itertools.pairwise(WIDTHS):
-        layers += [nnx.Linear(a, b, param_dtype=jnp.float64, rngs=rngs), nnx.tanh]
+        layers += [nnx.Linear(a, b, param_dtype=dtype, rngs=rngs), nnx.tanh]
     return nnx.split(nnx.Sequential(*layers[:-1]))
 
 
