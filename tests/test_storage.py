@@ -80,8 +80,8 @@ def test_factors_of_psgd_move_by_less_than_half_of_their_last_bit():
         return np.mean([q.trace(axis1=1, axis2=2).mean() / q.shape[1] for q in wide])
 
     found, exact = (mean_diagonal(run("kron_psgd", **own)) for own in (STOCHASTIC, {}))
-    # They start at one, and of 20 random walks the mean errs by 1e-3.
-    assert abs(found - exact) < 0.003 < 1 - exact
+    # They start at one. Of 20 random walks, 5e-3 each, the mean errs by 1e-3.
+    assert 0.5 * (1 - exact) < 1 - found < 2 * (1 - exact)
 
 
 def test_roundings_are_those_of_the_seed():

@@ -106,9 +106,9 @@ class Blockwise(Layout):
                 return decay * m.astype(g.dtype) + (1 - decay) * g
 
             average = jax.tree.map(move, limited.rescaled(state.momentum), gradients)
-            key = frame.key_of_rounding(state)
+            drawn = frame.random_bits(state)
             stored = {
-                label: storage.store(m, state.momentum[label], key, f"momentum {label}", share)
+                label: storage.store(m, state.momentum[label], drawn, f"momentum {label}", share)
                 for label, m in average.items()
             }
         # A gradient that is not finite shows in the average, and in its squares if those are kept.

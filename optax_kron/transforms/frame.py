@@ -121,12 +121,13 @@ class Frame:
             return validation.key_data(self.seed)
         return key
 
-    def key_of_rounding(self, state: KronState) -> Array | None:
-        """Raw key of the stochastic roundings of a step; `None`: all are to nearest."""
+    def random_bits(self, state: KronState) -> Array | None:
+        """Those of the stochastic roundings of a step; `None`: all are to nearest."""
         if self.rounding == "nearest":
             return None
         assert state.key is not None  # `_init_key` makes one
-        return storage.key_of_step(state.key, state.count)
+        stored = state.momentum, state.stacks
+        return storage.random_bits(state.key, state.count, stored, self.share)
 
     def update(
         self, updates: PyTree, state: KronState, params: PyTree | None = None, **extra_args: PyTree
@@ -299,7 +300,7 @@ class Frame:
         """What holds of a step, and what the blocks see of it."""
         share = self.share
         count = state.count + before.finite.astype(jnp.int32)
-        step = Step(count, before.finite, share, self.key_of_rounding(state))
+        step = Step(count, before.finite, share, self.random_bits(state))
 
         def see(label, x):
             sizes = self.layout.sizes(plan, label)

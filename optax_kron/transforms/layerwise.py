@@ -235,7 +235,7 @@ class Layerwise(Layout):
         if decay is not None:
             old = tuple(velocity)
             made = jax.tree.map(lambda u, v: _times(decay, v.astype(u.dtype)) + u, made, old)
-            velocity = _stored(made, velocity, frame.key_of_rounding(state))
+            velocity = _stored(made, velocity, frame.random_bits(state))
         directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned} | made[1]
         plan.put(directions, frame.share.gathered(made[0]))
         for path, u in others.items():
@@ -261,12 +261,16 @@ class Layerwise(Layout):
 
 
 def _stored(
-    made: tuple[Mapping[str, Array], Mapping[str, Array]], old: Velocity, key: Array | None
+    made: tuple[Mapping[str, Array], Mapping[str, Array]], old: Velocity, drawn: Array | None
 ) -> Velocity:
     """The velocity, of blocks and of the rest, in the dtypes of the old one."""
-    blocks = {k: storage.store(u, old.blocks[k], key, f"momentum {k}") for k, u in made[0].items()}
-    rest = {k: storage.store(u[None], old.rest[k], key, k)[0] for k, u in made[1].items()}
-    return Velocity(blocks, rest)
+
+    def stored(u, v, name):
+        rows = storage.store(u.reshape(u.shape or 1), v, drawn, f"momentum {name}")
+        return rows.reshape(u.shape)
+
+    pairs = zip(made, old, strict=True)
+    return Velocity(*({k: stored(u, x[k], k) for k, u in tree.items()} for tree, x in pairs))
 
 
 # The arguments of `layerwise`.

@@ -91,7 +91,7 @@ class Step(NamedTuple):
     count: Int[Array, ""]  # pyright: ignore
     accepted: Bool[Array, ""]  # whether the gradients are finite: else nothing may change
     share: Share = ALONE  # which of the blocks are on this device
-    rounding: Array | None = None  # raw key of stochastic roundings; None: all are to nearest
+    random_bits: Array | None = None  # of stochastic roundings; None: all are to nearest
 
     def averaged(
         self,
@@ -100,8 +100,8 @@ class Step(NamedTuple):
         names: Sequence[str],
         label: str,
     ) -> tuple[Any, ...]:
-        """`storage.averaged`, with the key of the step."""
-        return storage.averaged(move, stack, names, self.rounding, label, self.share)
+        """`storage.averaged`, with the random bits of the step."""
+        return storage.averaged(move, stack, names, self.random_bits, label, self.share)
 
 
 class Seen(NamedTuple):
@@ -354,7 +354,7 @@ class Preconditioner:
             lambda stacks, operands: rebuild(operands[0]).refresh_all(stacks, operands[1]),
             chosen,
             self.refreshed,
-            (arrays, step),
+            (arrays, step._replace(random_bits=None)),
             {label: (x.filled, x.direction[0].size) for label, x in seen.items()},
             step.count,
             share=step.share,
