@@ -47,7 +47,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks soak clean
+.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -117,6 +117,9 @@ bench-minibatches: $(VENV)/.installed-examples ## K-FAC and EKFAC on minibatches
 
 bench-outliers: $(VENV)/.installed-examples ## What one outlier among the gradients costs every optimizer
 	$(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)
+
+bench-rounding: $(VENV)/.installed-examples ## State of 16 bits: losses of the digits autoencoder; bytes and times
+	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/rounding.py $(ARGS)
 
 bench-influence: $(VENV)/.installed-examples ## Influence scores beside training without some images
 	@mkdir -p out

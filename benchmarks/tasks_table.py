@@ -1,5 +1,6 @@
 """The tables of `tasks.py`, from the figures of its runs."""
 
+import itertools
 import math
 
 from rich import box
@@ -28,8 +29,8 @@ def untuned(runs: Runs) -> dict:
 
 def steps_to(run: dict, target: float) -> float:
     """Returns when a loss was first reached, between evaluations on a line; infinite if never."""
-    points = list(zip(run["steps"], run["losses"], strict=True))
-    for (start, before), (end, after) in zip(points, points[1:], strict=False):
+    points = zip(run["steps"], run["losses"], strict=True)
+    for (start, before), (end, after) in itertools.pairwise(points):
         if after is not None and after <= target:
             if before is None or before <= after:
                 return end

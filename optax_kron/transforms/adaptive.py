@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
 
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.plan import check_layers
@@ -72,6 +73,8 @@ def adaptive_kfac(
     fallback: optax.GradientTransformation | None = None,
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC that tunes itself: no learning rate, no momentum and no damping to choose.
@@ -185,6 +188,8 @@ def adaptive_ekfac(
     fallback: optax.GradientTransformation | None = None,
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC that tunes itself: no learning rate, no momentum and no damping to choose.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
 from optax_kron.kernels import contract
-from optax_kron.transforms import exchange, program, validation
+from optax_kron.transforms import exchange, program, storage, validation
 from optax_kron.transforms.exchange import Route
 from optax_kron.transforms.frame import Frame
 from optax_kron.transforms.layout import After, Before, Layout
@@ -96,22 +96,27 @@ class Blockwise(Layout):
         finite: Bool[Array, ""],
     ) -> Before:
         """See `Layout`: the momentum `m ← βm + (1 − β)g`, and `m / (1 − βᵗ)` as the direction."""
-        compute = frame.compute_dtype
+        compute, share = frame.compute_dtype, frame.share
         limited = frame.limit(given, state, "gradients")
         gradients, decay = limited.blocks, self.momentum
-        average = None
+        average = stored = None
         if decay is not None:
 
             def move(m, g):
-                return (decay * m.astype(g.dtype) + (1 - decay) * g).astype(m.dtype)
+                return decay * m.astype(g.dtype) + (1 - decay) * g
 
             average = jax.tree.map(move, limited.rescaled(state.momentum), gradients)
+            drawn = frame.random_bits(state)
+            stored = {
+                label: storage.store(m, state.momentum[label], drawn, f"momentum {label}", share)
+                for label, m in average.items()
+            }
         # A gradient that is not finite shows in the average, and in its squares if those are kept.
-        shown = gradients if average is None and not frame.method.keeps_squares else average
+        shown = gradients if stored is None and not frame.method.keeps_squares else stored
         finite = all_finite(shown)
         if frame.method.keeps_squares:
             finite &= _squares_fit(given)
-        finite = frame.share.all(finite)
+        finite = share.all(finite)
         direction = gradients
         if decay is not None and average is not None and not validation.is_off(decay):
             count = state.count + finite.astype(jnp.int32)
@@ -120,7 +125,7 @@ class Blockwise(Layout):
                 label: m.astype(contract.complex_like(compute, jnp.iscomplexobj(m))) / divisor
                 for label, m in average.items()
             }
-        return Before(given, limited, direction, finite, average)
+        return Before(given, limited, direction, finite, stored)
 
     def bound(self, plan: BlockPlan, frame: Frame, before: Before, updates: Blocks) -> Blocks:
         """See `Layout`: the updates of each parameter keep to the caps."""

@@ -24,7 +24,7 @@ from optax_kron.layers.spectra import eigenvalues_of_member, seen_blocks
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import outliers, program, validation
 from optax_kron.transforms.factors import FACTOR_SETTINGS, KfacStack, LayerFactors, check_factors
-from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.frame import STORAGE_SETTINGS, transformation
 from optax_kron.transforms.kfac import identity_bases
 from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import (
@@ -169,22 +169,13 @@ class Ekfac(LayerFactors):
         """See `LayerFactors`: the eigenvalues take in what the layers saw."""
         corrected, failed, strange = dict(stacks), [], []
         for label, (values, seen) in looked.items():
-            stack, old = stacks[label], stacks[label].inverse
-            rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
-            trace = jnp.sum(values, axis=(1, 2))
-            before, values, last, found = outliers.limit_moments(
-                old.values,
-                values,
-                trace,
-                None if stack.usual is None else stack.usual[2],
-                self.outlier_clip,
-            )
+            stack = stacks[label]
             wanted = step.accepted & seen & stack.initialized
-            new = {"values": blend(before, values, rate), "known": jnp.ones_like(old.known)}
-            finite = jnp.isfinite(trace)  # of squares, which need not be read again
-            if old.values.dtype != decay.dtype:  # in which they may overflow
-                finite &= finite_blocks([new["values"]])
-            spectrum, missed = guarded(old, Change(new, wanted, finite))
+            usual = None if stack.usual is None else stack.usual[2]
+            move = functools.partial(self._average, values, decay, usual, wanted)
+            spectrum, missed, last, found = step.averaged(
+                move, stack.inverse, ("values",), f"values {label}"
+            )
             fields = {"inverse": spectrum}
             moved = wanted & ~missed
             if stack.usual is not None:
@@ -194,6 +185,19 @@ class Ekfac(LayerFactors):
             failed.append(missed)
             strange.append(moved & found)
         return corrected, total(failed), any_block(strange)
+
+    def _average(self, values, decay, usual, wanted, old):
+        """A spectrum whose eigenvalues have taken in others; and what is usual, and outliers."""
+        rate = jnp.where(old.known, decay, 0)  # the first ones are taken as they are
+        trace = jnp.sum(values, axis=(1, 2))
+        before, values, usual, found = outliers.limit_moments(
+            old.values, values, trace, usual, self.outlier_clip
+        )
+        new = {"values": blend(before, values, rate), "known": jnp.ones_like(old.known)}
+        finite = jnp.isfinite(trace)  # of squares, which need not be read again
+        if old.values.dtype != decay.dtype:  # in which they may overflow
+            finite &= finite_blocks([new["values"]])
+        return *guarded(old, Change(new, wanted, finite)), usual, found
 
     def precondition(
         self, stack: KfacStack, seen: Seen, step: Step
@@ -237,6 +241,8 @@ def scale_by_ekfac(
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale gradients by EKFAC: no weight decay, no learning rate, no sign flip.
@@ -278,6 +284,8 @@ def scale_by_ekfac(
         `scale_by_kfac`; the eigenvalues are cut with it.
       factor_dtype: real dtype of the stored factors, bases and eigenvalues.
       momentum_dtype: dtype of the stored momentum.
+      rounding: of averages stored in 16 bits, also the eigenvalues.
+      seed: for stochastic rounding.
       precision: of the matrix products.
 
     Returns:
@@ -323,7 +331,7 @@ def named_ekfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransf
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Ekfac(**factors, **{name: of[name] for name in own})
     layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})
-    return transformation(owner, method, layout, of["outlier_clip"], of["factor_dtype"])
+    return transformation(owner, method, layout, **{name: of[name] for name in STORAGE_SETTINGS})
 
 
 def ekfac(
@@ -349,6 +357,8 @@ def ekfac(
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC: natural gradient descent with eigenvalues of their own in K-FAC's eigenbasis.

@@ -26,6 +26,7 @@ from optax_kron.layers.moments import moments_of_blocks, moments_of_uses
 from optax_kron.layers.plan import LayerPlan, Member, factor_shape
 from optax_kron.layers.taps import Tap, Taps
 from optax_kron.transforms import mesh, outliers, program, validation
+from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.preconditioner import (
     Advanced,
     KronState,
@@ -38,15 +39,6 @@ from optax_kron.transforms.preconditioner import (
     total,
 )
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
-from optax_kron.transforms.stacks import (
-    Change,
-    all_finite,
-    blend,
-    finite_blocks,
-    finite_rows,
-    guarded,
-    largest_of_blocks,
-)
 
 
 class KfacStack(NamedTuple):
@@ -249,7 +241,7 @@ class LayerFactors(Preconditioner):
         def observe():
             return extra if isinstance(extra, Observed) else self.observe(plan, extra, dtype)
 
-        take = functools.partial(self._take, observe, weight, moving)
+        take = functools.partial(self._take, observe, weight, moving, step)
         if self._takes_every_step:
             taken = take(stacks)  # a branch copies the state
         else:
@@ -354,14 +346,14 @@ class LayerFactors(Preconditioner):
                 # No entry of a second moment is larger than those on its diagonal.
                 rows += [kfac.diagonal_rows(x) for x in both]
             else:
-                rows += [largest_of_blocks(x)[:, None] for x in both]
-        checks = finite_rows(rows)
+                rows += [blocks.largest_of_blocks(x)[:, None] for x in both]
+        checks = blocks.finite_rows(rows)
         finite = dict(zip(moments, map(jnp.logical_and, checks[::2], checks[1::2]), strict=True))
         # Taps that are not finite show in their moments; where these are, they need not be read.
         taps_finite = flow.cond(
             jnp.all(jnp.concatenate(list(finite.values()))),
             lambda: jnp.ones([], bool),
-            lambda: all_finite(used),
+            lambda: blocks.all_finite(used),
         )
         return Observed(moments, seen, finite, taps_finite)
 
@@ -370,19 +362,25 @@ class LayerFactors(Preconditioner):
         observe: Callable[[], Observed],
         decay: Float[Array, ""],
         allowed: Bool[Array, ""],
+        step: Step,
         stacks: Stacks,
     ) -> Taken:
         """Average what the layers saw into the factors."""
         observed = observe()
         new, failed, strange = {}, [], []
         for label, stack in stacks.items():
-            fields, finite, outlying = self._blend(stack, label, observed, decay)
             wanted = allowed & observed.taps_finite & observed.seen[label]
-            new[label], missed = guarded(stack, Change(fields, wanted, finite))
-            moved = wanted & ~missed
-            new[label] = new[label]._replace(initialized=stack.initialized | moved)
+
+            def move(stack, label=label, wanted=wanted):
+                fields, finite, outlying = self._blend(stack, label, observed, decay)
+                new, missed = blocks.guarded(stack, blocks.Change(fields, wanted, finite))
+                initialized = stack.initialized | (wanted & ~missed)
+                return new._replace(initialized=initialized), missed, outlying
+
+            names = "input_factor", "output_factor"
+            new[label], missed, outlying = step.averaged(move, stack, names, label)
             failed.append(missed)
-            strange.append(moved & outlying)
+            strange.append(wanted & ~missed & outlying)
         return Taken(new, total(failed), observed.taps_finite, any_block(strange))
 
     def _blend(
@@ -399,12 +397,12 @@ class LayerFactors(Preconditioner):
             old, moment, after, found = outliers.limit_moments(
                 old, packed.keep_factors(moment), trace, before, self.outlier_clip
             )
-            factors.append(blend(old, moment, rate))
+            factors.append(blocks.blend(old, moment, rate))
             if after is not None:
                 usual[i] = after
             strange |= found
         if stack.input_factor.dtype != decay.dtype:  # in which they may overflow
-            finite &= finite_blocks(factors)
+            finite &= blocks.finite_blocks(factors)
         fields = {"input_factor": factors[0], "output_factor": factors[1]}
         if stack.usual is not None:
             fields["usual"] = tuple(usual)

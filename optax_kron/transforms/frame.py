@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PyTree
 
 from optax_kron.kernels import contract
-from optax_kron.transforms import exchange, mesh, outliers, program, validation
+from optax_kron.transforms import exchange, mesh, outliers, program, storage, validation
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import ALONE, WHOLE, Share, Spec
 from optax_kron.transforms.preconditioner import (
@@ -50,6 +50,8 @@ class Frame:
       outlier_clip: How many times a block's usual norm is an outlier, or `None`.
       factor_dtype: Real dtype of the factors; `None`: as precise as the parameters, but at least
         float32.
+      rounding: How averages of fewer than 32 bits are stored, "nearest" or "stochastic".
+      seed: Of stochastic roundings, where the method has no key of its own.
       share: Which blocks are on a device.
     """
 
@@ -58,6 +60,8 @@ class Frame:
     layout: Layout
     outlier_clip: ArrayLike | None
     factor_dtype: jnp.dtype | None
+    rounding: str = "nearest"
+    seed: int | Array = 0
     share: Share = ALONE
 
     @property
@@ -106,10 +110,24 @@ class Frame:
             usual_norms=None if self.outlier_clip is None else for_tree(plan, usual_norms),
             stacks=for_each_stack(plan, stack),
             schedule=self.method.init_schedule(),
-            key=self.method.init_key(),
+            key=self._init_key(),
             fallback=None,
             **self.layout.init(plan, params),
         )
+
+    def _init_key(self) -> Array | None:
+        key = self.method.init_key()
+        if key is None and self.rounding == "stochastic":
+            return validation.key_data(self.seed)
+        return key
+
+    def random_bits(self, state: KronState) -> Array | None:
+        """Those of the stochastic roundings of a step; `None`: all are to nearest."""
+        if self.rounding == "nearest":
+            return None
+        assert state.key is not None  # `_init_key` makes one
+        stored = state.momentum, state.stacks
+        return storage.random_bits(state.key, state.count, stored, self.share)
 
     def update(
         self, updates: PyTree, state: KronState, params: PyTree | None = None, **extra_args: PyTree
@@ -128,7 +146,8 @@ class Frame:
         # Gradients may be of another dtype than the parameters, of which a state may hold nothing.
         kept = jax.tree.leaves(stacks) or jax.tree.leaves(state.momentum)
         precise = self._as_precise_as(kept or (updates if params is None else params))
-        now = dataclasses.replace(precise, method=method, layout=layout, share=share)
+        # Without what `init` alone reads, so that seeds share a program.
+        now = dataclasses.replace(precise, method=method, layout=layout, share=share, seed=0)
         extra = method.read(plan, updates, state, extra_args)
         rest, others, fallback = None, {}, state.fallback
         if layout.has_fallback:
@@ -281,7 +300,8 @@ class Frame:
     def _see(self, plan, before, state):
         """What holds of a step, and what the blocks see of it."""
         share = self.share
-        step = Step(state.count + before.finite.astype(jnp.int32), before.finite, share)
+        count = state.count + before.finite.astype(jnp.int32)
+        step = Step(count, before.finite, share, self.random_bits(state))
 
         def see(label, x):
             sizes = self.layout.sizes(plan, label)
@@ -316,19 +336,28 @@ def _specs_of_blocks(cut: Spec) -> tuple[Before, Advanced]:
     return before, Advanced(cut, cut, *[WHOLE] * 5, usual_norms=cut)
 
 
+# The arguments of `transformation` that are settings of optimizers.
+STORAGE_SETTINGS = ("outlier_clip", "factor_dtype", "rounding", "seed")
+
+
 def transformation(
     owner: str,
     method: Preconditioner,
     layout: Layout,
     outlier_clip: ArrayLike | None,
     factor_dtype: DTypeLike | None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of an optimizer; arguments as `Frame`.
 
     Raises:
-      ValueError: for an `outlier_clip` below one, or a dtype that is not real floating-point.
+      ValueError: for an `outlier_clip` below one, a dtype that is not real floating-point, another
+        rounding, or a seed that is neither an integer nor a key.
     """
     outliers.check(owner, outlier_clip)
+    validation.check_choice(owner, "rounding", rounding, storage.ROUNDINGS)
+    validation.check_seed(owner, seed)
     dtype = validation.real_factor_dtype(owner, factor_dtype)
-    made = Frame(owner, method, layout, outlier_clip, dtype)
+    made = Frame(owner, method, layout, outlier_clip, dtype, rounding, seed)
     return program.transformation(made.init, made.update)

@@ -16,7 +16,7 @@ from optax_kron.kernels import kfac as kernels
 from optax_kron.layers.layer import Layer
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.factors import FACTOR_SETTINGS, KfacStack, LayerFactors, check_factors
-from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.frame import STORAGE_SETTINGS, transformation
 from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import Seen, Stacks, Step, separated
 from optax_kron.transforms.stacks import Change, guarded, map_blocks
@@ -171,6 +171,8 @@ def scale_by_kfac(
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale gradients by K-FAC: no weight decay, no learning rate, no sign flip.
@@ -232,6 +234,9 @@ def scale_by_kfac(
       factor_dtype: real dtype of the stored factors and inverses. `None`: as precise as the
         parameters, but at least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
+      rounding: of averages stored in 16 bits: to the "nearest" number, or "stochastic", up or down
+        at random, so that small changes add up.
+      seed: an integer or a PRNG key, for stochastic rounding.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -293,7 +298,7 @@ def named_kfac(owner: str, settings: Mapping[str, Any]) -> optax.GradientTransfo
     factors = check_factors(owner, **{name: of[name] for name in FACTOR_SETTINGS})
     method = Kfac(**factors, **{name: of[name] for name in own})
     layout = layerwise(owner, **{name: of[name] for name in LAYER_SETTINGS})
-    return transformation(owner, method, layout, of["outlier_clip"], of["factor_dtype"])
+    return transformation(owner, method, layout, **{name: of[name] for name in STORAGE_SETTINGS})
 
 
 def kfac(
@@ -318,6 +323,8 @@ def kfac(
     block_size: int | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: natural gradient descent with a Kronecker-factored curvature of each layer.

@@ -173,14 +173,15 @@ class KronPsgd(base.Preconditioner):
             if not self.is_newton:
                 masks = [step.share.own(plan.mask(label)) for label in plan.stacks]
                 noise = dict(zip(plan.stacks, probes.noise(drawn, shapes, masks), strict=True))
-                return *self._update(plan, stacks, seen, noise, rows, balance_due), (None, False)
+                updated = self._update(plan, stacks, seen, noise, rows, balance_due, step)
+                return *updated, (None, False)
             given: PyTree = extra() if callable(extra) else extra
             alone = step.share.is_alone  # else they are blocks already
             probe, product = (plan.split(x, dtype) if alone else x for x in given)
             limited = outliers.limit(product, usual, self.outlier_clip)
             stacks = limited.rescaled_stacks(self, stacks, due)
             fits = {k: x._replace(gradient=limited.blocks[k]) for k, x in seen.items()}
-            done = self._update(plan, stacks, fits, probe, rows, balance_due)
+            done = self._update(plan, stacks, fits, probe, rows, balance_due, step)
             return *done, (limited.usual, limited.found)
 
         def keep(stacks):
@@ -196,7 +197,7 @@ class KronPsgd(base.Preconditioner):
         failed = step.share.sum(failures)
         return base.Advanced(stacks, updates, failed, due, step.accepted, schedule, found, norms)
 
-    def _update(self, plan, stacks, seen, all_probes, rows, balance_due):
+    def _update(self, plan, stacks, seen, all_probes, rows, balance_due, step):
         """The stacks after one update, how many blocks have failed, and `P·m`."""
         new, failed, updates = {}, [], {}
         for label, stack in stacks.items():
@@ -211,10 +212,13 @@ class KronPsgd(base.Preconditioner):
                 return block, missed, self._from_factors(block.factors, direction)
 
             # The cache is no part of it: it is formed at the next step without an update.
-            given = stack._replace(preconditioner=None), fitted, own.direction
-            done, missed, updates[label] = blocks.map_blocks(stack.factors)(
-                update, *given, probe if shared is None else None, own.sizes
-            )
+            operands = fitted, own.direction, probe if shared is None else None, own.sizes
+
+            def move(stack, update=update, operands=operands):
+                return blocks.map_blocks(stack.factors)(update, stack, *operands)
+
+            given = stack._replace(preconditioner=None)
+            done, missed, updates[label] = step.averaged(move, given, ("factors",), label)
             new[label] = done._replace(preconditioner=stack.preconditioner)
             failed.append(missed)
         return new, base.total(failed), updates
@@ -286,6 +290,7 @@ def scale_by_kron_psgd(
     cache_preconditioner: bool | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
     precision: jax.lax.PrecisionLike = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -322,8 +327,9 @@ def scale_by_kron_psgd(
       factor_dtype: real dtype of the stored factors. `None`: as precise as the parameters, but at
         least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
+      rounding: of factors and momentum stored in 16 bits, "nearest" or "stochastic".
       precision: of the matrix products, as in `jax.lax.dot_general`.
-      seed: an integer or a PRNG key; the noise of the fit is drawn from it.
+      seed: an integer or a PRNG key; the noise of the fit and roundings are drawn from it.
 
     Returns:
       A transformation. Its `update(grads, state, params=None, *, hvp_fn=None)` returns updates with
@@ -354,7 +360,7 @@ def scale_by_kron_psgd(
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
     arXiv:2402.11858.
     """
-    owner = "kron_psgd"
+    arguments = dict(locals(), owner=(owner := "kron_psgd"))
     check = functools.partial(validation.check_range, owner)
     check("precond_lr", precond_lr, most=1, open_left=True, open_right=True, schedule=True)
     validation.check_choice(owner, "geometry", geometry, psgd.GEOMETRIES)
@@ -364,23 +370,16 @@ def scale_by_kron_psgd(
     check("init_scale", init_scale, open_left=True, optional=True)
     validation.check_switch(owner, "cache_preconditioner", cache_preconditioner, optional=True)
     validation.check_seed(owner, seed)
-    chance = update_probability_schedule() if update_probability is None else update_probability
+    if update_probability is None:
+        arguments["update_probability"] = update_probability_schedule()
+    own = {field.name for field in dataclasses.fields(KronPsgd)} & set(arguments)
     method = KronPsgd(
-        owner=owner,
-        geometry=geometry,
-        criterion=criterion,
-        precond_lr=precond_lr,
-        update_probability=chance,
-        damping=damping,
-        init_scale=init_scale,
         has_init_scale=init_scale is not None,
         cache=geometry != "EQ" if cache_preconditioner is None else bool(cache_preconditioner),
-        outlier_clip=outlier_clip,
-        precision=precision,
-        seed=seed,
+        **{name: arguments[name] for name in own},
     )
     layout = blockwise(owner, blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
-    return transformation(owner, method, layout, outlier_clip, factor_dtype)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype, rounding, seed)
 
 
 def kron_psgd(
@@ -402,6 +401,7 @@ def kron_psgd(
     cache_preconditioner: bool | None = None,
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
     precision: jax.lax.PrecisionLike = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:

@@ -23,7 +23,7 @@ from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import by_path, map_by_path
 from optax_kron.layers.plan import LayerPlan, check_layers, plan_layers
 from optax_kron.layers.taps import Moments, Tap, Taps
-from optax_kron.transforms import program, validation
+from optax_kron.transforms import program, storage, validation
 from optax_kron.transforms.frame import Frame
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import Share, Spec
@@ -235,7 +235,7 @@ class Layerwise(Layout):
         if decay is not None:
             old = tuple(velocity)
             made = jax.tree.map(lambda u, v: _times(decay, v.astype(u.dtype)) + u, made, old)
-            velocity = Velocity(*jax.tree.map(lambda u, v: u.astype(v.dtype), made, old))
+            velocity = _stored(made, velocity, frame.random_bits(state))
         directions = {path: jnp.zeros_like(gradients[path]) for path in plan.owned} | made[1]
         plan.put(directions, frame.share.gathered(made[0]))
         for path, u in others.items():
@@ -258,6 +258,19 @@ class Layerwise(Layout):
         if isinstance(constraint, str):
             constraint, rate = AUTO_NORM * weight, 1.0
         return norm_constraint_scale(pairs, rate, constraint, dtype)
+
+
+def _stored(
+    made: tuple[Mapping[str, Array], Mapping[str, Array]], old: Velocity, drawn: Array | None
+) -> Velocity:
+    """The velocity, of blocks and of the rest, in the dtypes of the old one."""
+
+    def stored(u, v, name):
+        rows = storage.store(u.reshape(u.shape or 1), v, drawn, f"momentum {name}")
+        return rows.reshape(u.shape)
+
+    pairs = zip(made, old, strict=True)
+    return Velocity(*({k: stored(u, x[k], k) for k, u in tree.items()} for tree, x in pairs))
 
 
 # The arguments of `layerwise`.

@@ -31,7 +31,7 @@ WHOLE: Spec = explicit.WHOLE  # the same on all devices
 ANY: Spec = PartitionSpec(PartitionSpec.UNCONSTRAINED)  # as the compiler likes
 
 # Of NumPy, as it is known without a mesh; on one the rows of a device are an array of JAX.
-Table = TypeVar("Table", bound=np.ndarray | None)
+Table = TypeVar("Table", bound=np.ndarray | Array | None)
 
 
 @jax.tree_util.register_static

@@ -13,7 +13,8 @@
 The update is made by `precondition`. `frame.Frame` calls the verbs, with gradients that are finite.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from optax_kron.kernels import contract
-from optax_kron.transforms import program
+from optax_kron.transforms import program, storage
 from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.schedule import Refreshed, RefreshSchedule
 
@@ -52,7 +53,8 @@ class KronState(NamedTuple):
         of their blocks likewise and of the rest by path. `None` without momentum.
       stacks: What the optimizer keeps, by kind of block; an array for a tree without leaves.
       schedule: What decides on the next refresh, beside `count`; `None` if nothing does.
-      key: Raw PRNG key, uint32 [2], which never changes; `None` where nothing is random.
+      key: Raw PRNG key, uint32 [2], which never changes; `None` where nothing is random. With
+        `rounding="stochastic"` there always is one.
       layers: What is kept of the loss of layers; `None` for optimizers of gradients alone.
       fallback: State of the fallback for parameters in no layer, or `None`.
 
@@ -89,6 +91,17 @@ class Step(NamedTuple):
     count: Int[Array, ""]  # pyright: ignore
     accepted: Bool[Array, ""]  # whether the gradients are finite: else nothing may change
     share: Share = ALONE  # which of the blocks are on this device
+    random_bits: Array | None = None  # of stochastic roundings; None: all are to nearest
+
+    def averaged(
+        self,
+        move: Callable[[AnyStack], tuple[Any, ...]],
+        stack: AnyStack,
+        names: Sequence[str],
+        label: str,
+    ) -> tuple[Any, ...]:
+        """`storage.averaged`, with the random bits of the step."""
+        return storage.averaged(move, stack, names, self.random_bits, label, self.share)
 
 
 class Seen(NamedTuple):
@@ -133,6 +146,8 @@ class Preconditioner:
     Attributes:
       schedule: When blocks are refreshed.
       refreshed: The fields of a stack that a refresh replaces.
+      accumulated: The fields that `accumulate` averages: stored in few bits, they may be rounded
+        stochastically.
       refreshes_first: Whether refreshes come before the update of their step, or after it.
       keeps_squares: Whether what is kept is made of squares of gradients, which must be finite.
       looks_twice: Whether what is refreshed decides what `advance` takes of the extra arguments; it
@@ -144,6 +159,7 @@ class Preconditioner:
 
     schedule: RefreshSchedule  # of those that refresh anything
     refreshed: ClassVar[tuple[str, ...]] = ()
+    accumulated: ClassVar[tuple[str, ...]] = ()
     refreshes_first: ClassVar[bool] = True
     keeps_squares: ClassVar[bool] = True
     looks_twice: ClassVar[bool] = False
@@ -291,7 +307,8 @@ class Preconditioner:
         del plan, state, extra
         before, failed, taken = stacks, [], {}
         for label, stack in stacks.items():
-            taken[label], missed = self.accumulate(stack, seen[label], step)
+            move = functools.partial(self.accumulate, seen=seen[label], step=step)
+            taken[label], missed = step.averaged(move, stack, self.accumulated, label)
             failed.append(missed)
         newly = {k: taken[k].initialized & ~x.initialized for k, x in before.items()}
         seen = {label: x._replace(newly=newly[label]) for label, x in seen.items()}
@@ -347,7 +364,7 @@ class Preconditioner:
             lambda stacks, operands: rebuild(operands[0]).refresh_all(stacks, operands[1]),
             chosen,
             self.refreshed,
-            (arrays, step),
+            (arrays, step._replace(random_bits=None)),
             {label: (x.filled, x.direction[0].size) for label, x in seen.items()},
             step.count,
             share=step.share,

@@ -76,6 +76,7 @@ class Shampoo(Preconditioner):
     precision: jax.lax.PrecisionLike
 
     refreshed: ClassVar[tuple[str, ...]] = ("roots",)
+    accumulated: ClassVar[tuple[str, ...]] = ("statistics",)
 
     def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> ShampooStack:
         """See `Preconditioner`: statistics of zero, roots of the identity."""
@@ -265,6 +266,8 @@ def scale_by_shampoo(
     blocking: Blocking = Blocking(block_size=1024, max_cut=8192),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale gradients by Shampoo: no learning rate, no weight decay, no sign flip.
@@ -306,6 +309,9 @@ def scale_by_shampoo(
       factor_dtype: real dtype of statistics and roots. `None`: as precise as the parameters, but at
         least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
+      rounding: of averages stored in 16 bits: to the "nearest" number, or "stochastic", up or down
+        at random, so that small changes add up.
+      seed: an integer or a PRNG key, for stochastic rounding.
       precision: of the matrix products, but for those of the roots, which take the highest.
 
     Returns:
@@ -368,7 +374,7 @@ def scale_by_shampoo(
         precision=precision,
     )
     layout = blockwise(owner, blocking, momentum, momentum_dtype)
-    return transformation(owner, method, layout, outlier_clip, factor_dtype)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype, rounding, seed)
 
 
 def shampoo(
@@ -392,6 +398,8 @@ def shampoo(
     blocking: Blocking = Blocking(block_size=1024, max_cut=8192),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo: gradients preconditioned by inverse roots of their second moments along each axis.

@@ -60,6 +60,7 @@ class Soap(base.Preconditioner):
     precision: jax.lax.PrecisionLike
 
     refreshed: ClassVar[tuple[str, ...]] = ("bases", "values", "second_moment")
+    accumulated: ClassVar[tuple[str, ...]] = ("statistics", "values")
     # The statistics of a step serve the next one, so that its update need not wait for the bases.
     refreshes_first: ClassVar[bool] = False
 
@@ -291,6 +292,8 @@ def scale_by_soap(
     blocking: Blocking = Blocking(),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale gradients by SOAP or a variant: no learning rate, no weight decay, no sign flip.
@@ -326,6 +329,9 @@ def scale_by_soap(
       factor_dtype: real dtype of statistics and bases. `None`: as precise as the parameters, but at
         least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
+      rounding: of averages stored in 16 bits: to the "nearest" number, or "stochastic", up or down
+        at random, so that small changes add up.
+      seed: an integer or a PRNG key, for stochastic rounding.
       precision: of the matrix products.
 
     Returns:
@@ -362,7 +368,7 @@ def scale_by_soap(
     Sources: Vyas et al. (2024), arXiv:2409.11321; for the KL variants, Lin et al. (2025),
     arXiv:2509.03378.
     """
-    owner = "soap"
+    arguments, owner = dict(locals()), "soap"
     check = validation.check_range
     validation.check_choice(owner, "variant", variant, VARIANTS)
     check(owner, "decay", decay, most=1, open_right=True)
@@ -370,19 +376,11 @@ def scale_by_soap(
     check(owner, "eps", eps)
     check(owner, "relative_damping", relative_damping, most=1)
     validation.check_choice(owner, "basis", basis, BASES)
-    method = Soap(
-        schedule=refresh_schedule(owner, refresh_every, stagger),
-        variant=variant,
-        momentum=momentum,
-        decay=decay,
-        b2=b2,
-        eps=eps,
-        relative_damping=relative_damping,
-        basis=basis,
-        precision=precision,
-    )
+    own = ("variant", "momentum", "decay", "b2", "eps", "relative_damping", "basis", "precision")
+    schedule = refresh_schedule(owner, refresh_every, stagger)
+    method = Soap(schedule, **{name: arguments[name] for name in own})
     layout = blockwise(owner, blocking, momentum, momentum_dtype)
-    return transformation(owner, method, layout, outlier_clip, factor_dtype)
+    return transformation(owner, method, layout, outlier_clip, factor_dtype, rounding, seed)
 
 
 def soap(
@@ -403,6 +401,8 @@ def soap(
     blocking: Blocking = Blocking(),
     factor_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | Array = 0,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: Adam in the eigenbasis of Shampoo's statistics.

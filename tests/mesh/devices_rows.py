@@ -147,3 +147,21 @@ def test_updates_are_those_of_one_device(row, kind):
     if row.name != "branch_kfac":  # which keeps nothing of blocks
         rows = jax.tree.leaves(optax.tree.get(state, "stacks"))
         assert all(len(x) == 8 * len(x.addressable_shards[0].data) for x in rows)
+
+
+def test_roundings_are_those_of_one_device():
+    """Of four blocks there are eight on the mesh, as stacks are filled up."""
+    storage = {"factor_dtype": jnp.bfloat16, "momentum_dtype": jnp.bfloat16}
+    tx = ok.scale_by_shampoo(grafting=None, rounding="stochastic", **storage)
+    params, mesh = {k: problem().params[k] for k in ("a", "b", "c", "out")}, mesh_of("explicit")
+
+    def trained(grads):
+        state = jax.jit(tx.update)(grads, jax.jit(tx.init)(grads))[1]
+        return jax.device_get((state.momentum["8x8"], state.stacks["8x8"].statistics))
+
+    expected = trained(params)
+    with jax.set_mesh(mesh):
+        found = trained(place(mesh, params, SPECS["explicit"]))
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(one, other[: len(one)])
