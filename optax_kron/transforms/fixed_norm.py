@@ -180,7 +180,10 @@ class FixedNorm:
         other = rate if other is None else _at(other, state.count)
         lists = map(jax.tree.leaves, (directions, params, state.norms))
         told = self.blocking.count_stacked(params), self._wanted(params)
-        steps = [self._step(*leaves, rate, other) for leaves in zip(*lists, *told, strict=True)]
+        steps = [
+            self._step(u, w, norm, stacked, wanted, rate, other)
+            for u, w, norm, stacked, wanted in zip(*lists, *told, strict=True)
+        ]
         accepted = all_finite((directions, steps))
         steps = [jnp.where(accepted, x, 0) for x in steps]
         one = accepted.astype(jnp.int32)
