@@ -74,8 +74,7 @@ class Frame:
         """The frame with a dtype of factors, that of some arrays if none was asked for."""
         if self.factor_dtype is not None:
             return self
-        arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return dataclasses.replace(self, factor_dtype=contract.widest_dtype(arrays))
+        return dataclasses.replace(self, factor_dtype=contract.widest_dtype(_floats(tree)))
 
     def init(self, params: PyTree) -> KronState:
         """The state before the first step."""
@@ -125,8 +124,9 @@ class Frame:
         if not plan.leaves:
             return updates, state._replace(count=state.count + 1)
         method, layout = self.method.at(state), self.layout.at(state)
-        # Gradients may be of another dtype than the parameters.
-        precise = self._as_precise_as(stacks or state.momentum)
+        # Gradients may be of another dtype than the parameters: they count if nothing is kept.
+        kept = [x for x in (stacks, state.momentum) if _floats(x)]
+        precise = self._as_precise_as([*kept, updates][0])
         now = dataclasses.replace(precise, method=method, layout=layout, share=share)
         extra = method.read(plan, updates, state, extra_args)
         rest, others, fallback = None, {}, state.fallback
@@ -306,6 +306,10 @@ class Frame:
             usual = {name: WHOLE if name == "rest" else cut for name in usual}
         momentum = self.layout.momentum_specs(self.share, state.momentum)
         return whole._replace(stacks=cut, usual_norms=usual, momentum=momentum)
+
+
+def _floats(tree: PyTree) -> list[Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _specs_of_blocks(cut: Spec) -> tuple[Before, Advanced]:
