@@ -43,6 +43,7 @@ PAGES = [
     "docs/fixed_norm.md",
     "docs/shampoo.md",
     "docs/soap.md",
+    "docs/orthogonalize.md",
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",
