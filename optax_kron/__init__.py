@@ -18,6 +18,7 @@ from optax_kron.transforms.branch_kfac import (
 from optax_kron.transforms.ekfac import ekfac, scale_by_ekfac
 from optax_kron.transforms.kfac import kfac, scale_by_kfac
 from optax_kron.transforms.kron_psgd import kron_psgd, scale_by_kron_psgd
+from optax_kron.transforms.orthogonalize import orthogonalize
 from optax_kron.transforms.preconditioner import KronState
 from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step
 from optax_kron.transforms.schedule import update_probability_schedule
@@ -50,6 +51,7 @@ __all__ = [
     "kron_psgd",
     "losses",
     "operators",
+    "orthogonalize",
     "quadratic_step",
     "scale_by_branch_kfac",
     "scale_by_ekfac",

@@ -42,6 +42,7 @@ PAGES = [
     "docs/adaptive.md",
     "docs/shampoo.md",
     "docs/soap.md",
+    "docs/orthogonalize.md",
     "docs/branch_kfac.md",
     "docs/operators.md",
     "docs/losses.md",

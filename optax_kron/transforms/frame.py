@@ -74,8 +74,7 @@ class Frame:
         """The frame with a dtype of factors, that of some arrays if none was asked for."""
         if self.factor_dtype is not None:
             return self
-        arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return dataclasses.replace(self, factor_dtype=contract.widest_dtype(arrays))
+        return dataclasses.replace(self, factor_dtype=contract.widest_dtype(_floats(tree)))
 
     def init(self, params: PyTree) -> KronState:
         """The state before the first step."""
@@ -126,7 +125,7 @@ class Frame:
             return updates, state._replace(count=state.count + 1)
         method, layout = self.method.at(state), self.layout.at(state)
         # Gradients may be of another dtype than the parameters, of which a state may hold nothing.
-        kept = jax.tree.leaves(stacks) or jax.tree.leaves(state.momentum)
+        kept = _floats(stacks) or _floats(state.momentum)
         precise = self._as_precise_as(kept or (updates if params is None else params))
         now = dataclasses.replace(precise, method=method, layout=layout, share=share)
         extra = method.read(plan, updates, state, extra_args)
@@ -307,6 +306,10 @@ class Frame:
             usual = {name: WHOLE if name == "rest" else cut for name in usual}
         momentum = self.layout.momentum_specs(self.share, state.momentum)
         return whole._replace(stacks=cut, usual_norms=usual, momentum=momentum)
+
+
+def _floats(tree: PyTree) -> list[Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _specs_of_blocks(cut: Spec) -> tuple[Before, Advanced]:

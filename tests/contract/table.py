@@ -21,6 +21,7 @@ import pytest
 import optax_kron as ok
 
 from .adagrad import adagrad, scale_by_adagrad
+from .muon import muon
 
 # ---------------------------------------------------------------------------------------- problems
 
@@ -409,6 +410,8 @@ def _blockwise(method, name, **kwargs):
     )
 
 
+_MUON = {"momentum": 0.95, "nesterov": True}
+
 ROWS = (
     _psgd("EQ", core=True),
     _psgd("QEP", settings={"geometry": "QEP"}, targets=_QEP_TARGETS),
@@ -465,6 +468,37 @@ ROWS = (
     _blockwise("soap", "eigh", settings={"basis": "eigh", "stagger": True}),
     _blockwise("soap", "kl_shampoo", settings={"variant": "kl_shampoo"}),
     _blockwise("soap", "kl_soap", settings={"variant": "kl_soap"}),
+    # A vector, which is no matrix, gets its gradient.
+    Row(
+        "orthogonalize",
+        muon,
+        ok.orthogonalize,
+        targets={
+            "parabola": Target(0.1, 1000, 1e-3),
+            "least_squares": Target(0.003, 4000, 0.02),
+            "mixed": Target(0.003, 3000, 0.02),
+            "complex_parabola": Target(0.003, 2000, 0.02),
+        },
+        settings=_MUON,
+        tunable=_STACK_TUNABLE,
+        switched_on={"weight_decay": 0.01},
+        curvature=(),
+        random=False,
+        mixes=True,
+        core=True,
+    ),
+    Row(
+        "orthogonalize-rms",
+        muon,
+        ok.orthogonalize,
+        targets=_WHITENING_TARGETS,
+        settings={
+            **_MUON,
+            "fallback": optax.scale_by_rms(0.95, 1e-20),
+            "polynomial": "polar_express",
+        },
+        random=False,
+    ),
     Row(
         "branch_kfac",
         ok.branch_kfac,

@@ -27,6 +27,7 @@ TO_RUN = (
     "kfac-captured",
     "ekfac-captured",
     "branch_kfac",
+    "orthogonalize",
     "adagrad",
 )
 # Where refreshes are made of these, and a spoilt one fails.
@@ -105,7 +106,7 @@ def trained(row, mesh=None, spec=None, steps=20):
     After the sixth a statistic is spoilt, from which nothing can be made any more.
     """
     known = problem()
-    double = {} if row.name == "branch_kfac" else {"factor_dtype": jnp.float64}
+    double = {} if row.name in ("branch_kfac", "orthogonalize") else {"factor_dtype": jnp.float64}
     tx = row.make(known, **double)
     params = known.params if mesh is None else place(mesh, known.params, spec)
     state, every = tx.init(params), []

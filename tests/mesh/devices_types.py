@@ -33,6 +33,10 @@ OPTIMIZERS = {
     "shampoo newton": (ok.shampoo(1.0, root_method="newton", grafting=None), None),
     "kfac": (ok.kfac(1.0, layers=DENSE), taps),
     "ekfac": (ok.ekfac(1.0, layers=DENSE), taps),
+    "orthogonalize": (
+        ok.orthogonalize(momentum=0.9, nesterov=True, fallback=optax.scale_by_adam()),
+        None,
+    ),
     "branch_kfac": (ok.branch_kfac(1.0), lambda params: {"branches": jnp.ones((6, 4))}),
 }
 SPECS = {
