@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_kron import Blocking, scale_by_soap, soap
+from optax_kron import Blocking, orthogonalize, scale_by_soap, soap
 from optax_kron.kernels import packed
 from optax_kron.transforms.stacks import largest_update
 from tests.reference import shampoo as reference
@@ -61,6 +61,25 @@ def check_ten_steps(shape, every, variant, basis, is_complex):
         assert_close(actual, stage.step(G), rtol=1e-5)
     (stack,) = states[-1].stacks.values()
     return stack
+
+
+def test_soap_muon_makes_the_updates_of_matrices_orthogonal():
+    shapes = {"matrix": (4, 3), "vector": (5,), "taps": (2, 3, 4)}
+    stream = [{k: gradients(x, seed=i)[0] for k, x in shapes.items()} for i in range(3)]
+    blocking = Blocking(block_size=3)  # with padding
+    plain = scale_by_soap(blocking=blocking, refresh_every=2)
+    after = orthogonalize(scale="consistent_rms", blocking=blocking)
+    together = scale_by_soap(variant="soap_muon", blocking=blocking, refresh_every=2)
+    states = [tx.init(stream[0]) for tx in (plain, after, together)]
+    update = jax.jit(lambda tx, *args: tx.update(*args), static_argnums=0)
+    for grads in stream:
+        first, states[0] = update(plain, grads, states[0])
+        expected, states[1] = update(after, first, states[1])
+        updates, states[2] = update(together, grads, states[2])
+        for name in shapes:
+            np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert np.max(np.abs(first["matrix"] - updates["matrix"])) > 0.1
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[2])
 
 
 def adam(**settings):
@@ -189,7 +208,7 @@ def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"variant": "sop"}, "soap: variant must be one of soap, kl_shampoo, kl_soap; got 'sop'"),
+        ({"variant": "sop"}, "soap: variant must be one of soap, kl_shampoo, kl_soap, soap_muon"),
         ({"basis": "svd"}, "soap: basis must be one of power, qr, eigh; got 'svd'"),
         ({"decay": 1.0}, "soap: decay must be a number in [0, 1)"),
         ({"decay": -0.1}, "soap: decay must be a number in [0, 1)"),

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbasis of Shampoo's statistics; and its variants KL-Shampoo and KL-SOAP."""
+"""SOAP: Adam in the eigenbasis of Shampoo's statistics; and its variants, KL-Shampoo among them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,10 +18,11 @@ from optax_kron.transforms import program, validation
 from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
+from optax_kron.transforms.orthogonalize import Orthogonalizer, orthogonalizer
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
-from optax_kron.transforms.turned import first_iterates, follow_statistics
+from optax_kron.transforms.turned import first_eigenbases, first_iterates, follow_statistics
 
-VARIANTS = ("soap", "kl_shampoo", "kl_soap")
+VARIANTS = ("soap", "kl_shampoo", "kl_soap", "soap_muon")
 BASES = ("power", "qr", "eigh")
 
 
@@ -46,7 +47,8 @@ class Soap(base.Preconditioner):
     Variants differ in the statistics along each axis i of a block, and in what is made of the
     gradient in their eigenbases. "soap" has the second moments `C_i(G)`; "kl_shampoo" and "kl_soap"
     those of a gradient that is whitened along all other axes. "kl_shampoo" whitens the momentum
-    with them; the other two run Adam in the bases.
+    with them; the others run Adam in the bases. "soap_muon" is "soap", of which `orthogonal` takes
+    the updates.
     """
 
     schedule: RefreshSchedule
@@ -58,6 +60,7 @@ class Soap(base.Preconditioner):
     relative_damping: ArrayLike
     basis: str
     precision: jax.lax.PrecisionLike
+    orthogonal: Orthogonalizer | None
 
     refreshed: ClassVar[tuple[str, ...]] = ("bases", "values", "second_moment")
     # The statistics of a step serve the next one, so that its update need not wait for the bases.
@@ -66,7 +69,7 @@ class Soap(base.Preconditioner):
     @property
     def is_kl(self) -> bool:
         """Whether the statistics are of whitened gradients."""
-        return self.variant != "soap"
+        return self.variant.startswith("kl_")
 
     @property
     def has_adam(self) -> bool:
@@ -153,6 +156,13 @@ class Soap(base.Preconditioner):
             informs |= block.initialized
         return step.accepted & informs, blocks.squares_fit(largest, gradient.size, kept)
 
+    def advance(self, plan, state, stacks, seen, extra, step) -> base.Advanced:
+        """See `Preconditioner`."""
+        done = super().advance(plan, state, stacks, seen, extra, step)
+        if self.orthogonal is None:
+            return done
+        return done._replace(updates=self.orthogonal(plan, step.share, done.updates))
+
     def begin_all(self, stacks, newly) -> tuple[base.Stacks, Int[Array, ""]]:
         """See `Preconditioner`: blocks with their first gradient get bases of it."""
         turned = {label: stack for label, stack in stacks.items() if self.can_refresh(stack)}
@@ -162,10 +172,7 @@ class Soap(base.Preconditioner):
                 # That of a KL variant is a multiple of the identity, but for the first moment.
                 shift = self.decay if self.is_kl else None
                 return first_iterates(old, statistics, newly, self.precision, shift)
-            return {
-                label: self._first_bases(fields, statistics[label], newly[label])
-                for label, fields in old.items()
-            }
+            return first_eigenbases(old, statistics, newly, self.precision)
 
         names = "bases", "values", "initialized"
         begun = blocks.cond_in_place(
@@ -177,25 +184,6 @@ class Soap(base.Preconditioner):
         )
         stacks = {**stacks, **{label: stacks[label]._replace(**x) for label, x in begun.items()}}
         return stacks, base.total(newly[label] & ~stacks[label].initialized for label in turned)
-
-    def _first_bases(self, fields, statistics, newly):
-        """Fields of a stack after its new blocks got eigenbases; those that failed are not new."""
-
-        def begin(fields, statistics, newly):
-            block = SoapStack(statistics=statistics, second_moment=None, **fields)
-            bases, values = kernels.first_bases(
-                packed.of_each(packed.whole, _widened(statistics)),
-                block.bases,
-                block.values,
-                precision=self.precision,
-            )
-            new = {"bases": bases, "values": values}
-            finite = blocks.all_finite([Q for Q in bases if Q is not None])
-            block, failed = blocks.guarded(block, blocks.Change(new, newly, finite))
-            block = block._replace(initialized=block.initialized & ~failed)
-            return {name: getattr(block, name) for name in fields}
-
-        return blocks.map_blocks(fields["bases"])(begin, fields, statistics, newly)
 
     def apply(
         self, stack: SoapStack, seen: base.Seen, step: base.Step
@@ -304,7 +292,9 @@ def scale_by_soap(
     Args:
       variant: "soap": `S_i` averages `unfold_i(G) unfold_i(G)ᴴ`. "kl_soap": that of the gradient
         whitened along the other axes, in the mean over those. "kl_shampoo": with the same
-        statistics, the momentum whitened by `S_i^-½` along every axis, without Adam.
+        statistics, the momentum whitened by `S_i^-½` along every axis, without Adam. "soap_muon":
+        the update of "soap", of each matrix made orthogonal by `ok.orthogonalize`, with its
+        "consistent_rms"; that of vectors stays.
       momentum: decay of the bias-corrected moving average of gradients, in [0, 1). It is kept in
         the parameters' own coordinates. `None` or 0: the gradient itself.
       decay: of the moving average of the statistics, in [0, 1).
@@ -370,6 +360,9 @@ def scale_by_soap(
     check(owner, "eps", eps)
     check(owner, "relative_damping", relative_damping, most=1)
     validation.check_choice(owner, "basis", basis, BASES)
+    orthogonal = None
+    if variant == "soap_muon":
+        orthogonal = orthogonalizer(owner, "muon", None, "consistent_rms", precision=precision)
     method = Soap(
         schedule=refresh_schedule(owner, refresh_every, stagger),
         variant=variant,
@@ -380,6 +373,7 @@ def scale_by_soap(
         relative_damping=relative_damping,
         basis=basis,
         precision=precision,
+        orthogonal=orthogonal,
     )
     layout = blockwise(owner, blocking, momentum, momentum_dtype)
     return transformation(owner, method, layout, outlier_clip, factor_dtype)

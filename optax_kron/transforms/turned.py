@@ -13,9 +13,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
-from optax_kron.kernels import contract, eigenbases, packed, subspace
+from optax_kron.kernels import contract, eigenbases, packed, soap, subspace
 from optax_kron.transforms.preconditioner import AnyStack, Stacks, separated
-from optax_kron.transforms.stacks import Change, finite_blocks, guarded
+from optax_kron.transforms.stacks import Change, all_finite, finite_blocks, guarded, map_blocks
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -90,6 +90,31 @@ def first_iterates(
         }
         for k, x in fields.items()
     }
+
+
+def first_eigenbases(
+    fields: Mapping[str, Mapping[str, PyTree]],
+    statistics: Mapping[str, tuple[Array | None, ...]],
+    newly: Mapping[str, Bool[Array, " N"]],
+    precision: contract.Precision,
+) -> dict[str, dict[str, PyTree]]:
+    """The first bases of stacks, of eigenvectors; arguments and result as in `first_iterates`."""
+
+    def begin(fields, statistics, newly):
+        block = _Beginning(statistics, second_moment=None, **fields)
+        bases, values = soap.first_bases(
+            packed.of_each(packed.whole, jax.tree.map(contract.widen, statistics)),
+            block.bases,
+            block.values,
+            precision=precision,
+        )
+        new = {"bases": bases, "values": values}
+        finite = all_finite([Q for Q in bases if Q is not None])
+        block, failed = guarded(block, Change(new, newly, finite))
+        block = block._replace(initialized=block.initialized & ~failed)
+        return {name: getattr(block, name) for name in fields}
+
+    return {k: map_blocks(x["bases"])(begin, x, statistics[k], newly[k]) for k, x in fields.items()}
 
 
 def _statistics(stack: AnyStack, axis: int) -> Array:

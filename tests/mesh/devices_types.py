@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_kron as ok
 from optax_kron.kernels import psgd
 from optax_kron.kernels.explicit import spec_of
+from optax_kron.transforms.soap import VARIANTS
 
 from ..contract.table import largest_difference, quick_jit
 
@@ -27,7 +28,7 @@ OPTIMIZERS = {
         ok.kron_psgd(1.0, criterion="newton"),
         lambda params: {"hvp_fn": lambda v: v},
     ),
-    **{x: (ok.soap(1.0, variant=x), None) for x in ("soap", "kl_soap", "kl_shampoo")},
+    **{x: (ok.soap(1.0, variant=x), None) for x in VARIANTS},
     "soap eigh": (ok.soap(1.0, basis="eigh", refresh_every=2, stagger=True), None),
     "shampoo": (ok.shampoo(1.0, root_method="eigh"), None),
     "shampoo newton": (ok.shampoo(1.0, root_method="newton", grafting=None), None),
