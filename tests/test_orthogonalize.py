@@ -158,6 +158,7 @@ def test_a_fallback_gets_what_has_no_matrix():
         ({"iterations": 2.5}, "iterations must be an integer"),
         ({"scale": "rms"}, "scale must be one of spectral, consistent_rms, None; got 'rms'"),
         ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
+        ({"nesterov": 1}, "nesterov must be"),
         ({"fallback": "adam"}, "fallback must be an optax.GradientTransformation"),
         ({"dtype": "int8"}, "dtype must be a floating-point"),
         ({"blocking": 8}, "blocking must be an ok.Blocking"),

@@ -363,6 +363,7 @@ def orthogonalize(
             f"{owner}: fallback must be an optax.GradientTransformation, such as "
             f"optax.scale_by_adam(), or None; got {fallback!r}."
         )
+    validation.check_switch(owner, "nesterov", nesterov)
     plain = blockwise(owner, blocking, momentum, momentum_dtype)
     layout = Matrices(
         blocking, momentum, plain.momentum_dtype, nesterov=nesterov, fallback=fallback
