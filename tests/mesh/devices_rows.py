@@ -166,3 +166,38 @@ def test_roundings_are_those_of_one_device():
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_array_equal(one, other[: len(one)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptive_steps_are_those_of_one_device(kind):
+    """With examples on all devices; the model's products are sums over them."""
+    known, mesh = problem(), mesh_of(kind)
+    layers = ok.find_layers(known.loss_fn, known.params, *known.args)
+    tx = ok.adaptive_kfac(layers=layers)
+    with_taps = ok.value_and_grad_with_taps(known.loss_fn, layers, fisher="exact")
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads, taps = with_taps(params, *batch)
+        extras = {
+            "value": value,
+            "value_fn": lambda p: known.loss_fn(p, *batch),
+            "ggn_fn": ok.ggn_vector_product(known.loss_fn, params, *batch),
+        }
+        updates, state = tx.update(grads, state, params, taps=taps, **extras)
+        return optax.apply_updates(params, updates), state
+
+    def trained(params, batch):
+        state = tx.init(params)
+        for _ in range(8):
+            params, state = step(params, state, batch)
+        return jax.device_get((params, state.metrics))
+
+    expected, metrics = trained(known.params, known.args)
+    with jax.set_mesh(mesh):
+        params = place(mesh, known.params, PartitionSpec())
+        batch = place(mesh, known.args, PartitionSpec(("x", "y")))
+        found, other = trained(params, batch)
+    # Of float64; coefficients are quotients of sums, which are taken in another order.
+    assert largest_difference(found, expected) < 1e-9
+    assert other.accepted_steps == metrics.accepted_steps > 0
