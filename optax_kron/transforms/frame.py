@@ -144,7 +144,8 @@ class Frame:
         method, layout = self.method.at(state), self.layout.at(state)
         # Gradients may be of another dtype than the parameters, of which a state may hold nothing.
         kept = _floats(stacks) or _floats(state.momentum)
-        precise = self._as_precise_as(kept or (updates if params is None else params))
+        like = updates if params is None else program.as_arrays(params)
+        precise = self._as_precise_as(kept or like)
         # Without what `init` alone reads, so that seeds share a program.
         now = dataclasses.replace(precise, method=method, layout=layout, share=share, seed=0)
         extra = method.read(plan, updates, state, extra_args)
