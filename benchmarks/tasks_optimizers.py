@@ -62,6 +62,7 @@ OPTIMIZERS: dict[str, Callable[[Task], Contestant]] = {
     "soap every": soap(refresh_every=1),
     "kl_soap": soap(variant="kl_soap"),
     "kl_soap every": soap(variant="kl_soap", refresh_every=1),
+    "soap_muon": soap(variant="soap_muon"),
     "kl_shampoo": soap(variant="kl_shampoo"),
     "kfac": by_layers(ok.kfac, 1e-1),
     "ekfac": by_layers(ok.ekfac, 1e-1),
