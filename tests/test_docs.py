@@ -37,6 +37,7 @@ PAGES = [
     "README.md",
     "docs/index.md",
     "docs/quickstart.md",
+    "docs/conventions.md",
     "docs/kfac.md",
     "docs/ekfac.md",
     "docs/adaptive.md",

@@ -36,6 +36,14 @@ class FixedNormState(NamedTuple):
       norms: The norms to keep, of every parameter [its stacked axes], float32 or float64; zero
         where none is kept.
       inner: State of the transformation inside.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_kron as ok
+      >>> tx = ok.fixed_norm(optax.scale_by_adam(), 0.01)
+      >>> print(tx.init(jnp.array([[3.0, 0.0], [0.0, 4.0]])).norms)
+      5.0
     """
 
     count: Int[Array, ""]  # pyright: ignore
