@@ -3,6 +3,7 @@
 So do the benchmarks that took over their tables and pictures.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -305,3 +306,23 @@ def test_benchmarks_refuse_bad_arguments(script, arguments, message, stop):
     code, printed = stop(f"benchmarks/{script}", *arguments)
     assert code == 2
     assert message in printed.err
+
+
+def test_table_of_tasks_tells_when_a_loss_was_reached(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module("tasks_table")
+
+    def run(rate, *losses, seconds=1.0):
+        steps = list(range(0, 10 * len(losses), 10))
+        return {"rate": rate, "steps": steps, "losses": losses, "step_seconds": seconds}
+
+    results = {
+        ("task", "adamw"): [run(0.1, 9.0, 5.0, 3.0), run(0.3, 9.0, 3.0, 2.0)],
+        ("task", "soap"): [run(0.1, 9.0, 4.0, 0.0, seconds=3.0), run(0.3, 9.0, None, None)],
+        ("task", "slow"): [run(0.1, 9.0, 8.0, 7.0)],
+    }
+    # Between 4 at the tenth step and 0 at the twentieth, AdamW's 2 is at the fifteenth.
+    assert table.shares(results, "task", "soap") == (0.75, 2.25)
+    assert table.shares(results, "task", "adamw") == (1.0, 1.0)
+    assert table.share(table.shares(results, "task", "slow")[0]) == "never"
+    assert table.good_rates(results["task", "adamw"]) == 1
