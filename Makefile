@@ -119,7 +119,7 @@ bench-outliers: $(VENV)/.installed-examples ## What one outlier among the gradie
 	$(call within,7200) $(RUN) benchmarks/outliers.py $(ARGS)
 
 bench-rounding: $(VENV)/.installed-examples ## State of 16 bits: losses of the digits autoencoder; bytes and times
-	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/rounding.py $(ARGS)
+	$(call within,7200) $(RUN) benchmarks/rounding.py $(ARGS)
 
 bench-influence: $(VENV)/.installed-examples ## Influence scores beside training without some images
 	@mkdir -p out

@@ -68,8 +68,3 @@ OPTIMIZERS: dict[str, Callable[[Task], Contestant]] = {
     "ekfac": by_layers(ok.ekfac, 1e-1),
     "adaptive_kfac": adaptive(ok.adaptive_kfac),
 }
-
-
-def meant_rate(rates: tuple[float, ...]) -> float:
-    """Returns the rate that an optimizer has where none is tried: the middle one."""
-    return rates[len(rates) // 2]

@@ -226,6 +226,12 @@ def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
+def norm(x: Inexact[Array, "..."], axis: tuple[int, ...]) -> Float[Array, "..."]:
+    """The norm along some axes, which stay as axes of one; squares neither overflow nor vanish."""
+    unit = safe_divisor(jnp.expand_dims(unit_of(x, axis), axis))
+    return unit * jnp.sqrt(jnp.sum(squared_magnitude(x / unit), axis=axis, keepdims=True))
+
+
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The real dtype of the arithmetic on a floating-point dtype: float32, or float64 for that."""
     return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits > 32 else jnp.float32)

@@ -117,7 +117,7 @@ def _minimum(gradient, directions, M, unit, shift) -> Minimum:
     (d, d_units), dtype = directions, M.dtype
     g, g_unit = _scaled(gradient, dtype)
     M = M + _inner_products(d, d, dtype) * (jnp.asarray(shift, dtype) / unit)
-    b = jnp.stack([_inner(g, x, dtype) for x in d])
+    b = jnp.stack([inner(g, x, dtype) for x in d])
     finite = contract.all_finite(M) & contract.all_finite(b)
     x = jnp.where(finite, minimize((M + M.T) / 2, b), 0)
     weights = jnp.where(finite, x * (g_unit / unit), 0)
@@ -129,7 +129,7 @@ def _minimum(gradient, directions, M, unit, shift) -> Minimum:
 
 def _inner_products(xs, ys, dtype):
     """Those of all pairs, [k, k]."""
-    return jnp.stack([jnp.stack([_inner(x, y, dtype) for y in ys]) for x in xs])
+    return jnp.stack([jnp.stack([inner(x, y, dtype) for y in ys]) for x in xs])
 
 
 def _scaled(leaves: Leaves, dtype: jnp.dtype) -> tuple[Leaves, Float[Array, ""]]:
@@ -140,8 +140,8 @@ def _scaled(leaves: Leaves, dtype: jnp.dtype) -> tuple[Leaves, Float[Array, ""]]
     return [x / unit.astype(contract.real_dtype(x.dtype)) for x in leaves], unit
 
 
-def _inner(xs: Leaves, ys: Leaves, dtype: jnp.dtype) -> Float[Array, ""]:
-    """The real part of `Σ conj(x)·y`."""
+def inner(xs: Leaves, ys: Leaves, dtype: jnp.dtype) -> Float[Array, ""]:
+    """The real part of `Σ conj(x)·y`, of arrays that are as wide as sums are to be."""
     total = jnp.zeros([], dtype)
     for x, y in zip(xs, ys, strict=True):
         product = x.conj() * y

@@ -19,7 +19,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from optax_kron.kernels import contract, flow
+from optax_kron.kernels import contract, flow, quadratic
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.conjugate import refined
 from optax_kron.transforms.preconditioner import KronState
@@ -383,12 +383,8 @@ class Adaptive:
 
 def _product(xs: PyTree, ys: PyTree) -> Array:
     """The real part of the inner product of two trees, in float32 or wider."""
-    total = jnp.zeros([], jnp.float32)
-    for x, y in zip(*map(jax.tree.leaves, (xs, ys)), strict=True):
-        x, y = contract.widen(x), contract.widen(y)
-        product = jnp.sum(jnp.real(x.conj() * y))
-        total = total + product
-    return total
+    one, other = ([contract.widen(x) for x in jax.tree.leaves(tree)] for tree in (xs, ys))
+    return quadratic.inner(one, other, contract.widest_dtype([*one, *other]))
 
 
 def _is_elsewhere(params: PyTree, last: PyTree, expected: Array) -> Bool[Array, ""]:

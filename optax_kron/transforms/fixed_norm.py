@@ -155,7 +155,7 @@ class FixedNorm:
         def norm_to_keep(x: Array, stacked: int, wanted: bool) -> Array:
             def norm(x):
                 axes = tuple(range(stacked, x.ndim))
-                own = jnp.squeeze(_norm_along(contract.widen(x), axes), axes)
+                own = jnp.squeeze(contract.norm(contract.widen(x), axes), axes)
                 return own if wanted else jnp.zeros_like(own)
 
             # Of abstract parameters norms are so too, as nothing else is known of them.
@@ -209,8 +209,7 @@ class FixedNorm:
         are_matrices = [sum(size > 1 for size in x.shape[n:]) > 1 for x, n in pairs]
         if self.mask is None:
             return are_matrices
-        is_tree = not callable(self.mask) or not jax.tree_util.all_leaves([self.mask])
-        mask = self.mask if is_tree else self.mask(params)
+        mask = self.mask(params) if validation.is_function(self.mask) else self.mask
         chosen = jax.tree.leaves(jax.tree.map(lambda _, kept: bool(kept), params, mask))
         return [a and b for a, b in zip(are_matrices, chosen, strict=True)]
 
@@ -251,7 +250,7 @@ class FixedNorm:
             return u
         axis = stacked if self.output_axis == "first" else w.ndim - 1
         axes = tuple(i for i in range(stacked, w.ndim) if i != axis)
-        own, least = (_norm_along(x, axes) for x in (u, w))
+        own, least = (contract.norm(x, axes) for x in (u, w))
         least = jnp.asarray(self.row_floor).astype(own.dtype) * least
         return jnp.where(own < least, u * (least / contract.safe_divisor(own)), u)
 
@@ -262,14 +261,7 @@ def _at(rate: optax.ScalarOrSchedule, count: Array) -> ArrayLike:
 
 def _norm(x: Inexact[Array, "..."], stacked: int) -> Float[Array, "..."]:
     """The norm of every tensor, with axes of one in place of the tensor's own."""
-    return _norm_along(x, tuple(range(stacked, x.ndim)))
-
-
-def _norm_along(x: Inexact[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """The norm along some axes, which stay; squares neither overflow nor vanish."""
-    unit = contract.safe_divisor(jnp.expand_dims(contract.unit_of(x, axes), axes))
-    squares = jnp.sum(contract.squared_magnitude(x / unit), axis=axes, keepdims=True)
-    return unit * jnp.sqrt(squares)
+    return contract.norm(x, tuple(range(stacked, x.ndim)))
 
 
 def _divided(x, norm):

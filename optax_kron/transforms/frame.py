@@ -247,12 +247,14 @@ class Frame:
         method: PyTree = self.method  # with what `looks_twice` asks for, if it does
         finite = share.globally(self.layout.is_finite, updates, out=WHOLE)
         state = self.layout.of_blocks(state._replace(fallback=None, layers=None))
-        taken = extra
-        if not share.is_alone:
+        taken, spread = extra, method.spread_as(share)
+        if method.is_frozen:  # takes nothing
+            taken, spread = (), WHOLE
+        elif not share.is_alone:
             taken = method.spread(plan, share, extra, updates, state, dtype)
         specs, before_specs, done_specs = self._specs(state), *_specs_of_blocks(cut)
         operands = given, state, taken, finite
-        kinds = cut, specs, method.spread_as(share), WHOLE
+        kinds = cut, specs, spread, WHOLE
         if share.is_alone or method.is_frozen or not method.looks_twice:
             out = before_specs, done_specs
             return self._on_devices(Frame._move_own, plan, operands, kinds, out)

@@ -308,11 +308,7 @@ def layerwise(
             "schedule that the updates are multiplied with; got None. In a chain, take the bare "
             f"scale_by_{owner}, which is told the rate and does not apply it."
         )
-    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
-        raise ValueError(
-            f"{owner}: fallback must be an optax.GradientTransformation, such as "
-            f"optax.scale_by_adam(), or None; got {fallback!r}."
-        )
+    validation.check_fallback(owner, fallback)
     if block_size is not None and (validation.whole_number(block_size) or 0) < 1:
         raise ValueError(f"{owner}: block_size must be an integer ≥ 1 or None; got {block_size!r}.")
     return Layerwise(

@@ -136,10 +136,9 @@ class Orthogonalize(base.Preconditioner):
         step: base.Step,
     ) -> base.Advanced:
         """See `Preconditioner`."""
-        del state, extra
+        del extra
         updates = self.make(plan, step.share, {label: x.direction for label, x in seen.items()})
-        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        return base.Advanced(stacks, updates, none, no, step.accepted)
+        return base.unchanged(state, stacks, updates, step)
 
 
 @program.settings
@@ -358,11 +357,7 @@ def orthogonalize(
     """
     owner = "orthogonalize"
     make = orthogonalizer(owner, polynomial, iterations, scale, dtype, precision)
-    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
-        raise ValueError(
-            f"{owner}: fallback must be an optax.GradientTransformation, such as "
-            f"optax.scale_by_adam(), or None; got {fallback!r}."
-        )
+    validation.check_fallback(owner, fallback)
     validation.check_switch(owner, "nesterov", nesterov)
     plain = blockwise(owner, blocking, momentum, momentum_dtype)
     layout = Matrices(

@@ -134,6 +134,12 @@ class Advanced(NamedTuple):
     usual_norms: Mapping[str, PyTree] = {}  # beside those of gradients
 
 
+def unchanged(state: KronState, stacks: Stacks, updates: Blocks, step: Step) -> Advanced:
+    """What a step makes that makes updates alone."""
+    none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+    return Advanced(stacks, updates, none, no, step.accepted, state.schedule, no)
+
+
 class Preconditioner:
     """An optimizer: what it keeps of N blocks of one shape, a stack, and its verbs over that.
 
@@ -276,8 +282,7 @@ class Preconditioner:
     ) -> Advanced:
         """What `advance` returns where `is_frozen`: updates, and everything as it is."""
         updates = {label: self.precondition(stacks[label], x, step) for label, x in seen.items()}
-        none, no = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        return Advanced(stacks, updates, none, no, step.accepted, state.schedule, no)
+        return unchanged(state, stacks, updates, step)
 
     def can_refresh(self, stack: AnyStack) -> bool:
         """Whether a stack has anything to refresh."""

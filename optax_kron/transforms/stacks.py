@@ -175,9 +175,7 @@ def largest_of_blocks(x: Array) -> Float[Array, " N"]:
 
 def norms(x: Array) -> Float[Array, " N"]:
     """The Frobenius norm of every block [N, ...]; squares neither overflow nor vanish."""
-    unit = contract.safe_divisor(contract.unit_of(x, tuple(range(1, x.ndim))))
-    squares = contract.squared_magnitude(x / unit.reshape(-1, *(1,) * (x.ndim - 1)))
-    return unit * jnp.sqrt(jnp.sum(squares.reshape(len(x), -1), axis=1))
+    return contract.norm(x, tuple(range(1, x.ndim))).reshape(len(x))
 
 
 def squares_fit(

@@ -202,6 +202,20 @@ def check_mask(owner: str, mask: Unchecked) -> None:
         )
 
 
+def is_function(value: Unchecked) -> bool:
+    """Whether a setting is a function, and no tree that may be called, as a model may be."""
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
+def check_fallback(owner: str, fallback: Unchecked) -> None:
+    """Raise unless the transformation of what an optimizer leaves out is one, or `None`."""
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise ValueError(
+            f"{owner}: fallback must be an optax.GradientTransformation, such as "
+            f"optax.scale_by_adam(), or None; got {fallback!r}."
+        )
+
+
 def warn_without_layers(owner: str, layers: Sequence[Unchecked], fallback: Unchecked) -> None:
     """Say that nothing will be preconditioned, as no layer has parameters."""
     reason = "layers is empty"
@@ -323,8 +337,7 @@ def complete(
 
 def _decayed_weights(weight_decay: Unchecked, mask: Unchecked) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, which needs no parameters if the decay is known to be zero."""
-    # A tree of bools may be callable, as a model is.
-    is_tree = callable(mask) and not jax.tree_util.all_leaves([mask])
+    is_tree = callable(mask) and not is_function(mask)
     inner = optax.add_decayed_weights(weight_decay, (lambda _: mask) if is_tree else mask)
 
     def update(
