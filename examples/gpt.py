@@ -4,11 +4,13 @@ One table of 8192 entries is embedding and head: for K-FAC a tied embedding, who
 over the vocabulary and dense over the width. All start from the same weights and see the same
 windows. Losses are means over tokens, in nats. Model and text are in gpt_model.py.
 
-    python examples/gpt.py --help
+    python examples/gpt.py --help, or --contest: contest.py, many optimizers on a GPT on bytes
 """
 
+import sys
 import time
 
+import contest
 import jax
 import numpy as np
 import optax
@@ -115,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    contest.main() if "--contest" in sys.argv else main()

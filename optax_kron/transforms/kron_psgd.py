@@ -277,7 +277,7 @@ def _update_key(state: base.KronState) -> Array:
 def scale_by_kron_psgd(
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: optax.ScalarOrSchedule = 0.3,
+    precond_lr: optax.ScalarOrSchedule = 0.7,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
@@ -386,7 +386,7 @@ def kron_psgd(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     momentum: ArrayLike | None = 0.9,
-    precond_lr: optax.ScalarOrSchedule = 0.3,
+    precond_lr: optax.ScalarOrSchedule = 0.7,
     geometry: str = "EQ",
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
