@@ -138,7 +138,7 @@ bench-busy: $(VENV)/.installed-examples ## What a busy process beside it does to
 bench-gpu: $(VENV)/.installed-examples ## Optimizers on the shapes of GPT-2 small, on a GPU
 	$(call within,1800) $(RUN) benchmarks/gpu.py $(ARGS)
 
-bench-tasks: $(VENV)/.installed-examples ## Every optimizer at its defaults on eight small tasks, beside tuned AdamW
+bench-tasks: $(VENV)/.installed-examples out/psgd-jax/.installed ## Every optimizer at its defaults on eight small tasks, beside tuned AdamW
 	$(call within,7200) $(RUN) benchmarks/tasks.py $(ARGS)
 
 bench-scale: $(VENV)/.installed-examples ## 7 B parameters on 64 devices, by the compiler: state, collectives, operations
@@ -165,6 +165,11 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 $(PEER_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(PEER_VENV)
 	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PINS)
+	@touch $@
+
+# Beside the JAX of the benchmarks: what it imports of an older one is put in its place there.
+out/psgd-jax/.installed: Makefile | $(VENV)/.installed-examples
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) psgd-jax==0.2.9
 	@touch $@
 
 $(KFAC_VENV)/.installed: Makefile

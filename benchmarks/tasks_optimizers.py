@@ -4,14 +4,18 @@ The middle one of the rates is that to take where none is tried, the same for al
 Muon, beside which the rest is seen, have two more on either side, all others one.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import optax
+import tasks_peer
 from tournament_runs import Contestant, Task
 
 import optax_kron as ok
 
 COLOUR = "#888888"
+PSGD_JAX = Path(os.environ.get("PSGD_JAX", "out/psgd-jax"))
 
 
 def around(rate: float, count: int) -> tuple[float, ...]:
@@ -53,10 +57,16 @@ def soap(**settings) -> Callable[[Task], Contestant]:
     return by_gradients(lambda schedule: ok.soap(schedule, **settings), 1e-2)
 
 
+def psgd_jax(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of that name, with its defaults."""
+    return tasks_peer.load(PSGD_JAX)(schedule)
+
+
 OPTIMIZERS: dict[str, Callable[[Task], Contestant]] = {
     "adamw": by_gradients(optax.adamw, 1e-2, 5),
     "muon": by_gradients(optax.contrib.muon, 1e-2, 5),
     "kron_psgd": by_gradients(ok.kron_psgd, 1e-2),
+    "psgd_jax": by_gradients(psgd_jax, 1e-2),
     "shampoo": by_gradients(ok.shampoo, 1e-2),
     "soap": soap(),
     "soap every": soap(refresh_every=1),
