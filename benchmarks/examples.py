@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import autoencoder
+import byte_gpt
 import characters
 import common
 import data
@@ -20,6 +21,7 @@ import state_space
 
 __all__ = [
     "autoencoder",
+    "byte_gpt",
     "characters",
     "common",
     "data",

@@ -17,7 +17,7 @@ from tournament_runs import Task
 
 import optax_kron as ok
 from examples import autoencoder, data, digits, equations
-from examples.byte_gpt import attention, rms_norm
+from examples import byte_gpt as gpt
 
 
 def images_task(title, init, loss_fn, steps, batch_size, seed) -> Task:
@@ -60,8 +60,8 @@ def experts(seed: int, *, steps=200, width=32, count=4, batch_size=100) -> Task:
 
     def loss_fn(params, images, labels):
         x = images.reshape(-1, 8, 8) @ params["rows"] + params["positions"]
-        x = x + attention(rms_norm(x, 1 + params["norm1"]), params, 4, None)
-        normed = rms_norm(x, 1 + params["norm2"])
+        x = x + gpt.attention(gpt.rms_norm(x, 1 + params["norm1"]), params, 4, None)
+        normed = gpt.rms_norm(x, 1 + params["norm2"])
         gate = jax.nn.softmax(normed @ params["gate"])
         hidden = jax.nn.gelu(jnp.einsum("btd,edh->beth", normed, params["up"]))
         made = jnp.einsum("beth,ehd->betd", hidden, params["down"])
