@@ -39,9 +39,8 @@ def find_problems(root: Path, entries: Counter[str]) -> list[str]:
             # Only "Examples:" is a section: the site shows the lines of another one as quotations.
             problems.append(f"{PACKAGE}.{name}: its docstring has 'Example:', not 'Examples:'")
         if entries[name] != 1:
-            problems.append(
-                f"'::: {PACKAGE}.{name}' stands {entries[name]} times in docs/{API_PAGES}/, not once"
-            )
+            entry = f"'::: {PACKAGE}.{name}'"
+            problems.append(f"{entry} stands {entries[name]} times in docs/{API_PAGES}/, not once")
     return problems
 
 
