@@ -1,6 +1,7 @@
-"""Fail the build when a public name lacks a docstring or an entry in the API page."""
+"""Fail the build when a public name lacks a docstring, or is not on exactly one API page."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import griffe
@@ -8,20 +9,21 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 PACKAGE = "optax_kron"
-API_PAGE = "api.md"
+API_PAGES = "api"
 ENTRY = re.compile(rf"^::: {PACKAGE}\.(\w+)\s*$", re.MULTILINE)
 
 
 def on_pre_build(config: MkDocsConfig) -> None:
     root = Path(config.config_file_path).parent
-    entries = set(ENTRY.findall(Path(config.docs_dir, API_PAGE).read_text(encoding="utf-8")))
+    pages = sorted(Path(config.docs_dir, API_PAGES).glob("*.md"))
+    entries = Counter(name for page in pages for name in ENTRY.findall(page.read_text("utf-8")))
     problems = find_problems(root, entries)
     if problems:
         raise PluginError("\n".join(["The public API is not fully documented:", *problems]))
 
 
-def find_problems(root: Path, entries: set[str]) -> list[str]:
-    """One line for everything that a public name lacks."""
+def find_problems(root: Path, entries: Counter[str]) -> list[str]:
+    """One line for everything that a public name lacks, or has twice."""
     # The source is read, not imported: a class that Python gives an automatic __doc__, such as a
     # NamedTuple or a dataclass, has no docstring here unless somebody wrote one.
     package = griffe.load(PACKAGE, search_paths=[root])
@@ -36,8 +38,9 @@ def find_problems(root: Path, entries: set[str]) -> list[str]:
         if re.search(r"^Example:$", docstring, re.MULTILINE):
             # Only "Examples:" is a section: the site shows the lines of another one as quotations.
             problems.append(f"{PACKAGE}.{name}: its docstring has 'Example:', not 'Examples:'")
-        if name not in entries:
-            problems.append(f"{PACKAGE}.{name} has no '::: {PACKAGE}.{name}' in docs/{API_PAGE}")
+        if entries[name] != 1:
+            entry = f"'::: {PACKAGE}.{name}'"
+            problems.append(f"{entry} stands {entries[name]} times in docs/{API_PAGES}/, not once")
     return problems
 
 
