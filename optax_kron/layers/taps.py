@@ -17,9 +17,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Float, Inexact, Int
 
 from optax_kron.kernels import contract
+from optax_kron.types import PyTree
 
 
 class Tap(NamedTuple):

@@ -30,7 +30,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.autodiff import map_stacked
 from optax_kron.kernels import contract, eigenbases
@@ -42,6 +42,7 @@ from optax_kron.operators.damping import (
     spectrum,
 )
 from optax_kron.operators.vectors import Structure, scaled
+from optax_kron.types import PyTree
 
 Faults = Mapping[str, Bool[Array, ""]]  # by name of the block: whether it has no such power
 
