@@ -38,7 +38,8 @@ def main() -> None:
                 tab = serving.open_context(browser, scheme, size).new_page()
                 for path in pages:
                     page = path.relative_to(arguments.site).as_posix()
-                    tab.goto(address + page, wait_until="networkidle")
+                    tab.goto(address + page, wait_until="load")
+                    tab.wait_for_load_state("networkidle")
                     name = page.removesuffix("index.html").strip("/").replace("/", "-") or "home"
                     out = arguments.out / f"{name}-{kind}-{scheme}.png"
                     tab.screenshot(path=out)

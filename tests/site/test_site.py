@@ -57,7 +57,9 @@ class Visitor:
         tab.on("requestfailed", lambda request: failed.append(request.url))
         tab.on("response", lambda reply: failed.append(reply.url) if reply.status >= 400 else None)
         tab.on("request", lambda request: foreign.append(request.url))
-        tab.goto(self.address + page, wait_until="networkidle")
+        tab.goto(self.address + page, wait_until="load")
+        # Scripts fetch what they need after that.
+        tab.wait_for_load_state("networkidle")
         found = tab.evaluate(AUDIT)
         tab.close()
         local = (self.address, "data:", "blob:")
