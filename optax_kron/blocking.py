@@ -77,7 +77,7 @@ class Blocking:
     dense_axes: int | None = None
     max_cut: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"max_size": 0, "block_size": 1, "merge_below": 1, "max_cut": 1, "dense_axes": 0}
         if _is_number(self.stacked_axes):
             least["stacked_axes"] = 0

@@ -58,7 +58,7 @@ class Layers:
         self.structure = structure
         self.analysis = analysis
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Layers"], tuple[object, ...]]:
         # A program can't be stored. Without one, that of the loss is analysed again.
         return Layers, (self.layers, self.uncovered, self.checked, self.marked, self.structure)
 

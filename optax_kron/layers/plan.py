@@ -172,7 +172,7 @@ class LayerPlan:
             for m, where in self.slices(label):
                 m.layer.put(leaves, stacks[label][where])
 
-    def read_taps(self, taps: Mapping[str, Tap | Iterable[Tap]] | None) -> Taps:
+    def read_taps(self, taps: Mapping[str, Tap | Moments | Iterable[Tap | Moments]] | None) -> Taps:
         """Taps of all layers, in canonical form.
 
         Raises:

@@ -282,8 +282,8 @@ class Sum(Operator):
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), first, *others)
 
     def trace(self) -> Float[Array, ""]:
-        first, *others = self._each(lambda term: term.trace())
-        return sum(others, first)
+        traces: list[Array] = self._each(lambda term: term.trace())
+        return sum(traces[1:], traces[0])
 
     def times(self, scalar: Float[Array, ""]) -> Operator:
         scales = (scalar if s is None else s * scalar for s in self.scales)

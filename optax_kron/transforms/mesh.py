@@ -117,7 +117,13 @@ class Share:
             return stacks
         return jax.tree.map(lambda x: _constrained(x, WHOLE), stacks)
 
-    def run(self, function: Callable[..., PyTree], operands: tuple, cut: tuple, out: PyTree):
+    def run(
+        self,
+        function: Callable[..., PyTree],
+        operands: tuple[PyTree, ...],
+        cut: tuple[PyTree, ...],
+        out: PyTree,
+    ) -> PyTree:
         """`function(*operands)`, on every device with its own rows.
 
         Args:
