@@ -30,7 +30,7 @@ MODES = {"light": serving.WIDE, "dark": serving.NARROW}
 # What is typed into the search, and a page that has to be among the first ten results.
 SEARCHES = {
     "tied embeddings": "language_models",
-    "norm constraint": "kfac",
+    "Hyperball": "fixed_norm",
     "Laplace": "operators",
     "checkpoint": "quickstart",
     "wave function": "wave_functions",
