@@ -11,9 +11,11 @@ VENV ?= .venv
 CONSTRAINTS ?=
 PARTS ?=
 # What an environment for development holds too, and need not install again.
-ALL_OF_DEV = $(addprefix $(VENV)/.installed-,examples test docs)
+ALL_OF_DEV = $(addprefix $(VENV)/.installed-,examples notebook test docs site package)
 PEER_VENV := .venv-psgd-jax
 KFAC_VENV := .venv-kfac-jax
+# Holds the wheel and what it depends on, nothing else.
+BARE_VENV := .venv-bare
 RUN := $(VENV)/bin/python
 
 # psgd-jax imports a private Optax module; these are the newest releases that still have it.
@@ -47,7 +49,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh test test-oldest test-flags lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
+.PHONY: help demo demo-mesh notebook test test-oldest test-flags test-site pictures package lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -63,6 +65,9 @@ demo-%: $(VENV)/.installed-examples ## Run examples/NAME.py; writes out/NAME.png
 demo-mesh: $(VENV)/.installed-examples ## Two processes on one mesh, and checkpoints; writes out/two_processes.png
 	@mkdir -p out
 	$(call within,900) $(RUN) examples/two_processes.py --out out/two_processes.png $(ARGS)
+
+notebook: $(VENV)/.installed-notebook ## Run examples/tour.ipynb anew, with the outputs that it then holds
+	$(call within,600) $(RUN) -m tests.notebook examples/tour.ipynb
 
 tournament-%: $(VENV)/.installed-examples ## Optimizers on the task of an example, each at several rates
 	@mkdir -p out
@@ -88,6 +93,22 @@ lint: $(VENV)/.installed-dev ## Check style, formatting and types
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(call within,600) $(RUN) -m mkdocs build --strict
+
+test-site: $(VENV)/.installed-site docs ## Build the documentation, and try every page in Chromium
+	SITE=site $(call within,900) $(RUN) -m pytest tests/site $(ARGS)
+
+pictures: $(VENV)/.installed-site docs ## Build the documentation; writes pictures of some pages into out/site/
+	$(call within,300) $(RUN) -m tests.site.pictures $(ARGS)
+
+package: $(VENV)/.installed-package ## Build sdist and wheel into dist/; try the wheel in an environment of its own
+	rm -rf dist $(BARE_VENV)
+	$(call within,300) $(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
+	$(RUN) tests/package/archives.py dist
+	$(PYTHON) -m venv $(BARE_VENV)
+	$(BARE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(call within,300) $(BARE_VENV)/bin/python -I tests/package/smoke.py
+	$(call within,300) $(RUN) -m pyright --project tests/package --pythonpath $(BARE_VENV)/bin/python
 
 bench: $(VENV)/.installed-examples ## Measure compile time, step time and state size
 	$(call within,1800) $(RUN) benchmarks/step.py $(ARGS)
@@ -148,7 +169,7 @@ soak: $(VENV)/.installed-examples ## Run 200 updates of every optimizer, under a
 	OPENBLAS_NUM_THREADS=1 $(call within,7200) $(RUN) benchmarks/soak.py $(ARGS)
 
 clean: ## Remove the environments and everything that the other targets made
-	rm -rf $(VENV) .venv-newest .venv-oldest $(PEER_VENV) $(KFAC_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest $(PEER_VENV) $(KFAC_VENV) $(BARE_VENV) out site dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted installation is done again.

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array
 
 from optax_kron.kernels import explicit
+from optax_kron.types import PyTree
 
 
-def map_stacked(
-    fn: Callable[[PyTree], PyTree], stacked: PyTree[Shaped[Array, "N ..."]]
-) -> PyTree[Shaped[Array, "N ..."]]:
+def map_stacked(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
     """`jax.vmap(fn)(stacked)`, also of functions that hold a primitive without a batching rule.
 
     One element is not batched at all; several are evaluated one by one where a rule is missing, as

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Inexact, Int
 
 from optax_kron.kernels.contract import complex_like
+from optax_kron.types import PyTree
 
 # A worked example: convolutions of six scanned layers, [6, 3, 3, 64, 100], with stacked_axes=1,
 # merge_below=1024 and block_size=64.
@@ -72,11 +73,11 @@ class Blocking:
     max_skew: float | None = None
     block_size: int | None = None
     merge_below: int | None = None
-    stacked_axes: int | Callable[[str, tuple[int, ...]], int] | PyTree[int] | None = None
+    stacked_axes: int | Callable[[str, tuple[int, ...]], int] | PyTree | None = None
     dense_axes: int | None = None
     max_cut: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"max_size": 0, "block_size": 1, "merge_below": 1, "max_cut": 1, "dense_axes": 0}
         if _is_number(self.stacked_axes):
             least["stacked_axes"] = 0
@@ -414,7 +415,7 @@ def _called(function: Callable[..., object], path: str, shape: tuple[int, ...]) 
 
 
 def _numbers_by_path(
-    setting: PyTree[int], paths: Sequence[tuple[jax.tree_util.KeyEntry, ...]]
+    setting: PyTree, paths: Sequence[tuple[jax.tree_util.KeyEntry, ...]]
 ) -> list[object]:
     """The numbers of a tree at the given paths; it may have more, which a wrapper has masked."""
     known = dict(jax.tree_util.tree_leaves_with_path(setting))

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from optax_kron.kernels import explicit
 from optax_kron.transforms.mesh import allowing
+from optax_kron.types import PyTree
 
 
 def state_shardings(
     tx: optax.GradientTransformation, params: PyTree, mesh: Mesh | AbstractMesh
-) -> PyTree[NamedSharding]:
+) -> PyTree:
     """How the state of an optimizer is spread over a mesh, before there is any.
 
     What is kept of blocks is cut along its first axis, everything else is on all devices, but for

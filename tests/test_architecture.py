@@ -13,6 +13,7 @@ import optax_kron as ok
 PACKAGE = Path(__file__).parent.parent / "optax_kron"
 # Lowest first.
 ROOMS = [
+    "types",
     "kernels",
     "blocking",
     "layers",
@@ -100,6 +101,12 @@ def test_core_needs_only_its_declared_dependencies(path):
     allowed = standard | {"jax", "jaxtyping", "numpy", "optax", "optax_kron"}
     allowed |= OPTIONAL.get(path.name, set())
     assert {module.split(".")[0] for module in imported_modules(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_trees_are_of_a_type_that_checkers_know(path):
+    """To them jaxtyping's is unknown, and so would be what users get from the library."""
+    assert "jaxtyping.PyTree" not in imported_modules(path)
 
 
 LOOPS = ("while_loop", "fori_loop", "scan", "cond", "switch", "platform_dependent")

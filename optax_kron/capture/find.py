@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
-from jaxtyping import PyTree
-
 from optax_kron.capture.analysis.layers import Analysis
 from optax_kron.capture.analysis.trace import trace_loss
 from optax_kron.capture.execution.check import Verdict, judge
 from optax_kron.layers.layer import MAX_SIZE, Layer, check_max_size
+from optax_kron.types import PyTree
 
 NO_MARK = (
     "the loss marks no likelihood, so that it is unknown where the examples are, and of which "
@@ -59,7 +58,7 @@ class Layers:
         self.structure = structure
         self.analysis = analysis
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Layers"], tuple[object, ...]]:
         # A program can't be stored. Without one, that of the loss is analysed again.
         return Layers, (self.layers, self.uncovered, self.checked, self.marked, self.structure)
 

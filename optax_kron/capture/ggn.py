@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.trace import trace_loss
 from optax_kron.capture.execution.pullback import linearize
 from optax_kron.layers.paths import by_path, map_by_path
+from optax_kron.types import PyTree
 
 
 class GaussNewton:

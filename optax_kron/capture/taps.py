@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import PyTree
 
 from optax_kron.autodiff import map_stacked
 from optax_kron.capture.analysis.layers import Analysis, CapturedLayer
@@ -38,6 +37,7 @@ from optax_kron.kernels import explicit
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import map_by_path
 from optax_kron.layers.taps import Taps, magnitude
+from optax_kron.types import PyTree
 
 
 def value_and_grad_with_taps(

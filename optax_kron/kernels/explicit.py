@@ -14,7 +14,9 @@ open. Elsewhere these functions leave everything as it is.
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
+
+from optax_kron.types import PyTree
 
 WHOLE = jax.sharding.PartitionSpec()  # the same on all devices
 

@@ -12,7 +12,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int
+
+from optax_kron.types import PyTree
 
 # A worked example, on a mesh with the axis "data": x is sharded along it, so that its local part
 # has the type float32[4]{data}.

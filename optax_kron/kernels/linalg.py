@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, Float, Inexact
 
 from optax_kron.kernels import contract, flow
+from optax_kron.types import PyTree
 
 Kind = Any  # of one type that can be sorted
 Member = TypeVar("Member")

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, Float, Inexact
 
 from optax_kron.kernels import contract, coupled, eigenbases, flow, linalg, packed
 from optax_kron.kernels.contract import matmul_exact
+from optax_kron.types import PyTree
 
 METHODS = ("eigh", "newton")
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, Float, Inexact
 
 from optax_kron.kernels import contract, eigenbases, packed
+from optax_kron.types import PyTree
 
 Bases = Sequence[Inexact[Array, "d d"] | None]
 Values = Sequence[Float[Array, " d"]] | None  # KL variants alone keep them

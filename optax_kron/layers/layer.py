@@ -149,7 +149,7 @@ class Layer:
     max_size: int = MAX_SIZE
     is_tied: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_max_size(f"Layer {self.name!r}", self.max_size)
         if self.kernel is None and self.bias is None:
             raise ValueError(f"Layer {self.name!r}: give the path of a kernel, of a bias, or both.")

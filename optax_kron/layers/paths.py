@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+
+from optax_kron.types import PyTree
 
 # A leaf: an array, an abstract array, a Python number, or a setting that is no parameter. Which
 # of them depends on the tree, and no type says so.

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.layers.cuts import Cut, cut_layer
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import Leaf, by_path, paths_of, spellings
 from optax_kron.layers.taps import Moments, Tap, Taps, magnitude
 from optax_kron.layers.tied import seen_as
+from optax_kron.types import PyTree
 
 # Clipping, averages over batches and the like change a gradient's scale by less, the usual loss
 # scales by more.
@@ -171,7 +172,7 @@ class LayerPlan:
             for m, where in self.slices(label):
                 m.layer.put(leaves, stacks[label][where])
 
-    def read_taps(self, taps: Mapping[str, Tap | Iterable[Tap]] | None) -> Taps:
+    def read_taps(self, taps: Mapping[str, Tap | Moments | Iterable[Tap | Moments]] | None) -> Taps:
         """Taps of all layers, in canonical form.
 
         Raises:

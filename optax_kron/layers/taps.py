@@ -17,9 +17,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Float, Inexact, Int
 
 from optax_kron.kernels import contract
+from optax_kron.types import PyTree
 
 
 class Tap(NamedTuple):
@@ -87,7 +88,7 @@ class Moments(NamedTuple):
     weight: Float[Array, "*B"]
 
 
-class Taps(dict):
+class Taps(dict[str, tuple[Tap | Moments, ...]]):
     """Taps of all layers: from a layer's name to a tuple of groups, one for each batch it saw.
 
     A group is a `Tap`, or its `Moments`. Most layers have one; a parameter that one loss applies to
@@ -126,7 +127,7 @@ class Taps(dict):
                 for name, given in taps.items()
             }
         )
-        self.gradient_norms = dict(gradient_norms or {})
+        self.gradient_norms: dict[str, Float[Array, ""]] = dict(gradient_norms or {})
         self.fisher = fisher
 
     def unscale(self, loss_scale: ArrayLike) -> "Taps":

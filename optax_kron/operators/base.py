@@ -30,7 +30,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.autodiff import map_stacked
 from optax_kron.kernels import contract, eigenbases
@@ -42,6 +42,7 @@ from optax_kron.operators.damping import (
     spectrum,
 )
 from optax_kron.operators.vectors import Structure, scaled
+from optax_kron.types import PyTree
 
 Faults = Mapping[str, Bool[Array, ""]]  # by name of the block: whether it has no such power
 
@@ -281,8 +282,8 @@ class Sum(Operator):
         return jax.tree.map(lambda *x: sum(x[1:], x[0]), first, *others)
 
     def trace(self) -> Float[Array, ""]:
-        first, *others = self._each(lambda term: term.trace())
-        return sum(others, first)
+        traces: list[Array] = self._each(lambda term: term.trace())
+        return sum(traces[1:], traces[0])
 
     def times(self, scalar: Float[Array, ""]) -> Operator:
         scales = (scalar if s is None else s * scalar for s in self.scales)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
 
 from optax_kron.layers import plan as plans
 from optax_kron.layers.layer import Layer
@@ -24,6 +23,7 @@ from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.operators.curvature import structure_of
 from optax_kron.operators.damping import check_number
 from optax_kron.operators.vectors import Structure
+from optax_kron.types import PyTree
 
 Groups = Sequence[Tap | Moments]
 Batch = Mapping[str, Groups] | tuple[ArrayLike, Mapping[str, Groups]]

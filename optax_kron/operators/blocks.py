@@ -20,11 +20,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from optax_kron.kernels import linalg
 from optax_kron.operators.base import Faults, Operator
 from optax_kron.operators.vectors import described
+from optax_kron.types import PyTree
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from optax_kron.kernels import contract, explicit
 from optax_kron.layers.layer import Layer
@@ -26,6 +26,7 @@ from optax_kron.layers.plan import LayerPlan
 from optax_kron.operators.base import Identity, Operator
 from optax_kron.operators.blocks import NamedBlocks
 from optax_kron.operators.vectors import Structure, as_real, scaled
+from optax_kron.types import PyTree
 
 REST = "parameters in no layer"
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from optax_kron.kernels import contract, explicit, linalg
 from optax_kron.kernels import kfac as kfac_kernels
@@ -39,6 +39,7 @@ from optax_kron.operators.blocks import Stacked
 from optax_kron.operators.curvature import Layerwise, layerwise
 from optax_kron.operators.damping import check_number
 from optax_kron.operators.products import Eigen, Kronecker
+from optax_kron.types import PyTree
 
 Case = tuple[Shaped[Array, "B N S d_in"], Float[Array, "V B N S d_out"]]
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from optax_kron.capture.ggn import ggn_vector_product
 from optax_kron.operators.base import Operator
 from optax_kron.operators.vectors import Structure
+from optax_kron.types import PyTree
 
 
 @jax.tree_util.register_dataclass

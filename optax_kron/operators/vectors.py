@@ -6,9 +6,10 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, Float, Inexact
 
 from optax_kron.layers.paths import abstract, is_inexact
+from optax_kron.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import contract, flow, quadratic
 from optax_kron.transforms import program, validation
@@ -25,6 +25,7 @@ from optax_kron.transforms.conjugate import refined
 from optax_kron.transforms.preconditioner import KronState
 from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step, step_of_form
 from optax_kron.transforms.stacks import select
+from optax_kron.types import PyTree
 
 # Changes of the loss below so many of its rounding errors tell nothing.
 _ROUNDING = 8.0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from optax_kron.blocking import Blocking, BlockPlan, plan_blocks
 from optax_kron.kernels import contract
@@ -26,6 +26,7 @@ from optax_kron.transforms.stacks import (
     largest_of_blocks,
     squares_fit,
 )
+from optax_kron.types import PyTree
 
 
 @program.settings

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from optax_kron.kernels import branches as kernels
 from optax_kron.kernels import contract
 from optax_kron.transforms import mesh, outliers, program, validation
 from optax_kron.transforms.stacks import all_finite, select
+from optax_kron.types import PyTree
 
 
 class ScaleByBranchKfacState(NamedTuple):

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from optax_kron.kernels import contract, flow
 from optax_kron.transforms.quadratic import QuadraticStep, quadratic_step
+from optax_kron.types import PyTree
 
 
 class Iterate(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import contract, flow, packed
 from optax_kron.kernels import ekfac as kernels
@@ -38,6 +38,7 @@ from optax_kron.transforms.preconditioner import (
 )
 from optax_kron.transforms.stacks import Change, blend, finite_blocks, guarded, map_blocks
 from optax_kron.transforms.turned import BASES, follow_factors
+from optax_kron.types import PyTree
 
 
 class Spectrum(NamedTuple):

@@ -22,12 +22,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import Array, Inexact, Int
 
 from optax_kron.blocking import BlockPlan, LeafPlan
 from optax_kron.kernels import explicit
 from optax_kron.kernels.contract import complex_like
 from optax_kron.transforms.mesh import Share, Spec
+from optax_kron.types import PyTree
 
 # Beyond so many tiles in a stack tables become large: shards and blocks have too small a common
 # divisor, and rows are gathered instead.

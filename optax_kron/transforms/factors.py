@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import flow, kfac, packed
 from optax_kron.layers.layer import Layer
@@ -39,6 +39,7 @@ from optax_kron.transforms.preconditioner import (
     total,
 )
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
+from optax_kron.types import PyTree
 
 
 class KfacStack(NamedTuple):

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Float, Inexact, Int
 
 from optax_kron.blocking import Blocking
 from optax_kron.kernels import contract
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.stacks import all_finite, select
+from optax_kron.types import PyTree
 
 # What is left of a direction along the weights, of its length, is rounding below so many units.
 _ROUNDING = 32.0

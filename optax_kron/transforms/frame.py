@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from optax_kron.kernels import contract
 from optax_kron.transforms import exchange, mesh, outliers, program, storage, validation
@@ -34,6 +34,7 @@ from optax_kron.transforms.preconditioner import (
     Step,
 )
 from optax_kron.transforms.stacks import for_each_stack, for_tree, select
+from optax_kron.types import PyTree
 
 _COUNTERS = ("count", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.kernels import contract, packed
 from optax_kron.kernels import kfac as kernels
@@ -21,6 +21,7 @@ from optax_kron.transforms.layerwise import LAYER_SETTINGS, layerwise
 from optax_kron.transforms.preconditioner import Seen, Stacks, Step, separated
 from optax_kron.transforms.stacks import Change, guarded, map_blocks
 from optax_kron.transforms.turned import BASES, follow_factors
+from optax_kron.types import PyTree
 
 
 class Inverses(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, Float, Inexact
 
 from optax_kron.autodiff import probed_product
 from optax_kron.blocking import Blocking, Signature
@@ -19,11 +19,8 @@ from optax_kron.transforms import preconditioner as base
 from optax_kron.transforms import stacks as blocks
 from optax_kron.transforms.blockwise import blockwise
 from optax_kron.transforms.frame import transformation
-from optax_kron.transforms.schedule import (
-    KronSchedule,
-    is_update_due,
-    update_probability_schedule,
-)
+from optax_kron.transforms.schedule import KronSchedule, is_update_due, update_probability_schedule
+from optax_kron.types import PyTree
 
 CRITERIA = ("whiten_momentum", "whiten_gradient", "newton")
 _BALANCE_EVERY = 100

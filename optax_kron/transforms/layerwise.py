@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import contract, kfac
 from optax_kron.layers.layer import Layer
@@ -29,6 +29,7 @@ from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, Blocks, KronState
 from optax_kron.transforms.stacks import all_finite, for_tree, norms
+from optax_kron.types import PyTree
 
 # Of norm_constraint="auto", for a learning rate of one and a loss that is a mean over examples.
 # With a rate of 0.1 it allows for what norm_constraint=9e-4 does.

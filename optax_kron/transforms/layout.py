@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from optax_kron.transforms import outliers
 from optax_kron.transforms.exchange import Route
 from optax_kron.transforms.mesh import Share, Spec
 from optax_kron.transforms.preconditioner import Advanced, AnyPlan, Blocks, KronState
+from optax_kron.types import PyTree
 
 if TYPE_CHECKING:
     from optax_kron.transforms.frame import Frame

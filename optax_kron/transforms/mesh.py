@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Bool, PyTree, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from optax_kron.kernels import explicit
 from optax_kron.transforms import program
+from optax_kron.types import PyTree
 
 Spec = Any  # a PartitionSpec, in trees that have arrays in its place
 WHOLE: Spec = explicit.WHOLE  # the same on all devices
@@ -116,7 +117,13 @@ class Share:
             return stacks
         return jax.tree.map(lambda x: _constrained(x, WHOLE), stacks)
 
-    def run(self, function: Callable[..., PyTree], operands: tuple, cut: tuple, out: PyTree):
+    def run(
+        self,
+        function: Callable[..., PyTree],
+        operands: tuple[PyTree, ...],
+        cut: tuple[PyTree, ...],
+        out: PyTree,
+    ) -> PyTree:
         """`function(*operands)`, on every device with its own rows.
 
         Args:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from optax_kron.blocking import Blocking, BlockPlan, Signature
 from optax_kron.kernels import contract, flow, linalg, orthogonal
@@ -21,6 +21,7 @@ from optax_kron.transforms.frame import Frame, transformation
 from optax_kron.transforms.layout import After, Before
 from optax_kron.transforms.mesh import Share
 from optax_kron.transforms.stacks import all_finite
+from optax_kron.types import PyTree
 
 SCALES = ("spectral", "consistent_rms")
 # The root mean square of Adam's updates, about, in the training of language models.

@@ -21,10 +21,11 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.stacks import Plan, cond_in_place, for_each_stack, norms, times
+from optax_kron.types import PyTree
 
 RISE, FALL = 0.1, 0.02
 LONGEST_RUN = 2

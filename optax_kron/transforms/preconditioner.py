@@ -19,12 +19,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from optax_kron.kernels import contract
 from optax_kron.transforms import program, storage
 from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.schedule import Refreshed, RefreshSchedule
+from optax_kron.types import PyTree
 
 # A `BlockPlan` or a `LayerPlan`, and a NamedTuple of an optimizer's own: each has methods that take
 # those of its kind, which no common type tells.

@@ -15,9 +15,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from optax_kron.kernels import flow
+from optax_kron.types import PyTree
 
 Class = TypeVar("Class", bound=type)
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from optax_kron.kernels import contract, quadratic
 from optax_kron.transforms import program, validation
+from optax_kron.types import PyTree
 
 
 class QuadraticStep(NamedTuple):

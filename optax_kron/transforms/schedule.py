@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import flow
 from optax_kron.transforms import program, validation
 from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.stacks import cond_in_place
+from optax_kron.types import PyTree
 
 # From stacks by label, or some rows of one, and operands that they share: the stacks refreshed, and
 # which of their blocks have failed, bool [n] by label.

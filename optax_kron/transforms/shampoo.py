@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, Float, Inexact
 
 from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, packed, roots
@@ -27,6 +27,7 @@ from optax_kron.transforms.stacks import (
     norms,
     times,
 )
+from optax_kron.types import PyTree
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 

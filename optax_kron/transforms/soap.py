@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from optax_kron.blocking import Blocking, Signature
 from optax_kron.kernels import contract, eigenbases, packed
@@ -21,6 +21,7 @@ from optax_kron.transforms.frame import transformation
 from optax_kron.transforms.orthogonalize import Orthogonalizer, orthogonalizer
 from optax_kron.transforms.schedule import RefreshSchedule, refresh_schedule
 from optax_kron.transforms.turned import first_eigenbases, first_iterates, follow_statistics
+from optax_kron.types import PyTree
 
 VARIANTS = ("soap", "kl_shampoo", "kl_soap", "soap_muon")
 BASES = ("power", "qr", "eigh")

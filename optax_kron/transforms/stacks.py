@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from optax_kron.kernels import contract, flow, linalg
+from optax_kron.types import PyTree
 
 Stack = TypeVar("Stack", bound=NamedTuple)
 Made = TypeVar("Made")

@@ -18,12 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, UInt16
+from jaxtyping import Array, Int, UInt16
 
 from optax_kron.kernels import contract, rounding
 from optax_kron.transforms import validation
 from optax_kron.transforms.mesh import ALONE, Share
 from optax_kron.transforms.stacks import Change, finite_blocks, guarded
+from optax_kron.types import PyTree
 
 ROUNDINGS = ("nearest", "stochastic")
 # What tells the keys of roundings from others that are made of the key in the state.

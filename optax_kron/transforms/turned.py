@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from optax_kron.kernels import contract, eigenbases, packed, soap, subspace
 from optax_kron.transforms.preconditioner import AnyStack, Stacks, separated
 from optax_kron.transforms.stacks import Change, all_finite, finite_blocks, guarded, map_blocks
+from optax_kron.types import PyTree
 
 Key = TypeVar("Key", bound=Hashable)
 

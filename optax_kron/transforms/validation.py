@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
+
+from optax_kron.types import PyTree
 
 Unchecked = Any  # whatever a user has passed for a setting or an argument
 

@@ -8,12 +8,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import PyTree
 
 from optax_kron.capture.analysis.layers import Analysis, analyse
 from optax_kron.capture.program import equations
 from optax_kron.capture.program.graph import trace
 from optax_kron.layers.paths import abstract, are_parameters, as_array, by_path
+from optax_kron.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

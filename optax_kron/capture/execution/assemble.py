@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PyTree, Shaped
+from jaxtyping import Float, Shaped
 
 from optax_kron.capture.analysis.canonical import Canonical
 from optax_kron.capture.analysis.layers import Analysis, CapturedLayer
@@ -26,6 +26,7 @@ from optax_kron.capture.execution.weights import LossWeights, added
 from optax_kron.kernels import contract, explicit, kfac
 from optax_kron.layers.moments import moments_of, with_bias
 from optax_kron.layers.taps import Moments, Tap
+from optax_kron.types import PyTree
 
 
 class Recorded(NamedTuple):

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
 
 from optax_kron.capture.program import equations
 from optax_kron.capture.program.equations import Equation, Literal, Params, Program
+from optax_kron.types import PyTree
 
 ELEMENTWISE = frozenset(
     """
