@@ -13,6 +13,7 @@ import optax_kron as ok
 PACKAGE = Path(__file__).parent.parent / "optax_kron"
 # Lowest first.
 ROOMS = [
+    "tables",
     "kernels",
     "blocking",
     "layers",
@@ -24,11 +25,13 @@ ROOMS = [
     "operators",
     "transforms",
     "sharding",
+    "diagnostics",
     "__init__",
 ]
 # Of capture, lowest first: its phases, and the functions on top of them.
 PHASES = ["program", "rules", "analysis", "execution"]
-OPTIONAL = {"bridge.py": {"lineax"}}  # imported when called
+# Imported when called.
+OPTIONAL = {"bridge.py": {"lineax"}, "figures.py": {"matplotlib"}, "tables.py": {"rich"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
