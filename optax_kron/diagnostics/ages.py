@@ -27,7 +27,9 @@ def ages(found: Found, laid: Laid | None) -> dict[str, Int[np.ndarray, " N"]]:
     refreshes = _schedule_of(method, found)
     if hasattr(schedule, "since_refresh"):
         if refreshes is not None and refreshes.staggered:
-            return refreshes.ages(count, sizes)
+            most = _since_all(found, method, count)
+            turns = refreshes.ages(count, sizes)
+            return {} if most is None else {k: np.minimum(x, most) for k, x in turns.items()}
         age = int(number(schedule.since_refresh) or 0)
         return {k: np.full(len(x.initialized), age) for k, x in found.stacks.items()}
     if method is None:
@@ -42,6 +44,21 @@ def ages(found: Found, laid: Laid | None) -> dict[str, Int[np.ndarray, " N"]]:
         return {}
     kept = {k: x for k, x in sizes.items() if method.can_refresh(found.stacks[k])}
     return refreshes.ages(count, kept)
+
+
+def _since_all(found, method, count: int) -> int | None:
+    """Steps since factors of layers were young, when all blocks are refreshed at every update."""
+    given = found.hyperparams
+    decay = number(given.get("decay", method.decay))
+    every = number(given.get("factor_every", method.factor_every))
+    if decay is None or every is None:
+        return None
+    # As the optimizer reckons, in float32.
+    fading = np.float32(1) - np.float32(np.clip(decay, 0, 1))
+    updates = int(number(found.state.schedule.factor_updates) or 0)
+    ages = np.arange(updates, dtype=np.float32) * fading
+    young = int((ages < 1).sum()) if decay < 1 else 1
+    return count - (max(young, 1) - 1) * max(round(every), 1) - 1
 
 
 def _schedule_of(method, found) -> RefreshSchedule | None:

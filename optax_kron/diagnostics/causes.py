@@ -71,7 +71,7 @@ def explain(
       `params` or in `gradients`.
     - `refresh_failing`: failed refreshes in the state.
     - `wrong_loss_scale`: `mismatched_steps` in the state of `kfac` and `ekfac`; of others `tx`, for
-      an `eps` or a `damping` beside which gradients vanish.
+      an `eps` or a `damping` beside which gradients vanish, and `losses` that have not converged.
     - `damping_too_low`: the inverses of `kfac`, failed refreshes of `branch_kfac`; of `ekfac`, and
       of `kfac` with `damping_rule="exact"`, `tx` for the damping.
     - `dead_parameters`: the state, from the tenth step on; `params` and `tx` for the names.

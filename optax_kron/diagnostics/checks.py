@@ -101,7 +101,10 @@ def not_finite(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Find
         return
     if not data and told.has_diverged:
         return  # such a run is judged by its losses
-    lost = f"{name_of(found)} skipped {skipped} of {steps} steps, whose gradients were not finite"
+    # Which these two average.
+    squares = ", or their squares," if found.kind in ("shampoo", "soap") else ""
+    lost = f"{name_of(found)} skipped {skipped} of {steps} steps, whose gradients{squares} were "
+    lost += "not finite"
     if data:
         yield Finding(
             "nan_data",
@@ -121,7 +124,7 @@ def not_finite(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Find
     elif _squares_overflow(found, told):
         yield Finding(
             "wrong_loss_scale",
-            f"{lost}, or had squares beyond the largest number",
+            f"{lost}; the last ones are, and their squares are not",
             "Scale the loss down; shampoo and soap average squares of gradients.",
         )
     else:
@@ -208,7 +211,8 @@ def scale(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding]:
             "Scale the loss down.",
         )
     least = _least_gradient(found, laid)
-    if laid is None or least is None or told.has_converged:
+    # Gradients of a run that has converged are small too.
+    if laid is None or least is None or told.losses is None or told.has_converged:
         return
     roots = [x.max(initial=0) / np.sqrt(laid.sizes[k][1]) for k, x in usual.items()]
     if 0 < max(roots) < _VANISHING * least:
@@ -248,9 +252,8 @@ def damping(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding
             numbers = _of_spectrum(inverse, given)
         else:
             continue
-        bound = _NOISE / float(
-            jnp.finfo(jnp.promote_types(jax.tree.leaves(inverse)[0], jnp.float32)).eps
-        )
+        dtype = jnp.promote_types(jax.tree.leaves(inverse)[0].dtype, jnp.float32)
+        bound = _NOISE / float(jnp.finfo(dtype).eps)
         worst[label] = np.where(np.asarray(stack.initialized), numbers, 0) > bound
     if any(x.any() for x in worst.values()):
         rows = {label: worst.get(label, np.zeros(1, bool)) for label in found.stacks}
@@ -290,10 +293,12 @@ def _of_inverses(inverse: Any, budget: float) -> tuple[np.ndarray, float]:
 
 def _of_spectrum(inverse: Any, added: float) -> np.ndarray:
     """Condition numbers [N] of damped eigenvalues."""
-    values = getattr(inverse, "values", None)
-    if values is None:
-        values = inverse.input_values[:, :, None] * inverse.output_values[:, None]
-    rows = np.abs(on_host(values)).reshape(len(values), -1)
+    if hasattr(inverse, "values"):
+        values = on_host(inverse.values)
+    else:
+        inputs, outputs = on_host(inverse.input_values), on_host(inverse.output_values)
+        values = inputs[:, :, None] * outputs[:, None]
+    rows = np.abs(values).reshape(len(values), -1)
     return (rows.max(axis=1) + added) / np.maximum(rows.min(axis=1) + added, 1e-300)
 
 

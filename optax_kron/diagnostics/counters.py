@@ -64,12 +64,9 @@ def metrics(state: PyTree) -> dict[str, Array]:
     values: dict[str, Array] = {}
     for found in find_states(state):
         prefix = f"{found.name}/" if found.name else ""
-        if isinstance(found.state, FixedNormState):
-            prefix = "fixed_norm/"
-        for name, value in _of_state(found).items():
-            key = f"{prefix}{name}"
-            # Of two wrappers inside of one another, the inner one has its path.
-            values["/".join((*found.keys, name)) if key in values else key] = jnp.asarray(value)
+        # Copies, for a state that is donated to the next step takes its arrays along.
+        own = {k: jnp.array(x, copy=True) for k, x in _of_state(found).items()}
+        values |= {f"{prefix}{k}": x for k, x in own.items()}
     return values
 
 

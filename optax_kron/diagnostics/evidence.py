@@ -90,7 +90,8 @@ class Evidence:
     def has_converged(self) -> bool:
         """Whether losses have fallen to a hundredth, so that small gradients are no wonder."""
         losses = self.losses
-        return losses is not None and bool(np.abs(losses[-1]) < 0.01 * np.abs(losses[0]))
+        known = losses is not None and len(losses) > 0
+        return known and bool(np.abs(losses[-1]) < 0.01 * np.abs(losses[0]))
 
     @staticmethod
     def bad_paths(tree: PyTree) -> list[str]:

@@ -124,7 +124,8 @@ def lay_out(
 
 def _made_by(owner: str, tx: object, params: PyTree) -> list[record.Note | None]:
     """What is noted of each state that `tx.init` makes, in the order of `find_states`."""
-    if not isinstance(tx, optax.GradientTransformation):
+    make = getattr(tx, "init", None)  # that of optax.MultiSteps is a method
+    if not callable(make):
         raise ValueError(
             f"{owner}: tx must be the optax.GradientTransformation that made the state; got "
             f"{tx!r:.100}."
@@ -135,7 +136,7 @@ def _made_by(owner: str, tx: object, params: PyTree) -> list[record.Note | None]
 
     def init(params):
         with record.notes() as notes:
-            states = find_states(tx.init(params))
+            states = find_states(make(params))
         # No wrapper replaces the counters of the states that it holds.
         known = {id(note.state.count): note for note in notes}
         made.extend(known.get(id(found.state.count)) for found in states)

@@ -188,7 +188,7 @@ def summary(
     for found in states:
         check_concrete(owner, found)
     laid = lay_out(owner, states, params, tx)
-    budget = np.inf if all_conditions else _BUDGET
+    budget = np.inf if all_conditions else _BUDGET / len(states)
     rows, notes = [], []
     for found, layout in zip(states, laid, strict=True):
         if not found.stacks:
@@ -306,7 +306,8 @@ def _rows_without_blocks(
         # Another optimizer, as of a fallback, may have blocks of it.
         for path in [x for x in layout.rest if x not in told and (x in own or x not in placed)]:
             told.add(path)
-            part = "a part is in no block" if path in own else "in no block"
+            part = "in no block" if found.state.layers is None else "in no layer"
+            part = f"a part is {part}" if path in own else part
             how = "its gradient passes as it is"
             if found.state.fallback is not None:
                 how = "goes through the fallback"

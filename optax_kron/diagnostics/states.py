@@ -76,6 +76,8 @@ class Found:
         if isinstance(self.state, FixedNormState):
             return "fixed_norm"
         stacks = list(self.stacks.values())
+        if not stacks and self.state.layers is not None:
+            return "kfac"  # or ekfac, of which nothing tells
         kind = _KINDS.get(type(stacks[0]).__name__, "optimizer") if stacks else "optimizer"
         if kind == "kfac" and hasattr(stacks[0].inverse, "known"):
             kind = "ekfac"
@@ -107,12 +109,16 @@ def find_states(tree: PyTree) -> list[Found]:
             f"{', '.join(kinds)}. Pass what tx.init or tx.update returned, or a pytree that holds "
             "it; a checkpoint that was restored without a target has lost the types of its nodes."
         )
-    names = distinguishing([x.keys for x in found if not isinstance(x.state, FixedNormState)])
-    return [dataclasses.replace(x, name=names.get(x.keys, "/".join(x.keys))) for x in found]
+    around = [x.keys for x in found if isinstance(x.state, FixedNormState)]
+    names = distinguishing([x.keys for x in found if x.keys not in around])
+    for keys, name in distinguishing(around).items():
+        names[keys] = f"fixed_norm/{name}".removesuffix("/")
+    return [dataclasses.replace(x, name=names[x.keys]) for x in found]
 
 
-def _nodes(tree):
-    return [tree] if not isinstance(tree, tuple | list) or hasattr(tree, "_fields") else tree
+def _nodes(tree: PyTree) -> list[Any]:
+    """The parts of a chain, or the tree."""
+    return list(tree) if type(tree) in (tuple, list) else [tree]
 
 
 def _walk(tree: PyTree, keys: Keys, around: Mapping[str, Any]) -> Iterator[Found]:

@@ -44,7 +44,7 @@ def layers():
 
 def run(tx, start, batches, with_taps=False, scale=1.0, change=lambda grads: grads):
     """Train; returns the state, parameters, and the last gradients, updates and all losses."""
-    state, losses = tx.init(start), []
+    state, losses, states = tx.init(start), [], []
 
     @jax.jit
     def step(params, state, x, y):
@@ -62,8 +62,10 @@ def run(tx, start, batches, with_taps=False, scale=1.0, change=lambda grads: gra
     for x, y in batches:
         start, state, grads, updates, loss = step(start, state, x, y)
         losses.append(float(loss))
+        states.append(state)
     return {
         "state": state,
+        "states": states,
         "params": start,
         "gradients": grads,
         "updates": updates,

@@ -1,5 +1,7 @@
 """States are found in any tree, and metrics are scalars of them with stable names."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -35,11 +37,16 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_state_is_found_in_every_wrapper(name):
-    state = WRAPPERS[name](ok.scale_by_soap()).init(PARAMS)
+    tx = WRAPPERS[name](ok.scale_by_soap())
+    state = tx.init(PARAMS)
     (found,) = [x for x in find_states(state) if x.is_kron]
     assert found.kind == "soap"
     assert found.name == ""
     assert set(ok.diagnostics.metrics(state)) >= COUNTERS
+    rows = ok.diagnostics.summary(state, PARAMS, tx).parameters
+    assert [row.parameter for row in rows if row.blocks][-1] == "kernel"
+    assert "kernel" in ok.diagnostics.factors(state, PARAMS, tx)
+    assert not ok.diagnostics.explain(state, PARAMS, tx)
 
 
 def test_the_state_is_found_in_train_states():
@@ -156,6 +163,22 @@ def test_a_step_with_metrics_is_compiled_once():
         weights, state, metrics = step(weights, state)
         assert metrics["steps"] == i + 1
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_metrics_outlive_a_state_that_is_donated(inside):
+    tx = ok.soap(1e-3)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        _, state = tx.update(PARAMS, state)
+        return state, ok.diagnostics.metrics(state) if inside else None
+
+    state, kept = tx.init(PARAMS), []
+    for _ in range(3):
+        state, metrics = step(state)
+        kept.append(metrics if inside else ok.diagnostics.metrics(state))
+    assert [int(metrics["steps"]) for metrics in kept] == [1, 2, 3]
 
 
 def test_metrics_add_no_more_than_a_few_operations_to_a_step():
