@@ -88,8 +88,8 @@ def explain(
       gradients: Those of the last step, a tree like the parameters.
       updates: The updates of the last step, likewise, as they were added to the parameters.
       losses: Those of the run so far, oldest first, [n]. They count as risen where a quarter of
-        them, or half of the last quarter, are above twice the first, of those before the first that
-        is not finite if none after it is. Fewer than eight tell nothing.
+        them, or half of the last quarter, are above three times the first; of a run that ended in
+        what is not finite, those before it. Fewer than eight tell nothing.
       batch: The data of the last step, a pytree of arrays.
 
     Returns:

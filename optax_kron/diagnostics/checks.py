@@ -72,8 +72,7 @@ def dead(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding]:
     steps = count(found.state.count)
     names: list[str] = []
     if steps >= _SETTLED and found.stacks and has_values(found):
-        idle = {label: idle_now(found, label) for label in found.stacks}
-        names = names_of(found, laid, idle)
+        names = names_of(found, laid, idle_now(found))
     seen = None if laid is None else set(laid.seen)
     names += [k for k in zero if k not in names and (seen is None or k in seen)]
     if names:

@@ -68,7 +68,7 @@ class Evidence:
 
     @functools.cached_property
     def has_risen(self) -> bool:
-        """Whether losses have risen to twice the first, or did so until they were not finite."""
+        """Whether losses have risen to thrice the first, or did so until they were not finite."""
         if self.losses is None or len(self.losses) < 8:
             return False
         finite = np.isfinite(self.losses)
@@ -77,7 +77,7 @@ class Evidence:
         known = self.losses[:end][finite[:end]]
         if not len(known):
             return False
-        above = known > known[0] + abs(known[0])
+        above = known > known[0] + 2 * abs(known[0])
         last = above[-max(len(known) // 4, 1) :]
         return bool(above.mean() > 0.25 or last.mean() > 0.5)
 
@@ -89,9 +89,9 @@ class Evidence:
     @property
     def has_converged(self) -> bool:
         """Whether losses have fallen to a hundredth, so that small gradients are no wonder."""
-        losses = self.losses
-        known = losses is not None and len(losses) > 0
-        return known and bool(np.abs(losses[-1]) < 0.01 * np.abs(losses[0]))
+        if self.losses is None or not len(self.losses):
+            return False
+        return bool(np.abs(self.losses[-1]) < 0.01 * np.abs(self.losses[0]))
 
     @staticmethod
     def bad_paths(tree: PyTree) -> list[str]:
@@ -122,19 +122,23 @@ def name_of(found: Found) -> str:
     return f"{found.name} ({found.kind})" if found.name else found.kind
 
 
-def idle_now(found: Found, label: str) -> np.ndarray | None:
+def idle_now(found: Found) -> dict[str, np.ndarray | None]:
     """Blocks without any gradient so far, or whose momentum has all but vanished since."""
-    idle = idle_blocks(found, label)
+    idle = {label: idle_blocks(found, label) for label in found.stacks}
     momentum, usual = found.state.momentum, found.state.usual_norms
-    if idle is None or not isinstance(momentum, Mapping) or not isinstance(usual, Mapping):
+    if not isinstance(momentum, Mapping) or not isinstance(usual, Mapping):
         return idle
-    if label not in usual.get("gradients", {}):
+    spent = {}
+    for label, rows in idle.items():
+        if rows is not None and label in usual.get("gradients", {}):
+            kept = on_host(momentum[label])
+            # The largest entry is no longer than the norm, and its square cannot overflow.
+            length = np.abs(kept.reshape(len(kept), -1)).max(axis=1, initial=0.0)
+            spent[label] = length < _SPENT * np.asarray(usual["gradients"][label].norm)
+    # Where all have vanished, that is a minimum.
+    if all((x | idle[label]).all() for label, x in spent.items()):
         return idle
-    rows = on_host(momentum[label])
-    # The largest entry is no longer than the norm, and its square cannot overflow.
-    length = np.abs(rows.reshape(len(rows), -1)).max(axis=1, initial=0.0)
-    spent = length < _SPENT * np.asarray(usual["gradients"][label].norm)
-    return idle | (np.zeros_like(idle) if spent.all() else spent)
+    return {k: x if x is None or k not in spent else x | spent[k] for k, x in idle.items()}
 
 
 def names_of(found: Found, laid: Laid | None, idle: Mapping[str, np.ndarray | None]) -> list[str]:

@@ -48,11 +48,9 @@ def condition(values: np.ndarray, rounding: float) -> float | None:
 
 def eigenvalues(matrices: Inexact[np.ndarray, "n d d"]) -> Float[np.ndarray, "n d"]:
     """Those of Hermitian matrices [n, d, d]; NaN where a matrix is not finite."""
-    finite = np.isfinite(matrices).all(axis=(1, 2))
-    known = np.where(finite[:, None, None], matrices, 0).astype(double(matrices))
-    values = np.linalg.eigvalsh(known)
-    values[~finite] = np.nan
-    return values
+    finite = np.all(np.isfinite(matrices), axis=(1, 2), keepdims=True)
+    known = np.where(finite, matrices, 0).astype(double(matrices))
+    return np.where(finite[:, 0], np.linalg.eigvalsh(known), np.nan)
 
 
 def conditions(

@@ -328,7 +328,7 @@ def steps_since_update(
     pending = float(schedule.pending_updates)
     for age in range(min(count, 1000)):
         step = count - 1 - age
-        share = float(probability(step) if callable(probability) else probability)
+        share = float(np.real(probability(step) if callable(probability) else probability))
         # What was pending before a step without an update was not negative.
         if step == 0 or pending < share - 1e-6:
             return age

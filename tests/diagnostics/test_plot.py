@@ -23,7 +23,7 @@ def test_figures_of_every_kind(make, what, tmp_path):
     tx = make(1e-3)
     figure = ok.diagnostics.plot(state_of(tx), WEIGHTS, tx, what=what)
     assert isinstance(figure, matplotlib.figure.Figure)
-    assert len(figure.axes) >= 2
+    assert figure.axes
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
@@ -47,7 +47,7 @@ def test_heat_maps_show_magnitudes_relative_to_the_largest():
     maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert [x.shape for x in maps[:4]] == [(6, 6), (6, 6), (4, 4), (4, 4)]
     assert all(x.max() == 0 for x in maps[:4])
-    assert maps[0][5, 0] == -6  # below the diagonal Q of "EQ" is zero
+    assert maps[0][5, 0] == pytest.approx(-6)  # below the diagonal Q of "EQ" is zero
 
 
 def test_an_overview_has_all_parameters():
