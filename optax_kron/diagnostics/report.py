@@ -207,7 +207,8 @@ def summary(
                 f"{_name(found)}: conditions of the largest factors were left out; "
                 "all_conditions=True finds them."
             )
-        if layout.frame is None and number(found.state.count) and all(x.age is None for x in own):
+        unaged = all(x.age is None for x in own) and any(x.factors for x in own)
+        if layout.frame is None and number(found.state.count) and unaged:
             notes.append(f"{_name(found)}: with tx there are ages of the last refresh.")
     rows += list(_rows_without_blocks(states, laid, params))
     total = sum(_bytes(x) for x in jax.tree.leaves(state))
