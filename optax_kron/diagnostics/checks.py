@@ -22,6 +22,7 @@ from optax_kron.diagnostics.evidence import (
 )
 from optax_kron.diagnostics.layout import Laid
 from optax_kron.diagnostics.matrices import has_values, on_host, unpacked
+from optax_kron.diagnostics.report import idle_blocks
 from optax_kron.diagnostics.spectra import condition, cost_of_spectrum, eigenvalues
 from optax_kron.diagnostics.states import Found, number
 
@@ -67,12 +68,14 @@ def hidden(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding]
 def dead(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding]:
     """Whether there are parameters whose gradients are zero."""
     zero = [k for k, x in arrays(told.gradients).items() if x.size and not bool((x != 0).any())]
-    if len(zero) == len(arrays(told.gradients)):
-        zero = []  # as at a minimum
+    # At a minimum all are, and units that a run which has diverged has lost are no cause of it.
+    if len(zero) == len(arrays(told.gradients)) or told.has_diverged:
+        zero = []
     steps = count(found.state.count)
     names: list[str] = []
     if steps >= _SETTLED and found.stacks and has_values(found):
-        names = names_of(found, laid, idle_now(found))
+        idle = {label: idle_blocks(found, label) for label in found.stacks}
+        names = names_of(found, laid, idle if told.has_diverged else idle_now(found))
     seen = None if laid is None else set(laid.seen)
     names += [k for k in zero if k not in names and (seen is None or k in seen)]
     if names:

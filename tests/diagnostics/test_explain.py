@@ -83,6 +83,15 @@ def hardly_damped(make):
     return tx, run(tx, params(), [batch(8)] * 10, with_taps=True)
 
 
+def test_layers_that_a_run_loses_as_it_diverges_are_no_cause_of_it():
+    tx, weights = ok.kron_psgd(1.0), {"a": jnp.ones((4, 3)), "b": jnp.ones((5, 3))}
+    _, state = tx.update(weights, tx.init(weights), weights)
+    told = {"gradients": {**weights, "a": jnp.zeros((4, 3))}}
+    assert ok.diagnostics.explain(state, weights, **told).causes == ("dead_parameters",)
+    told["losses"] = [1.0, *[10.0] * 9]
+    assert ok.diagnostics.explain(state, weights, **told).causes == ("learning_rate_too_high",)
+
+
 @pytest.mark.parametrize("make", [ok.kfac, ok.ekfac])
 def test_a_damping_that_is_too_low(make):
     tx, done = hardly_damped(make)
