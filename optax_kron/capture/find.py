@@ -31,7 +31,7 @@ class Uncovered:
 
 
 class Layers:
-    """The layers of a loss function: a sequence of `Layer`, printed as a table.
+    """The layers of a loss function: a sequence of `Layer`, printed as a table, in notebooks too.
 
     `layers[0]`, `layers[:2]` and `layers["name"]` select, `"name" in layers` asks.
 

@@ -4,7 +4,7 @@ All is computed on the host, outside of JAX: shapes of every kind would each be 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,15 +142,12 @@ def why_unknown(found: Found) -> str:
     )
 
 
-def factors_of_state(
-    found: Found, laid: Laid, wanted: Callable[[str], bool] | None = None
-) -> dict[str, list[Factor]]:
-    """The factors of the parameters of one state, by path; those with wanted paths."""
+def factors_of_state(found: Found, laid: Laid) -> dict[str, list[Factor]]:
+    """The factors of the parameters of one state, by path."""
     made: dict[str, list[Factor]] = {}
-    places = [p for p in laid.places if wanted is None or any(map(wanted, p.paths))]
-    for label in dict.fromkeys(place.label for place in places):
-        arrays = list(arrays_of(found.stacks[label]))
-        for place in places:
+    for label in dict.fromkeys(place.label for place in laid.places):
+        arrays = [(name, axis, unpacked(on_host(x))) for name, axis, x in kept(found.stacks[label])]
+        for place in laid.places:
             if place.label == label:
                 own = list(_of_place(place, arrays, found))
                 for path in place.paths:
@@ -159,34 +156,34 @@ def factors_of_state(
     return {path: made[path] for path in dict.fromkeys(order) if made.get(path)}
 
 
-def _of_place(place: Place, arrays, found: Found) -> Iterator[Factor]:
+def _of_place(
+    place: Place, arrays: Sequence[tuple[str, int, Rows]], found: Found
+) -> Iterator[Factor]:
+    """The factors of every block of a parameter."""
     for block in range(place.count):
         for axis, axes in enumerate(place.axes):
             size, start = int(place.sizes[block, axis]), int(place.starts[block, axis])
+            at = axis, axes, block, start, place.layer, found.name or found.kind
             for name, own, rows in arrays:
                 if own == axis:
-                    array = trimmed(rows[place.rows][block], size)
-                    owner = found.name or found.kind
-                    yield Factor(name, axis, axes, block, start, place.layer, owner, array)
+                    array = trimmed(rows[place.rows], size)[block]
+                    yield Factor(name, *at, array)
+                    if name == "Q":
+                        yield Factor("P", *at, squared(array[None])[0])
 
 
-def trimmed(array: np.ndarray, size: int) -> np.ndarray:
-    """A factor without its padding."""
-    return array[(slice(size),) * (1 if array.ndim == 1 else 2)]
+def trimmed(rows: Rows, size: int) -> Rows:
+    """Factors [N, ...] without padding."""
+    return rows[:, :size] if rows.ndim == 2 else rows[:, :size, :size]
 
 
-def arrays_of(stack: Stack) -> Iterator[tuple[str, int, Rows]]:
-    """What a stack keeps along axes: the name, the axis, and dense or diagonal factors [N, ...]."""
-    for name, axis, rows in kept(stack):
-        whole = unpacked(on_host(rows))
-        yield name, axis, whole
-        if name == "Q":
-            squares = np.square(whole) if whole.ndim == 2 else whole.conj().mT @ whole
-            yield "P", axis, squares
+def squared(rows: Rows) -> Rows:
+    """`QᴴQ` of factors [N, ...]."""
+    return np.square(rows) if rows.ndim == 2 else rows.conj().mT @ rows
 
 
 def kept(stack: Stack) -> Iterator[tuple[str, int, Any]]:
-    """The same as it is stored, without what is made of it."""
+    """What a stack keeps along axes: the name, the axis, and factors [N, ...] as stored."""
     kind = type(stack).__name__
     if kind == "KronStack":
         pairs = [("Q", stack.factors)]

@@ -8,7 +8,15 @@ import numpy as np
 from jaxtyping import Float, Inexact
 
 from optax_kron.diagnostics.layout import Place
-from optax_kron.diagnostics.matrices import Stack, double, kept, on_host, unpacked
+from optax_kron.diagnostics.matrices import (
+    Stack,
+    double,
+    kept,
+    on_host,
+    squared,
+    trimmed,
+    unpacked,
+)
 from optax_kron.diagnostics.states import Found
 from optax_kron.kernels.packed import size_of as packed_size
 
@@ -83,18 +91,18 @@ def conditions(
             left_out = True
             continue
         rows, rounding = unpacked(on_host(x)), float(jnp.finfo(x.dtype).eps)
-        if name == "Q":
-            rows = np.square(rows) if rows.ndim == 2 else rows.conj().mT @ rows
         for place in own:
-            spectra = _spectra(rows[place.rows], place.sizes[:, axis])
+            spectra = _spectra(name, rows[place.rows], place.sizes[:, axis])
             numbers = [condition(values, rounding) for values in spectra]
             made[id(place)][axis] = max((x for x in numbers if x is not None), default=None)
     return made, left_out
 
 
-def _spectra(rows, sizes):
-    """Eigenvalues of each block, without those of padding."""
-    if rows.ndim == 2:
-        return [values[:size] for values, size in zip(rows, sizes, strict=True)]
-    own = [rows[sizes == size][:, :size, :size] for size in np.unique(sizes)]
-    return [values for matrices in own for values in eigenvalues(matrices)]
+def _spectra(name, rows, sizes):
+    """Eigenvalues of each block, without those of padding; of P where Q is kept."""
+    spectra = []
+    for size in np.unique(sizes):
+        own = trimmed(rows[sizes == size], size)
+        own = squared(own) if name == "Q" else own
+        spectra += list(own if own.ndim == 2 else eigenvalues(own))
+    return spectra

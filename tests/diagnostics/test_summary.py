@@ -83,6 +83,18 @@ def test_conditions_are_no_larger_than_rounding_tells():
     assert kernel.conditions == (1 / np.finfo(np.float32).eps,) * 2
 
 
+def test_conditions_of_padded_blocks_are_those_of_their_factors():
+    like = {"kernel": jnp.ones((5, 7))}
+    tx = ok.kron_psgd(1e-3, blocking=ok.Blocking(block_size=3))
+    (state,) = stepped(tx, 1, like)
+    (row,) = ok.diagnostics.summary(state, like, tx).parameters
+    own = [f for f in ok.diagnostics.factors(state, like, tx)["kernel"] if f.name == "P"]
+    assert {f.array.shape for f in own} == {(3, 3), (2, 2), (1, 1)}
+    for axis, number in enumerate(row.conditions):
+        known = [np.linalg.cond(f.array.astype(float)) for f in own if f.axis == axis]
+        np.testing.assert_allclose(number, max(known), rtol=1e-3)
+
+
 def with_ages(states, fields):
     """Each state with the age of every block, told by when its numbers changed last."""
     ages, before = {}, None
