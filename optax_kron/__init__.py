@@ -1,6 +1,6 @@
 """Kronecker-factored second-order optimizers as plain Optax gradient transformations."""
 
-from optax_kron import losses, operators, sharding
+from optax_kron import diagnostics, losses, operators, sharding
 from optax_kron.autodiff import hessian_vector_product
 from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
@@ -45,6 +45,7 @@ __all__ = [
     "adaptive_ekfac",
     "adaptive_kfac",
     "branch_kfac",
+    "diagnostics",
     "ekfac",
     "find_layers",
     "fixed_norm",

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "optax_kron"
 # Lowest first.
 ROOMS = [
     "types",
+    "tables",
     "kernels",
     "blocking",
     "layers",
@@ -25,11 +26,13 @@ ROOMS = [
     "operators",
     "transforms",
     "sharding",
+    "diagnostics",
     "__init__",
 ]
 # Of capture, lowest first: its phases, and the functions on top of them.
 PHASES = ["program", "rules", "analysis", "execution"]
-OPTIONAL = {"bridge.py": {"lineax"}}  # imported when called
+# Imported when called.
+OPTIONAL = {"bridge.py": {"lineax"}, "figures.py": {"matplotlib"}, "tables.py": {"rich"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -24,6 +24,7 @@ WITHOUT_EXAMPLE = [
     "AdaptiveMetrics",
     "Layers",
     "QuadraticStep",
+    "diagnostics",
     "losses",
     "operators",
     "sharding",
@@ -120,6 +121,14 @@ def test_public_names_have_examples_and_docstrings(name):
 def test_operators_have_examples(name):
     if name != "Operator":
         assert ">>>" in getattr(optax_kron.operators, name).__doc__, f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", optax_kron.diagnostics.__all__)
+def test_diagnostics_have_docstrings_and_examples(name):
+    documented = getattr(optax_kron.diagnostics, name).__doc__
+    assert documented, f"{name} has no docstring"
+    if name not in ("ParameterRow", "StateRow", "Summary"):  # which `summary` makes
+        assert ">>>" in documented, f"{name} has no example"
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.subprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 170  # seconds; compilation dominates
+SMALL = ("--width", "32", "--layers", "1")
 VMC = ("--walkers", "8", "--blocks", "2", "--optimizer", "kfac")
 # A few steps are no reason to optimise programs.
 SETTINGS = {
@@ -77,7 +78,7 @@ def check_picture(path):
         ("gpt.py", ("--optimizer", "adamw"), ("8192 diagonal", "tied embedding", "held-out")),
         (
             "gpt.py",
-            ("--contest", "--optimizer", "kron_psgd, fixed norms", "--width", "32", "--layers", "1"),
+            ("--contest", "--optimizer", "kron_psgd, fixed norms", *SMALL),
             ("24,672 parameters", "steps to", "adamw", "kron_psgd, fixed norms"),
         ),
         ("state_space.py", ("--optimizer", "branch_kfac"), ("branch_kfac step    2",)),

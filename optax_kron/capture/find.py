@@ -1,13 +1,14 @@
 """`find_layers`: the layers of any loss function, and what is in none."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import overload
 
 from optax_kron.capture.analysis.layers import Analysis
 from optax_kron.capture.analysis.trace import trace_loss
 from optax_kron.capture.execution.check import Verdict, judge
 from optax_kron.layers.layer import MAX_SIZE, Layer, check_max_size
+from optax_kron.tables import Table
 from optax_kron.types import PyTree
 
 NO_MARK = (
@@ -15,6 +16,8 @@ NO_MARK = (
     "distribution. Take the loss from ok.losses, which has Optax's names and values; or give taps "
     "by hand, as ok.Taps."
 )
+
+_NOT_CHECKED = "not verified numerically yet: check=False, abstract shapes, or numbers not finite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Uncovered:
 
 
 class Layers:
-    """The layers of a loss function: a sequence of `Layer`, printed as a table.
+    """The layers of a loss function: a sequence of `Layer`, printed as a table, in notebooks too.
 
     `layers[0]`, `layers[:2]` and `layers["name"]` select, `"name" in layers` asks.
 
@@ -87,32 +90,30 @@ class Layers:
         return any(layer in (mine, mine.name) for mine in self.layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "blocks", "inputs", "outputs", "parameters")]
+        return "\n".join(str(part) for part in self._parts())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(part._repr_html_() for part in self._parts())
+
+    def _parts(self) -> list[Table]:
+        """The table of layers, and where there is more to say, what follows it."""
+        rows = []
         for layer in self.layers:
             sides = (layer.d_in, layer.has_diagonal_input), (layer.d_out, layer.has_diagonal_output)
             widths = [f"{size} diagonal" if wide else str(size) for size, wide in sides]
             sizes = (str(layer.blocks), widths[0], widths[1])
             rows.append((layer.name, layer.kind, *sizes, " ".join(layer.paths)))
-        lines = _align(rows)
+        parts = [Table(("layer", "kind", "blocks", "inputs", "outputs", "parameters"), rows)]
         if self.uncovered:
-            lines += ["", "without a Kronecker block:"]
-            lines += _align([(u.path, str(u.shape), u.reason) for u in self.uncovered])
+            without = [(u.path, str(u.shape), u.reason) for u in self.uncovered]
+            parts.append(Table((), without, title=("", "without a Kronecker block:")))
         if not self.marked:
-            lines += ["", NO_MARK]
+            parts.append(Table((), (), notes=("", NO_MARK)))
         elif not self.checked:
-            lines += [
-                "",
-                "not verified numerically yet: check=False, abstract shapes, or numbers not finite",
-            ]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
-    return [line.rstrip() for line in lines]
+            parts.append(Table((), (), notes=("", _NOT_CHECKED)))
+        return parts
 
 
 def find_layers(

@@ -72,6 +72,16 @@ def _is_variable(x: object) -> bool:
     return _descends_from(x, "flax.nnx", ("Variable", "VariableState"))
 
 
+def without_variables(tree: PyTree) -> PyTree:
+    """The tree with what variables of Flax NNX hold in their place."""
+
+    def held(x):
+        leaves = jax.tree.leaves(x) if _is_variable(x) else []
+        return leaves[0] if len(leaves) == 1 else x
+
+    return jax.tree.map(held, tree, is_leaf=_is_variable)
+
+
 def _descends_from(x: object, package: str, names: Sequence[str]) -> bool:
     """Whether a class of one of the names, in the package, is a base of the node's class."""
     # By name, for the package may not be installed, and is slow to import where it is.

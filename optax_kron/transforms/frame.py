@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from optax_kron.kernels import contract
-from optax_kron.transforms import exchange, mesh, outliers, program, storage, validation
+from optax_kron.transforms import exchange, mesh, outliers, program, record, storage, validation
 from optax_kron.transforms.layout import After, Before, Layout
 from optax_kron.transforms.mesh import ALONE, WHOLE, Share, Spec
 from optax_kron.transforms.preconditioner import (
@@ -88,7 +88,9 @@ class Frame:
         plan = now.plan(params)
         make = functools.partial(now._init, plan)
         state = now.share.globally(make, params, out=now._specs(jax.eval_shape(make, params)))
-        return state._replace(fallback=self.layout.init_fallback(plan, params))
+        state = state._replace(fallback=self.layout.init_fallback(plan, params))
+        record.note(now, plan, params, state)
+        return state
 
     def plan(self, tree: PyTree) -> AnyPlan:
         """How a tree becomes stacks."""

@@ -50,6 +50,29 @@ class RefreshSchedule:
         """Whether a number of steps is a multiple of the interval."""
         return count % validation.interval(self.every) == 0
 
+    def ages(self, count: int, sizes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+        """How many steps ago each block was refreshed, as far as the interval tells.
+
+        Args:
+          count: The number of steps so far, ≥ 1.
+          sizes: As in `run`, of the stacks that are refreshed.
+
+        Returns:
+          For each stack an int [N], by label.
+        """
+        every = int(validation.interval(self.every))
+        if not self.staggered:
+            age = min(count % every, count - 1)
+            return {label: np.full(number, age) for label, (number, _) in sizes.items()}
+        ages = {}
+        # A state that was an operand of a program has its stacks in the order of their labels.
+        for label, table in _deal({k: sizes[k] for k in sorted(sizes)}, every).items():
+            number, _ = sizes[label]
+            turns = np.zeros(number + 1, int)
+            turns[table] = np.arange(every)[:, None]
+            ages[label] = np.minimum((count - turns[:number]) % every, count - 1)
+        return ages
+
     def run(
         self,
         refresh: Refresh,
@@ -291,3 +314,24 @@ def is_update_due(
     # The slack keeps rounding from adding a step where 1/p is an integer.
     due = (count == 0) | (pending >= 1 - 1e-6)
     return due, jnp.where(due, jnp.maximum(pending - 1, 0), pending)
+
+
+def steps_since_update(
+    schedule: KronSchedule, probability: optax.ScalarOrSchedule, count: int
+) -> int | None:
+    """How many steps ago the factors were updated; `None` if that is more than a thousand.
+
+    Args:
+      schedule: What is pending after the last step.
+      probability: Share of the steps with an update, or a schedule of it.
+      count: How many steps there have been, ≥ 1.
+    """
+    pending = float(schedule.pending_updates)
+    for age in range(min(count, 1000)):
+        step = count - 1 - age
+        share = float(np.real(probability(step) if callable(probability) else probability))
+        # What was pending before a step without an update was not negative.
+        if step == 0 or pending < share - 1e-6:
+            return age
+        pending -= share
+    return None
