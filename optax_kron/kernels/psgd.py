@@ -67,6 +67,13 @@ def degree(geometry: str) -> int:
     return 1 if geometry in ("PRO4P", "QUAD4P") else 2
 
 
+def powers_of_scale(geometry: str, order: int) -> tuple[float, float]:
+    """With which powers of the gradient's scale each of `order` factors goes, and each bound."""
+    # P is inverse to the gradient. The terms are proportional to it in EQ, inverse as the square of
+    # one Q in QEP, and without a scale where they are made of Pg and v.
+    return -1 / degree(geometry) / order, {"EQ": 1.0, "QEP": -1 / order}.get(geometry, 0.0)
+
+
 def noised(
     gradient: Inexact[Array, "*shape"], probe: Inexact[Array, "*shape"], damping: ArrayLike
 ) -> Inexact[Array, "*shape"]:
@@ -176,7 +183,8 @@ def refit(
     floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
     damping = jnp.maximum(jnp.asarray(damping, real), floor)
     scale = initial_scale(gradient, damping, probe if newton else None, sizes)
-    scale = jnp.where(initialized, 1, scale ** (2 / degree(geometry) / len(factors)))
+    power, _ = powers_of_scale(geometry, len(factors))
+    scale = jnp.where(initialized, 1, scale ** (-2 * power))
     moved, bounds = update_factors(
         tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
         bounds,
@@ -220,6 +228,11 @@ def square_factors(factors: Factors, *, precision: contract.Precision = None) ->
         contract.square(contract.widen(q), precision=precision).astype(cache_dtype(q.dtype))
         for q in factors
     )
+
+
+def keeps_cache(geometry: str, asked: bool | None) -> bool:
+    """Whether P is kept beside factors of Q: as asked, or by default where no half of Q is zero."""
+    return degree(geometry) == 2 and (geometry != "EQ" if asked is None else bool(asked))
 
 
 def cache_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -80,8 +80,8 @@ class KronPsgd(base.Preconditioner):
 
     def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> KronStack:
         """See `Preconditioner`: factors at the identity, or at the given scale times it."""
-        power = 2 / psgd.degree(self.geometry) / len(signature.shape)
-        scale = 1.0 if self.init_scale is None else self.init_scale**power
+        power, _ = psgd.powers_of_scale(self.geometry, len(signature.shape))
+        scale = 1.0 if self.init_scale is None else self.init_scale ** (-2 * power)
         factors = []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
             own = contract.complex_like(dtype, signature.is_complex and not diagonal)
@@ -119,14 +119,11 @@ class KronPsgd(base.Preconditioner):
         """See `Preconditioner`: what set the scale, at first, was `past` times as large."""
         if self.has_init_scale:
             return stack
-        # P is inverse to what it fits. The terms of the fit's curvature are proportional to it in
-        # EQ, as the square of one Q in QEP, and of no scale in the others.
-        by = past ** (-1 / len(stack.factors))
-        bounds = {"EQ": past, "QEP": by}.get(self.geometry)
+        power, bound_power = psgd.powers_of_scale(self.geometry, len(stack.factors))
         return stack._replace(
-            factors=blocks.times(stack.factors, by ** (1 / psgd.degree(self.geometry))),
-            bounds=stack.bounds if bounds is None else blocks.times(stack.bounds, bounds),
-            preconditioner=blocks.times(stack.preconditioner, by),
+            factors=blocks.times(stack.factors, past**power),
+            bounds=blocks.times(stack.bounds, past**bound_power),
+            preconditioner=blocks.times(stack.preconditioner, past ** (2 * power)),
         )
 
     def read(self, plan, updates, state, extra_args) -> PyTree:
@@ -300,17 +297,15 @@ def scale_by_kron_psgd(
     """Scale gradients by PSGD-Kron: no learning rate, no weight decay, no sign flip.
 
     Each block of a parameter has one factor `Q_i` per axis, and the update is `P·m`: `P = QᴴQ`
-    along every axis, `m` the bias-corrected momentum. In two geometries the factors are those of P
-    itself. They follow a Lie group descent on the criterion. It is made of matrix products, and so
-    are the triangular solves of "EQ".
+    along every axis, `m` the bias-corrected momentum. The factors follow a Lie group descent on the
+    criterion. It is made of matrix products, and so are the triangular solves of "EQ".
 
     Args:
       momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum;
         of 0 the state keeps its place.
       precond_lr: relative step of the factors, in (0, 1), or a schedule of it.
-      geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5", or
-        "QUAD" (Q Hermitian); or P itself, which then stands in the place of Q: "PRO4P" (nearly
-        Hermitian, follows wide spectra best, the costliest) or "QUAD4P" (Hermitian).
+      geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5" or
+        "QUAD" (Q Hermitian); or P, whose factors are kept in place of Q's: "PRO4P" or "QUAD4P".
       criterion: "whiten_momentum" and "whiten_gradient" fit `P = E[ggᴴ]^-½` of the momentum or the
         gradient; "newton" fits `P = |H|⁻¹` and needs `hvp_fn` at every update.
       update_probability: share of the steps at which the factors move, in [0, 1], or a schedule of
@@ -351,8 +346,7 @@ def scale_by_kron_psgd(
     Cost, for an m×n parameter with dense factors. State: m² + n² + mn numbers, and m² + n² for the
     cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without, in "EQ" 1.25
     times that. A step at which the factors move: in "EQ" about 9·mn·(m + n) + 2·(m³ + n³), plus one
-    Hessian-vector product in Newton mode; in "PRO4P" 8·(m³ + n³), and up to 62·(m³ + n³) where ten
-    rotations are taken. Factors of P itself need no cache.
+    Hessian-vector product in Newton mode; in "PRO4P" 6·mn·(m + n) and 8 to 62 times m³ + n³.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -379,11 +373,9 @@ def scale_by_kron_psgd(
     if update_probability is None:
         arguments["update_probability"] = update_probability_schedule()
     own = {field.name for field in dataclasses.fields(KronPsgd)} & set(arguments)
-    cache = geometry != "EQ" if cache_preconditioner is None else bool(cache_preconditioner)
     method = KronPsgd(
         has_init_scale=init_scale is not None,
-        # Where the factors are those of P there is nothing to keep beside them.
-        cache=psgd.degree(geometry) == 2 and cache,
+        cache=psgd.keeps_cache(geometry, cache_preconditioner),
         **{name: arguments[name] for name in own},
     )
     layout = blockwise(owner, blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)

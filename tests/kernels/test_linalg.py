@@ -191,6 +191,17 @@ def test_rotations_are_the_formula(dtype, distance):
         np.testing.assert_allclose(rotate(jnp.asarray(P)), reference.rotations(P), atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_rotations_leave_alone_what_is_hermitian_to_rounding(dtype):
+    """There the direction of a rotation is noise."""
+    rng = np.random.default_rng(9)
+    for _ in range(20):
+        H = hermitian(rng, "flat", 8, dtype) + 0.3 * hermitian(rng, "uniform", 8, dtype)
+        P = ((H + H.conj().T) / 2 * (1 + 1e-7 * random(rng, (8, 8)))).astype(dtype)
+        rotated = rotate_to_hermitian(jnp.asarray(P), ROWS, np.full(8, True))
+        np.testing.assert_allclose(rotated, P, rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotations_reach_the_hermitian_root_of_the_gram(dtype, scale):
