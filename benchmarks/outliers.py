@@ -38,7 +38,7 @@ OPTIMIZERS = {
     "adam": lambda layers: optax.adam(0.01, b2=0.95),
     **{
         f"kron_psgd {geometry}": lambda layers, geometry=geometry: _psgd(geometry=geometry)
-        for geometry in ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
+        for geometry in ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P")
     },
     "kron_psgd gradient": lambda layers: _psgd(criterion="whiten_gradient"),
     "kron_psgd newton": lambda layers: ok.kron_psgd(0.05, criterion="newton"),

@@ -24,13 +24,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
+GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P")
 
 # Operations to update one dense factor of size d of a tensor with n elements: (per d n, per d^3).
 # EQ: Q G (1.25), solve (1), two Gram products (4); triu(D) Q (2).
 # The others: P G (4), one Gram product (2); then QEP: Q C Q^H (4), Q Q^H (2), D Q (2);
 # QEQ: Q D (2); Q0.5EQ1.5: D Q (2), R Q and R^2 Q (4); QUAD: D Q and p D (4).
+# Of P itself: P G (2), one Gram product (2); then PRO4P: D P (2), ten rotations at most (60);
+# QUAD4P: D P and p D (4).
 UPDATE_COST = {"EQ": (6.25, 2), "QEP": (6, 8), "QEQ": (6, 2), "Q0.5EQ1.5": (6, 6), "QUAD": (6, 4)}
+UPDATE_COST |= {"PRO4P": (4, 62), "QUAD4P": (4, 4)}
 # Per d n, to apply P to the gradient: Q G and Q^H (Q G) where Q has just moved, else the cached P;
 # in EQ always the former, by panels that skip most of the zeros of Q.
 APPLICATION_COST = {True: 4, False: 2}
@@ -42,6 +45,8 @@ def kron_flop(shapes, geometry, updated):
     total = 0
     for shape in jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple)):
         application = UPPER_APPLICATION_COST if geometry == "EQ" else APPLICATION_COST[updated]
+        if geometry.endswith("4P"):
+            application = APPLICATION_COST[False]
         for d in shape if len(shape) > 1 else ():
             per_dn, per_cube = UPDATE_COST[geometry] if updated else (0, 0)
             total += (per_dn + application) * d * prod(shape) + per_cube * d**3

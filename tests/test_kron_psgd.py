@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_kron as ok
+from optax_kron.kernels import psgd
 
 
 def gradients(tree, step):
@@ -55,10 +56,20 @@ def test_cache_changes_nothing_but_the_state(probability):
     assert sizes[0] > 1.5 * sizes[1]
 
 
-@pytest.mark.parametrize("geometry", ["EQ", "QEQ", "QUAD"])
-def test_by_default_there_is_a_cache_where_no_half_of_the_factors_is_zero(geometry):
-    stacks = jax.eval_shape(ok.scale_by_kron_psgd(geometry=geometry).init, PARAMS).stacks
-    assert all((x.preconditioner is None) == (geometry == "EQ") for x in stacks.values())
+@pytest.mark.parametrize(
+    ("geometry", "asked", "cached"),
+    [
+        ("EQ", None, False),
+        ("QEQ", None, True),
+        ("QUAD", None, True),
+        ("PRO4P", None, False),
+        ("QUAD4P", True, False),
+    ],
+)
+def test_there_is_a_cache_where_full_factors_are_not_those_of_p(geometry, asked, cached):
+    tx = ok.scale_by_kron_psgd(geometry=geometry, cache_preconditioner=asked)
+    stacks = jax.eval_shape(tx.init, PARAMS).stacks
+    assert all((x.preconditioner is not None) == cached for x in stacks.values())
 
 
 def test_refreshes_are_counted_deterministically():
@@ -152,7 +163,7 @@ def test_a_parameter_and_its_transpose_are_treated_alike():
         np.testing.assert_allclose(u, v.T, rtol=1e-6)
 
 
-@pytest.mark.parametrize("geometry", ["EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD"])
+@pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
 def test_padded_blocks_stay_finite_and_apart(geometry):
     """Blocks of 3 and 2 rows in one padded stack: hundreds of moves leave the padding alone."""
     w = jnp.ones((5, 4))

@@ -116,7 +116,7 @@ def _named(name, value):
     [
         ({"momentum": -0.1}, r"\[0, 1\)"),
         ({"update_probability": 2.0}, r"\[0, 1\]"),
-        ({"geometry": "x"}, r"EQ.*QEP.*QEQ.*Q0\.5EQ1\.5.*QUAD"),
+        ({"geometry": "x"}, r"EQ.*QEP.*QEQ.*Q0\.5EQ1\.5.*QUAD.*PRO4P.*QUAD4P"),
         ({"criterion": "x"}, "whiten_momentum.*whiten_gradient.*newton"),
         ({"blocking": 3}, "Blocking"),
         ({"factor_dtype": "int8"}, "floating"),

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import optax_kron as ok
+from optax_kron.kernels import psgd
+from optax_kron.transforms import kron_psgd
 
 PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
 
@@ -38,13 +40,50 @@ def test_any_integer_is_a_seed(seed):
     ok.scale_by_kron_psgd(seed=seed).init(PARAMS)
 
 
-@pytest.mark.parametrize("geometry", ["EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD"])
+@pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
 def test_without_damping_a_slice_of_zeros_does_not_stop_its_parameter(geometry):
     grads = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32).at[0].set(0)
     tx = ok.scale_by_kron_psgd(damping=0.0, geometry=geometry, update_probability=1.0)
     state, norms = run(tx, grads, 6000)
     assert np.all(np.asarray(norms) > 0)
     assert state.failed_refreshes == 0
+
+
+@pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
+def test_the_first_scale_is_that_of_p_in_every_geometry(geometry):
+    tx = ok.scale_by_kron_psgd(init_scale=3.0, geometry=geometry, rms_clip=None, momentum=None)
+    (stack,) = tx.init(PARAMS["kernel"]).stacks.values()
+    update = psgd.precondition([q[0] for q in stack.factors], PARAMS["kernel"], geometry=geometry)
+    np.testing.assert_allclose(update, 9 * PARAMS["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
+def test_a_first_gradient_scaled_down_later_is_as_if_it_had_come_so(geometry):
+    """Factors and bounds, once the usual size of the gradients is known."""
+    tx = ok.scale_by_kron_psgd(geometry=geometry, cache_preconditioner=False)
+    method = kron_psgd.KronPsgd(
+        owner="kron_psgd",
+        geometry=geometry,
+        criterion="whiten_momentum",
+        precond_lr=0.7,
+        update_probability=1.0,
+        damping=1e-9,
+        init_scale=None,
+        has_init_scale=False,
+        cache=False,
+        outlier_clip=None,
+        precision=None,
+        seed=0,
+    )
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    (long,), (short,) = (
+        tx.update(size * grads, tx.init(grads))[1].stacks.values() for size in (1.0, 2.0**-8)
+    )
+    rescaled = method.rescale(long, jnp.full(1, 2.0**-8))
+    for x, y in zip(
+        (*rescaled.factors, rescaled.bounds), (*short.factors, short.bounds), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.max(np.abs(y)))
 
 
 def test_float16_factors_do_not_overflow_between_moves():

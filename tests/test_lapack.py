@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_kron as ok
+from optax_kron.kernels import psgd
 
 PARAMS = {"dense": jnp.ones((20, 12)), "tensor": jnp.ones((6, 6, 3)), "vector": jnp.ones(5)}
 LAYER = [ok.Layer("dense", kernel="dense")]
@@ -18,7 +19,7 @@ BY_LAPACK = {
     "soap eigh": ok.scale_by_soap(basis="eigh"),
 }
 BY_PRODUCTS = {
-    **{f"kron_psgd {x}": ok.scale_by_kron_psgd(geometry=x) for x in ("EQ", "QEQ", "QUAD", "QEP")},
+    **{f"kron_psgd {x}": ok.scale_by_kron_psgd(geometry=x) for x in psgd.GEOMETRIES},
     **{x: ok.scale_by_soap(variant=x) for x in ("soap", "kl_soap", "kl_shampoo")},
     "soap staggered": ok.scale_by_soap(stagger=True),
     "soap in blocks": ok.scale_by_soap(blocking=ok.Blocking(block_size=8)),

@@ -1,13 +1,13 @@
 """Preconditioned SGD with Kronecker factors (PSGD-Kron): one update of the factors of one block.
 
-The factors fit `P = QᴴQ` so that `E[gᴴPg + vᴴP⁻¹v]` is least, `v` white. With `g` a gradient this
-whitens it, `P = E[ggᴴ]^-½`; with a Hessian-vector product `h = Hv` in place of `g` it gives
-`P = |H|⁻¹`. Writing `T1` for what the first term and `T2` for what the second contributes to the
-derivative, factor i moves along `D = T1 − T2` with step `precond_lr / L`; `L` is a running bound of
-`‖T1 + T2‖`. Conventions for axes and factors are those of `kernels.contract`.
+The factors, Q with `P = QᴴQ` or P itself, make `E[gᴴPg + vᴴP⁻¹v]` least, `v` white. With `g` a
+gradient this whitens it, `P = E[ggᴴ]^-½`; with a Hessian-vector product `h = Hv` in place of `g` it
+gives `P = |H|⁻¹`. Writing `T1` for what the first term and `T2` for what the second contributes to
+the derivative, factor i moves along `D = T1 − T2` with step `precond_lr / L`; `L` is a running
+bound of `‖T1 + T2‖`. Conventions for axes and factors are those of `kernels.contract`.
 
 Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
-arXiv:2402.11858.
+arXiv:2402.11858; of PRO4P and QUAD4P the latter's reference implementation (2025).
 """
 
 import functools
@@ -29,13 +29,29 @@ from optax_kron.kernels import contract, grams, linalg, triangular
 #   QEQ           (Pg)(Pg)ᴴ, vvᴴ                       Q ← Q − μ Q D
 #   Q0.5EQ1.5     (Pg)(Pg)ᴴ, vvᴴ                       Q ← Q − μ D Q, then a rotation to Hermitian
 #   QUAD          (Pg)(Pg)ᴴ, vvᴴ                       Q ← (I − μD/2) Q (I − μD/2), Hermitian
+#   PRO4P         (Pg)(Pg)ᴴ, vvᴴ                       P ← P − μ D P, then rotations to Hermitian
+#   QUAD4P        (Pg)(Pg)ᴴ, vvᴴ                       P ← (I − μD) P (I − μD), Hermitian
 #
 # Only EQ solves with Q. When whitening, all but EQ take the mean of T2 over v: vvᴴ → I.
+#
+# In the last two the factors are those of P, applied once. For a Hermitian P the criterion c has
+#
+#   dc = tr dP (E[ggᴴ] − P⁻¹ E[vvᴴ] P⁻¹) = tr dP P⁻¹ E[D] P⁻¹,
+#
+# and E[D] = 0 where P E[ggᴴ] P = I: at E[ggᴴ]^-½, or with g = Hv at |H|⁻¹.
+#
+#   QUAD4P        dP = −μ (DP + PD), so dc = −2μ tr D P⁻¹ D: step by step the P of QEQ
+#   PRO4P         P² ← P (I − μD)² P, as rotations keep PᴴP, so in the eigenbasis of P
+#                 dP_ij = −2μ D_ij p_i p_j / (p_i + p_j), dc = −2μ Σ|D_ij|² / (p_i + p_j)
+#
+# So an entry of P between a large and a small eigenvalue moves as the large one in QEQ and QUAD4P,
+# as their geometric mean in Q0.5EQ1.5, and as the small one in PRO4P: noise in D then spoils no
+# small eigenvalue, and the fit of a wide spectrum is held up the least.
 #
 # A worked example, for a block g [128, 64] with two dense factors in EQ: X = Q₁ g Q₂ᵀ and
 # Y = Q₁⁻ᴴ v Q₂⁻* are [128, 64]; T1 = XXᴴ and T2 = YYᴴ are [128, 128] for the first axis, and of
 # the unfoldings [64, 128] of both, [64, 64], for the second.
-GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
+GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P")
 
 _BOUND_DECAY = 0.9
 
@@ -44,6 +60,18 @@ Factors = tuple[contract.Factor, ...]
 _DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 Sizes = Sequence[Int[Array, ""]] | None
 Scalar = Float[Array, ""]
+
+
+def degree(geometry: str) -> int:
+    """Of P in the factors: 2 where `P = QᴴQ`, 1 where they are those of P itself."""
+    return 1 if geometry in ("PRO4P", "QUAD4P") else 2
+
+
+def powers_of_scale(geometry: str, order: int) -> tuple[float, float]:
+    """With which powers of the gradient's scale each of `order` factors goes, and each bound."""
+    # P is inverse to the gradient. The terms are proportional to it in EQ, inverse as the square of
+    # one Q in QEP, and without a scale where they are made of Pg and v.
+    return -1 / degree(geometry) / order, {"EQ": 1.0, "QEP": -1 / order}.get(geometry, 0.0)
 
 
 def noised(
@@ -155,7 +183,8 @@ def refit(
     floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
     damping = jnp.maximum(jnp.asarray(damping, real), floor)
     scale = initial_scale(gradient, damping, probe if newton else None, sizes)
-    scale = jnp.where(initialized, 1, scale ** (1 / len(factors)))
+    power, _ = powers_of_scale(geometry, len(factors))
+    scale = jnp.where(initialized, 1, scale ** (-2 * power))
     moved, bounds = update_factors(
         tuple(q * scale.astype(contract.real_dtype(q.dtype)) for q in factors),
         bounds,
@@ -176,7 +205,12 @@ def refit(
 def precondition(
     factors: Factors, x: contract.Tensor, *, geometry: str, precision: contract.Precision = None
 ) -> contract.Tensor:
-    """`P·X = Qᴴ·(Q·X)`; in EQ by panels that skip the zeros of Q. Arguments as `update_factors`."""
+    """`P·X`, of the factors of `P` or as `Qᴴ·(Q·X)`; in EQ by panels that skip the zeros of Q.
+
+    Arguments as `update_factors`.
+    """
+    if degree(geometry) == 1:
+        return apply_cached(factors, x, precision=precision)
     kernel = triangular.precondition if geometry == "EQ" else contract.precondition
     return kernel(tuple(map(contract.widen, factors)), x, precision=precision)
 
@@ -184,7 +218,7 @@ def precondition(
 def apply_cached(
     cached: Factors, x: contract.Tensor, *, precision: contract.Precision = None
 ) -> contract.Tensor:
-    """`P·X`, of what `square_factors` has made."""
+    """`P·X`, of the factors of `P`, such as `square_factors` has made."""
     return contract.apply_factors(tuple(map(contract.widen, cached)), x, precision=precision)
 
 
@@ -194,6 +228,11 @@ def square_factors(factors: Factors, *, precision: contract.Precision = None) ->
         contract.square(contract.widen(q), precision=precision).astype(cache_dtype(q.dtype))
         for q in factors
     )
+
+
+def keeps_cache(geometry: str, asked: bool | None) -> bool:
+    """Whether P is kept beside factors of Q: as asked, or by default where no half of Q is zero."""
+    return degree(geometry) == 2 and (geometry != "EQ" if asked is None else bool(asked))
 
 
 def cache_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -217,12 +256,13 @@ def update_factors(
     """One step of the fit of `P` for one block.
 
     Args:
-      factors: One factor per axis; dense ones are upper triangular in `EQ`, Hermitian in `QUAD`.
+      factors: One factor per axis, of Q or P; dense ones are upper triangular in `EQ`, Hermitian
+        in `QUAD` and `QUAD4P`.
       bounds: Running bound L of the curvature of the fit along each axis, from zero.
       gradient: The `noised` gradient, momentum or Hessian-vector product.
       probe: `V`, white; in Newton mode, the probe of the product.
       rows: `linalg.PROBE_ROWS` standard normal rows for the norm bounds, no axis longer than they.
-      geometry: The geometry in which Q moves, one of `GEOMETRIES`.
+      geometry: The geometry in which Q or P moves, one of `GEOMETRIES`.
       precond_lr: Relative size of the step, in (0, 1).
       newton: Whether to fit `|H|⁻¹` rather than to whiten.
       sizes: Valid extent of each axis if the block is padded: gradient, probe and the factors'
@@ -231,7 +271,8 @@ def update_factors(
 
     Returns:
       New factors and new bounds. Cost: about 4·n·d_i + 2·d_i³ operations for each dense factor (a
-      little more in `QEP`, `Q0.5EQ1.5`, `QUAD`), and for all `4·n·Σd_i`.
+      little more in `QEP`, `Q0.5EQ1.5`, `QUAD`, `QUAD4P`; in `PRO4P` 6·d_i³ for each rotation), and
+      for all `4·n·Σd_i`, or half of it where factors are those of P.
     """
     if geometry == "QEP":
         factors = balance(factors, sizes)
@@ -266,7 +307,7 @@ def _gram_pairs(
         first = triangular.apply_uppers(factors, gradient, precision=precision)
         second = linalg.solve_upper_adjoint(factors, probe, precision=precision)
     else:
-        first = contract.precondition(factors, gradient, precision=precision)
+        first = precondition(factors, gradient, geometry=geometry, precision=precision)
         second = probe if newton else None
 
     def from_output(x, axis):
@@ -328,8 +369,8 @@ def _move_factor(
     t1, t2 = pair.diagonals()
     bound, step = _bound_and_step(jnp.max(t1 + t2, initial=0), bound, precond_lr, factor)
     difference = t1 - t2
-    if geometry == "QUAD":
-        return jnp.square(1 - step / 2 * difference) * factor, bound
+    if geometry in ("QUAD", "QUAD4P"):
+        return jnp.square(1 - step / degree(geometry) * difference) * factor, bound
     return (1 - step * difference) * factor, bound
 
 
@@ -367,9 +408,15 @@ def _move_dense(
         case "Q0.5EQ1.5":
             moved = factor - step * product(difference, factor)
             return linalg.procrustes_step(moved, rows, precision=precision)
-        case "QUAD":
-            half = factor - step / 2 * product(difference, factor)
-            half = half - step / 2 * product(half, difference)
+        case "PRO4P":
+            moved = factor - step * product(difference, factor)
+            t1, t2 = pair.diagonals()
+            inside = t1 + t2 > 0  # both are zero in the padding
+            return linalg.rotate_to_hermitian(moved, rows, inside, precision=precision)
+        case "QUAD" | "QUAD4P":
+            share = step / degree(geometry)  # so that P moves as far in both
+            half = factor - share * product(difference, factor)
+            half = half - share * product(half, difference)
             # Rounding would leave the Hermitian matrices little by little.
             return (half + half.conj().T) / 2
     raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}; got {geometry!r}.")

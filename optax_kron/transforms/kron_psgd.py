@@ -27,7 +27,7 @@ _BALANCE_EVERY = 100
 
 
 class KronStack(NamedTuple):
-    """Factors of N blocks of shape [d_1, ..., d_k]."""
+    """Factors of N blocks of shape [d_1, ..., d_k], of Q or in two geometries of P."""
 
     factors: tuple[Array, ...]  # per axis: dense [N, d, d] or diagonal [N, d], factor_dtype
     bounds: Float[Array, "N k"]  # running bound of the fit's curvature along each axis, ≥ float32
@@ -77,7 +77,8 @@ class KronPsgd(base.Preconditioner):
 
     def init(self, count: int, signature: Signature, dtype: jnp.dtype) -> KronStack:
         """See `Preconditioner`: factors at the identity, or at the given scale times it."""
-        scale = 1.0 if self.init_scale is None else self.init_scale ** (1 / len(signature.shape))
+        power, _ = psgd.powers_of_scale(self.geometry, len(signature.shape))
+        scale = 1.0 if self.init_scale is None else self.init_scale ** (-2 * power)
         factors = []
         for size, diagonal in zip(signature.shape, signature.diagonal, strict=True):
             own = contract.complex_like(dtype, signature.is_complex and not diagonal)
@@ -115,12 +116,11 @@ class KronPsgd(base.Preconditioner):
         """See `Preconditioner`: what set the scale, at first, was `past` times as large."""
         if self.has_init_scale:
             return stack
-        # P is inverse to what it fits, the terms of the fit's curvature are proportional to it.
-        by = past ** (-1 / len(stack.factors))
+        power, bound_power = psgd.powers_of_scale(self.geometry, len(stack.factors))
         return stack._replace(
-            factors=blocks.times(stack.factors, jnp.sqrt(by)),
-            bounds=blocks.times(stack.bounds, past),
-            preconditioner=blocks.times(stack.preconditioner, by),
+            factors=blocks.times(stack.factors, past**power),
+            bounds=blocks.times(stack.bounds, past**bound_power),
+            preconditioner=blocks.times(stack.preconditioner, past ** (2 * power)),
         )
 
     def read(self, plan, updates, state, extra_args) -> PyTree:
@@ -301,16 +301,16 @@ def scale_by_kron_psgd(
       momentum: decay of the moving average of gradients, in [0, 1). `None` or 0: no momentum;
         of 0 the state keeps its place.
       precond_lr: relative step of the factors, in (0, 1), or a schedule of it.
-      geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5", or
-        "QUAD" (Q Hermitian).
+      geometry: in which geometry Q moves: "EQ" (Q upper triangular), "QEP", "QEQ", "Q0.5EQ1.5" or
+        "QUAD" (Q Hermitian); or P, whose factors are kept in place of Q's: "PRO4P" or "QUAD4P".
       criterion: "whiten_momentum" and "whiten_gradient" fit `P = E[ggᴴ]^-½` of the momentum or the
         gradient; "newton" fits `P = |H|⁻¹` and needs `hvp_fn` at every update.
       update_probability: share of the steps at which the factors move, in [0, 1], or a schedule of
         it. Deterministic: they move at the first step, then whenever the shares since have added
         up to one. `None`: `update_probability_schedule()`.
       damping: curvature, in units of the gradient, below which none is believed; ≥ 0.
-      init_scale: `Q` starts at this scale times the identity. `None`: at the scale that whitens
-        the first nonzero gradient of the block.
+      init_scale: `Q` starts at this scale times the identity, P at its square. `None`: at the scale
+        that whitens the first nonzero gradient of the block.
       rms_clip: cap of the root mean square of each parameter's update. `None`: no cap.
       max_abs_clip: a parameter's update with a larger entry than this is rescaled as a whole.
         `None`: no cap.
@@ -320,7 +320,7 @@ def scale_by_kron_psgd(
       blocking: how parameters become blocks, and which axes get a diagonal factor.
       cache_preconditioner: keep `P = QᴴQ` in the state between moves of the factors. Steps without
         a move take half the operations (in "EQ" 0.8 of them, as Q is half zeros), the factors twice
-        the memory. `None`: in all geometries but "EQ".
+        the memory. `None`: in all geometries but "EQ". Factors of P itself need none and get none.
       factor_dtype: real dtype of the stored factors. `None`: as precise as the parameters, but at
         least float32, as is the arithmetic.
       momentum_dtype: dtype of the stored momentum. `None`: that of the parameters.
@@ -343,7 +343,7 @@ def scale_by_kron_psgd(
     Cost, for an m×n parameter with dense factors. State: m² + n² + mn numbers, and m² + n² for the
     cache. A step: 2·mn·(m + n) operations with the cache, up to twice that without, in "EQ" 1.25
     times that. A step at which the factors move: in "EQ" about 9·mn·(m + n) + 2·(m³ + n³), plus one
-    Hessian-vector product in Newton mode.
+    Hessian-vector product in Newton mode; in "PRO4P" 6·mn·(m + n) and 8 to 62 times m³ + n³.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -355,7 +355,7 @@ def scale_by_kron_psgd(
       >>> updates, state = tx.update(params, state, params)
 
     Sources: Li (2015), arXiv:1512.04202; Pooladzandi and Li (2024), arXiv:2402.04553; Li (2024),
-    arXiv:2402.11858.
+    arXiv:2402.11858; "PRO4P" and "QUAD4P": Li (2025), the reference implementation of the latter.
     """
     arguments = dict(locals(), owner=(owner := "kron_psgd"))
     check = functools.partial(validation.check_range, owner)
@@ -372,7 +372,7 @@ def scale_by_kron_psgd(
     own = {field.name for field in dataclasses.fields(KronPsgd)} & set(arguments)
     method = KronPsgd(
         has_init_scale=init_scale is not None,
-        cache=geometry != "EQ" if cache_preconditioner is None else bool(cache_preconditioner),
+        cache=psgd.keeps_cache(geometry, cache_preconditioner),
         **{name: arguments[name] for name in own},
     )
     layout = blockwise(owner, blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)

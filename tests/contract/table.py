@@ -418,6 +418,7 @@ ROWS = (
     _psgd("QEQ", settings={"geometry": "QEQ"}),
     _psgd("Q0.5EQ1.5", settings={"geometry": "Q0.5EQ1.5"}),
     _psgd("QUAD", settings={"geometry": "QUAD"}),
+    _psgd("PRO4P", settings={"geometry": "PRO4P"}),
     _psgd("gradient", settings={"criterion": "whiten_gradient"}),
     _psgd(
         "newton",

@@ -24,6 +24,9 @@ SQUARES = {
     "substitution by panels": lambda x: linalg.solve_upper_adjoint([x, x[:, 0]], x),
     "norm bound": lambda x: linalg.norm_bound(x, jnp.ones((linalg.PROBE_ROWS, len(x)))),
     "rotation": lambda x: linalg.procrustes_step(x, jnp.ones((linalg.PROBE_ROWS, len(x)))),
+    "rotations": lambda x: linalg.rotate_to_hermitian(
+        x, jnp.ones((linalg.PROBE_ROWS, len(x))), x[0] > 0
+    ),
     "eigenvectors": lambda x: jax.vmap(eigenbases.hermitian_eigen)(x[None]),
     "power iteration": lambda x: jax.vmap(eigenbases.power_iteration)(x[None], x[None]),
     "subspace iteration": lambda x: subspace.follow([x[None]], [x[None]]),

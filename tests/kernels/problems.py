@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_kron.kernels import linalg
+from tests.reference import psgd as reference
 
 # The shape of a block, and which of its factors are diagonal.
 MATRIX = ((4, 3), (False, False))
@@ -33,7 +34,12 @@ def problem(layout, geometry, dtype=np.float64, seed=0):
             factors.append(np.asarray(rng.uniform(0.5, 2, d), np.finfo(dtype).dtype))
             continue
         Q = np.eye(d) + 0.3 * random(rng, (d, d), dtype)
-        Q = np.triu(Q) if geometry == "EQ" else (Q + Q.conj().T) / 2 if geometry == "QUAD" else Q
+        if geometry == "EQ":
+            Q = np.triu(Q)
+        elif geometry == "QUAD":
+            Q = (Q + Q.conj().T) / 2
+        elif geometry in reference.OF_P:
+            Q = Q @ Q.conj().T
         factors.append(np.asarray(Q, dtype))
     return tuple(map(jnp.asarray, (*factors, random(rng, shape, dtype), random(rng, shape, dtype))))
 

@@ -15,6 +15,8 @@ from tests.reference import psgd as reference
 DTYPES = (np.float32, np.float64, np.complex64, np.complex128)
 norm_bound = jax.jit(linalg.norm_bound)
 procrustes_step = jax.jit(linalg.procrustes_step)
+rotate_to_hermitian = jax.jit(linalg.rotate_to_hermitian)
+WHOLE = np.full(3, True)
 solve_upper_adjoint = jax.jit(linalg.solve_upper_adjoint)
 
 
@@ -173,6 +175,48 @@ def test_procrustes_keeps_hermitian(dtype):
     for Q in (np.zeros((3, 3)), np.eye(3), hermitian(rng, "uniform", 3, dtype)):
         Q = np.asarray((Q + Q.conj().T) / 2, dtype)
         np.testing.assert_array_equal(procrustes_step(jnp.asarray(Q), ROWS), Q)
+        np.testing.assert_array_equal(rotate_to_hermitian(jnp.asarray(Q), ROWS, WHOLE), Q)
+
+
+@pytest.mark.usefixtures("exact_norm")
+@pytest.mark.parametrize("distance", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_rotations_are_the_formula(dtype, distance):
+    rotate = jax.jit(lambda p: linalg.rotate_to_hermitian(p, ROWS, np.full(len(p), True)))
+    rng = np.random.default_rng(6)
+    for d in (1, 2, 5):
+        W = random(rng, (d, d), dtype)
+        P = W @ W.conj().T / d + 0.2 * np.eye(d) + distance * random(rng, (d, d), dtype)
+        # Near Hermitian the root is a ratio of traces that are small themselves.
+        np.testing.assert_allclose(rotate(jnp.asarray(P)), reference.rotations(P), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_rotations_leave_alone_what_is_hermitian_to_rounding(dtype):
+    """There the direction of a rotation is noise."""
+    rng = np.random.default_rng(9)
+    for _ in range(20):
+        H = hermitian(rng, "flat", 8, dtype) + 0.3 * hermitian(rng, "uniform", 8, dtype)
+        P = ((H + H.conj().T) / 2 * (1 + 1e-7 * random(rng, (8, 8)))).astype(dtype)
+        rotated = rotate_to_hermitian(jnp.asarray(P), ROWS, np.full(8, True))
+        np.testing.assert_allclose(rotated, P, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotations_reach_the_hermitian_root_of_the_gram(dtype, scale):
+    """`P = U H` turns to H, whatever its scale; beside padding by the identity too."""
+    rng = np.random.default_rng(7)
+    U, V = unitary(rng, 8, dtype), random(rng, (8, 8), dtype)
+    H = (U * np.geomspace(1, 3, 8)) @ U.conj().T
+    X = 0.1 * (V - V.conj().T) / np.linalg.norm(V - V.conj().T, 2)
+    P = scale * (np.linalg.solve(np.eye(8) - X, np.eye(8) + X) @ H)
+    P = np.pad(P, (0, 2)) + np.diag(np.repeat([0, 1], [8, 2]))
+    inside = np.repeat([True, False], [8, 2])
+    rotated = np.asarray(rotate_to_hermitian(jnp.asarray(P, dtype), ROWS, inside))
+    np.testing.assert_array_equal(rotated[8:], np.eye(10)[8:])
+    # Of a matrix of skew part 1e-3 the Hermitian root is as far at condition 3.
+    np.testing.assert_allclose(rotated[:8, :8] / scale, H, atol=3e-3)
 
 
 def triangular(rng, d, dtype, condition):

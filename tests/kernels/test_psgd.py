@@ -82,7 +82,7 @@ def test_update_of_a_vector_is_the_reference(geometry, newton):
     assert_close((*new, *bounds), (*expected, *expected_bounds), 1e-10)
 
 
-@pytest.mark.parametrize("geometry", ["EQ", "QEP", "QEQ", "QUAD"])
+@pytest.mark.parametrize("geometry", ["EQ", "QEP", "QEQ", "QUAD", "QUAD4P"])
 def test_running_bound_and_its_step(geometry):
     """With the random bound as it is: ℓ within [norm / √2, norm], and the step divides by L."""
     *factors, G, V = problem(MATRIX, geometry)
@@ -110,7 +110,7 @@ def test_bounds_keep_their_dtype():
 
 @every_geometry
 def test_structure_is_kept(geometry):
-    """Large steps keep triangles, symmetry and signs exactly."""
+    """Large steps keep triangles, symmetry and signs exactly, and P itself positive definite."""
     *factors, _, _ = problem(MIXED, geometry, np.complex128)
     step = update(geometry, precond_lr=0.9)
 
@@ -125,24 +125,28 @@ def test_structure_is_kept(geometry):
         if geometry == "EQ":
             np.testing.assert_array_equal(np.tril(Q, -1), 0)
             assert np.all(np.diag(Q).real > 0)
-        if geometry == "QUAD":
+        if geometry in ("QUAD", "QUAD4P"):
             np.testing.assert_array_equal(Q, np.conj(Q).T)
+        if geometry in reference.OF_P:
+            assert np.max(np.abs(Q - np.conj(Q).T)) <= 1e-3 * np.max(np.abs(Q))
+            assert np.min(np.linalg.eigvalsh((Q + np.conj(Q).T) / 2)) > 0
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @every_geometry
 def test_scale_of_the_gradient_is_immaterial(geometry, dtype):
-    """G → cG with Q → Q / c^¼ on both axes is the same update, scaled; also for extreme c."""
+    """G → cG with P → P / √c on both axes is the same update, scaled; also for extreme c."""
     *factors, G, V = problem(MATRIX, geometry, dtype)
     step = update(geometry, precond_lr=0.3)
     expected, _ = step(tuple(factors), zeros(factors), G, V, ROWS)
+    power = 0.5 / psgd.degree(geometry)
     for exponent in (4, 100, -100):
         c = 2.0**exponent
-        scaled = tuple(factor * dtype(c**-0.25) for factor in factors)
+        scaled = tuple(factor * dtype(c**-power) for factor in factors)
         new, _ = step(scaled, zeros(factors), G * dtype(c), V, ROWS)
         # Powers of two scale without rounding; only balancing, through logarithms, adds some.
         rtol = 2000 * np.finfo(dtype).eps
-        assert_close([dtype(c**0.25) * Q for Q in new], expected, rtol)
+        assert_close([dtype(c**power) * Q for Q in new], expected, rtol)
 
 
 @every_geometry

@@ -9,7 +9,9 @@ Sources: Li, arXiv:1512.04202, arXiv:2402.04553, arXiv:2402.11858.
 
 import numpy as np
 
-GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD")
+# Of Q, and of P itself.
+GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P")
+OF_P = ("PRO4P", "QUAD4P")
 
 
 def wide(array):
@@ -51,9 +53,10 @@ def apply_adjoint(factors, X):
     return wide(X)
 
 
-def precondition(factors, X):
-    """P·X with P = QᴴQ on every axis."""
-    return apply_adjoint(factors, apply(factors, X))
+def precondition(factors, X, geometry="QEQ"):
+    """P·X with P = QᴴQ on every axis, or with factors of P."""
+    result = apply(factors, X)
+    return result if geometry in OF_P else apply_adjoint(factors, result)
 
 
 def gram(X, axis, diagonal=False):
@@ -84,7 +87,7 @@ def terms(geometry, factors, G, V, newton):
         if geometry == "EQ":
             T1, T2 = gram(apply(factors, G), axis), gram(B, axis)
         else:
-            T1 = gram(precondition(factors, G), axis)
+            T1 = gram(precondition(factors, G, geometry), axis)
             T2 = gram(V, axis) if newton else (G.size / d) * np.eye(d)
         if np.ndim(factor) == 1:
             T1, T2 = np.diag(np.diag(T1)), np.diag(np.diag(T2))
@@ -114,7 +117,8 @@ def step(geometry, factors, terms, step_sizes, procrustes_bounds=None):
     for Q, (T1, T2), s, bound in zip(factors, terms, step_sizes, procrustes_bounds, strict=True):
         Q, D = wide(Q), T1 - T2
         if Q.ndim == 1:
-            Q = (1 - (s / 2) * D) ** 2 * Q if geometry == "QUAD" else (1 - s * D) * Q
+            halves = {"QUAD": s / 2, "QUAD4P": s}.get(geometry)
+            Q = (1 - s * D) * Q if halves is None else (1 - halves * D) ** 2 * Q
         elif geometry == "EQ":
             Q = Q - s * np.triu(D) @ Q
         elif geometry == "QEP":
@@ -126,6 +130,12 @@ def step(geometry, factors, terms, step_sizes, procrustes_bounds=None):
         elif geometry == "QUAD":
             p = Q - (s / 2) * D @ Q
             p = p - (s / 2) * p @ D
+            Q = (p + p.conj().T) / 2
+        elif geometry == "PRO4P":
+            Q = rotations(Q - s * D @ Q, bound)
+        elif geometry == "QUAD4P":
+            p = Q - s * D @ Q
+            p = p - s * p @ D
             Q = (p + p.conj().T) / 2
         else:
             raise ValueError(geometry)
@@ -144,6 +154,30 @@ def procrustes(Q, bound=None):
     t1, t2 = np.trace(R @ Q).real, np.trace(R @ R @ Q).real
     a = np.clip(-t1 / t2, 0, 1 / 8) if t2 < 0 else 1 / 8
     return Q + a * (R @ Q + (a / 2) * R @ R @ Q)
+
+
+def rotation(P, bound=None):
+    """One order-3 step of P towards a Hermitian matrix; `bound` is the spectral norm of Pᴴ − P."""
+    R = P.conj().T - P
+    bound = np.linalg.norm(R, 2) if bound is None else bound
+    if bound == 0:
+        return P
+    R = R / bound
+    t1, t2, t3 = (np.trace(np.linalg.matrix_power(R, k) @ P).real for k in (1, 2, 3))
+    if not (t1 > 0 and t3 < 0):
+        return P
+    aR = min(np.max(np.roots([3 / 8 * t3, t2, t1]).real), 1 / 3) * R
+    return (np.eye(len(P)) + aR + aR @ aR / 2 + aR @ aR @ aR / 8) @ P
+
+
+def rotations(P, bound=None):
+    """At most ten of them, and one at least."""
+    P = wide(P)
+    for _ in range(10):
+        P = rotation(P, bound)
+        if np.max(np.abs(P - P.conj().T)) <= 1e-3 * np.max(np.abs(P)):
+            break
+    return P
 
 
 def balance(factors):
