@@ -14,6 +14,7 @@ from jaxtyping import Inexact
 
 from optax_kron.diagnostics.layout import Laid, Place, lay_out
 from optax_kron.diagnostics.states import Found, check_concrete, find_states
+from optax_kron.kernels import psgd
 from optax_kron.types import PyTree
 
 Stack = Any  # a NamedTuple of an optimizer's own
@@ -25,10 +26,10 @@ class Factor:
     """One of the matrices that an optimizer keeps of a block.
 
     Attributes:
-      name: What it is. Of `kron_psgd` "Q", and "P", which is `QᴴQ`; of `shampoo` "S", the
-        statistic, and "root", its inverse root; of `soap` "S", "basis", and in the KL variants
-        "eigenvalues"; of `kfac` and `ekfac` "A" along inputs and "G" along outputs, and "inverse",
-        or "basis" and "eigenvalues".
+      name: What it is. Of `kron_psgd` "Q", and "P", which is `QᴴQ` or kept itself; of `shampoo`
+        "S", the statistic, and "root", its inverse root; of `soap` "S", "basis", and in the KL
+        variants "eigenvalues"; of `kfac` and `ekfac` "A" along inputs and "G" along outputs, and
+        "inverse", or "basis" and "eigenvalues".
       axis: The axis of the block; of a layer 0 is that of inputs, the bias's one last, and 1 that
         of outputs.
       axes: The axes of the parameter that are enumerated along it; of a layer those of its kernel.
@@ -87,8 +88,9 @@ def factors(
       state: What `tx.init` or `tx.update` returned, or a pytree that holds it.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
       tx: The transformation that made the state. It is needed for `kfac` and `ekfac`, whose layers
-        are not in the state, for a `blocking` other than the default, and where a wrapper hides
-        parameters, such as `optax.masked`.
+        are not in the state, for a `blocking` other than the default, where a wrapper hides
+        parameters, such as `optax.masked`, and for `kron_psgd` with a geometry that keeps P in
+        place of Q: without it all factors of `kron_psgd` are taken for those of Q.
 
     Returns:
       By path of the parameter, as "dense/kernel", its factors, block by block, and axis by axis
@@ -147,7 +149,8 @@ def factors_of_state(found: Found, laid: Laid) -> dict[str, list[Factor]]:
     """The factors of the parameters of one state, by path."""
     made: dict[str, list[Factor]] = {}
     for label in dict.fromkeys(place.label for place in laid.places):
-        arrays = [(name, axis, unpacked(on_host(x))) for name, axis, x in kept(found.stacks[label])]
+        stored = kept(found.stacks[label], laid.frame)
+        arrays = [(name, axis, unpacked(on_host(x))) for name, axis, x in stored]
         for place in laid.places:
             if place.label == label:
                 own = list(_of_place(place, arrays, found))
@@ -183,11 +186,17 @@ def squared(rows: Rows) -> Rows:
     return np.square(rows) if rows.ndim == 2 else rows.conj().mT @ rows
 
 
-def kept(stack: Stack) -> Iterator[tuple[str, int, Any]]:
-    """What a stack keeps along axes: the name, the axis, and factors [N, ...] as stored."""
+def kept(stack: Stack, frame: Any = None) -> Iterator[tuple[str, int, Any]]:
+    """What a stack keeps along axes: the name, the axis, and factors [N, ...] as stored.
+
+    Args:
+      stack: The stack.
+      frame: The settings. Without them factors of `kron_psgd` are taken for those of Q.
+    """
     kind = type(stack).__name__
     if kind == "KronStack":
-        pairs = [("Q", stack.factors)]
+        of_p = frame is not None and psgd.degree(frame.method.geometry) == 1
+        pairs = [("P" if of_p else "Q", stack.factors)]
     elif kind == "ShampooStack":
         pairs = [("S", stack.statistics), ("root", stack.roots)]
     elif kind == "SoapStack":

@@ -29,15 +29,15 @@ def cost_of_spectrum(size: int) -> float:
     return size**3 * _PER_CUBE + _EACH
 
 
-def curvatures(stack: Stack) -> dict[int, tuple[str, Any]]:
+def curvatures(stack: Stack, frame: Any = None) -> dict[int, tuple[str, Any]]:
     """By axis, what tells the condition along it, as it is stored, and its name.
 
-    Of `kron_psgd` Q, of which P is made, of `shampoo` and `soap` the statistic, of `kfac` and
+    Of `kron_psgd` P, or Q, of which P is made, of `shampoo` and `soap` the statistic, of `kfac` and
     `ekfac` A and G; or the eigenvalues of these, where they are there.
     """
     found: dict[int, tuple[str, Any]] = {}
-    for name, axis, x in kept(stack):
-        if name == "eigenvalues" or (name in ("Q", "S", "A", "G") and axis not in found):
+    for name, axis, x in kept(stack, frame):
+        if name == "eigenvalues" or (name in ("P", "Q", "S", "A", "G") and axis not in found):
             found[axis] = name, x
     return found
 
@@ -62,7 +62,7 @@ def eigenvalues(matrices: Inexact[np.ndarray, "n d d"]) -> Float[np.ndarray, "n 
 
 
 def conditions(
-    found: Found, places: Sequence[Place], budget: float = np.inf
+    found: Found, places: Sequence[Place], budget: float = np.inf, frame: Any = None
 ) -> tuple[dict[int, list[float | None]], bool]:
     """Condition numbers along the axes of blocks, the largest of a place.
 
@@ -70,6 +70,7 @@ def conditions(
       found: The state.
       places: Those of its parameters or layers.
       budget: About how many seconds it may take; the smallest matrices come first.
+      frame: The settings, where they are known.
 
     Returns:
       By the `id` of a place, a number for each axis or `None`; and whether any was left out for its
@@ -79,7 +80,7 @@ def conditions(
     jobs = []
     for label in dict.fromkeys(place.label for place in places):
         own = [place for place in places if place.label == label]
-        for axis, (name, x) in curvatures(found.stacks[label]).items():
+        for axis, (name, x) in curvatures(found.stacks[label], frame).items():
             cost = 0.0
             if x.ndim == 3 and name != "eigenvalues":
                 cost = cost_of_spectrum(packed_size(x)) * sum(place.count for place in own)
