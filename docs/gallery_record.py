@@ -32,7 +32,6 @@ RUNS = {
     "pinn": "--equation poisson --steps 60",
     "vmc": "--steps 50 --walkers 256",
     "gpt": "--optimizer soap",
-    "two_processes": "--steps 12 --save-every 6",
 }
 SETTINGS = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 WIDTH, LARGEST = 1000, 150_000  # of a picture: pixels, and bytes that it stays below
