@@ -49,7 +49,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh notebook test test-oldest test-flags test-site pictures package lint docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
+.PHONY: help demo demo-mesh notebook test test-oldest test-flags test-site pictures package lint gallery docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -90,6 +90,9 @@ lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(call within,600) $(RUN) -m pyright --pythonpath $(RUN)
+
+gallery: $(VENV)/.installed-examples ## Record pictures and output of the examples for their pages; ARGS=digits for one
+	$(call within,7200) $(RUN) docs/gallery_record.py $(ARGS)
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(call within,600) $(RUN) -m mkdocs build --strict
