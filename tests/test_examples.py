@@ -85,7 +85,11 @@ def check_picture(path):
         ("compare.py", ("--optimizer", "branch_kfac"), ("branch_kfac", "ms a step", "KiB")),
         ("influence.py", (), ("without those that help", "norm of the gradient")),
         ("laplace.py", ("--images", "60", "--samples", "8"), ("Laplace ", "calibration error")),
-        ("two_processes.py", ("--batch-size", "16"), ("soap  last loss", "largest difference")),
+        (
+            "two_processes.py",
+            ("--batch-size", "16", "--steps", "9"),
+            ("soap  last loss", "largest difference"),
+        ),
         (
             "pinn.py",
             ("--equation", "burgers", "--optimizer", "adaptive_kfac"),
