@@ -32,7 +32,7 @@ RUNS = {
     "pinn": "--equation poisson --steps 60",
     "vmc": "--steps 50 --walkers 256",
     "gpt": "--optimizer soap",
-    "contest": "--steps 100 --layers 2 --width 64 --context 64",
+    "contest": "",
 }
 SETTINGS = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 WIDTH, LARGEST = 1000, 150_000  # of a picture: pixels, and bytes that it stays below

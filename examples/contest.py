@@ -3,7 +3,7 @@
 The contestants are those of modded-nanogpt's third track, which counts steps: Adam, Shampoo, Muon,
 PSGD-Kron, SOAP and KL-SOAP, with fixed norms or orthogonal updates. All start from the same weights
 and see the same windows; the loss to reach is that at which AdamW ends. Settings make the GPT as
-large as the device allows. Losses are means over bytes, in nats. The same: gpt.py --contest.
+large as the device allows; rates are those for a small one. Losses are means over bytes, in nats.
 
     python examples/contest.py --help
 """
@@ -36,21 +36,21 @@ def hidden(params):
 
 
 def contestants(rate):
-    """Returns the optimizers by name; each has its peak learning rate, the best of a few."""
+    """Returns the optimizers by name; peak rates are the best of three or four."""
     soap, kl = {"refresh_every": 1}, {"refresh_every": 1, "variant": "kl_soap"}
     orthogonal = optax.masked(ok.orthogonalize(scale="consistent_rms"), hidden)
     down = optax.scale_by_learning_rate
     return {
-        "adamw": lambda: optax.adamw(rate(3e-3), b2=0.95, weight_decay=0.0),
+        "adamw": lambda: optax.adamw(rate(1e-2), b2=0.95, weight_decay=0.0),
         "shampoo": lambda: ok.shampoo(rate(1e-2)),
-        "muon": lambda: optax.contrib.muon(rate(1e-2), weight_decay=0.0, adam_b2=0.95),
-        "kron_psgd": lambda: ok.kron_psgd(rate(3e-3)),
+        "muon": lambda: optax.contrib.muon(rate(3e-2), weight_decay=0.0, adam_b2=0.95),
+        "kron_psgd": lambda: ok.kron_psgd(rate(1e-2)),
         "kron_psgd, fixed norms": lambda: ok.fixed_norm(ok.kron_psgd(), rate(1e-2)),
-        "soap": lambda: ok.soap(rate(3e-3), **soap),
-        "kl_soap": lambda: ok.soap(rate(3e-3), **kl),
-        "kl_soap, fixed norms": lambda: ok.fixed_norm(ok.scale_by_soap(**kl), rate(1e-2)),
+        "soap": lambda: ok.soap(rate(3e-2), **soap),
+        "kl_soap": lambda: ok.soap(rate(1e-2), **kl),
+        "kl_soap, fixed norms": lambda: ok.fixed_norm(ok.scale_by_soap(**kl), rate(3e-2)),
         "soap, orthogonal": lambda: optax.chain(
-            ok.scale_by_soap(**soap), orthogonal, down(rate(3e-3))
+            ok.scale_by_soap(**soap), orthogonal, down(rate(3e-2))
         ),
     }
 
@@ -76,8 +76,8 @@ def train(optimizer, params, windows, name):
 
 def main() -> None:
     """Trains with each contestant, prints the order and draws the losses."""
-    parser = make_parser(__doc__, steps=300, out="contest.png")
-    for option, size in (("--layers", 4), ("--width", 128), ("--context", 128), ("--batch", 16)):
+    parser = make_parser(__doc__, steps=100, out="contest.png")
+    for option, size in (("--layers", 2), ("--width", 64), ("--context", 64), ("--batch", 16)):
         parser.add_argument(option, type=positive_integer, default=size, help="of the GPT")
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)  # of gpt.py
     add_optimizer(parser, contestants(lambda peak: peak))

@@ -79,7 +79,7 @@ def check_picture(path):
         (
             "gpt.py",
             ("--contest", "--optimizer", "kron_psgd, fixed norms", *SMALL),
-            ("24,672 parameters", "steps to", "adamw", "kron_psgd, fixed norms"),
+            ("22,624 parameters", "steps to", "adamw", "kron_psgd, fixed norms"),
         ),
         ("state_space.py", ("--optimizer", "branch_kfac"), ("branch_kfac step    2",)),
         ("compare.py", ("--optimizer", "branch_kfac"), ("branch_kfac", "ms a step", "KiB")),
