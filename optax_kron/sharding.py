@@ -118,7 +118,8 @@ def resize_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree
     Args:
       tx: The transformation that made it.
       state: Arrays that are on the devices of this mesh, or on the host, as restored from a
-        checkpoint.
+        checkpoint. Of an `nnx.Optimizer`, `nnx.as_pure(optimizer.opt_state)`, and likewise of the
+        parameters.
       params: The parameters, or `jax.ShapeDtypeStruct`s.
 
     Returns:
@@ -140,7 +141,8 @@ def resize_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree
     if jax.tree.structure(made) != jax.tree.structure(state):
         raise ValueError(
             "resize_state: the state has another structure than tx.init(params) gives: it was made "
-            "by another transformation, or with other settings."
+            "by another transformation, with other settings, or holds variables of Flax NNX, which "
+            "nnx.as_pure makes arrays of."
         )
     resized = jax.tree_util.tree_map_with_path(_resized, state, made)
     mesh = jax.sharding.get_abstract_mesh()

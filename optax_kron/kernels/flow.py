@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
@@ -72,7 +73,7 @@ def while_loop(
     carry: PyTree,
 ) -> PyTree:
     """`jax.lax.while_loop`."""
-    carry = _stable_carry(step, carry, condition)
+    carry, step = _stable_carry(step, carry, condition)
     return jax.lax.while_loop(condition, lambda old: _widened_like(step(old), carry), carry)
 
 
@@ -83,13 +84,22 @@ def fori_loop(
     carry: PyTree,
 ) -> PyTree:
     """`jax.lax.fori_loop`."""
+    # Beside the carry goes the number of the step, which all steps hand on as it is.
+    first = varying_like(jnp.asarray(lower), upper)
 
-    def first_step(carry):
-        return step(varying_like(jnp.asarray(lower), upper), carry)
+    def numbered(carry):
+        i, x = carry
+        return i, step(i, x)
 
     # The bounds decide when the loop ends, as the condition of a while loop does.
-    carry = _stable_carry(first_step, carry, lambda _: (jnp.asarray(lower), jnp.asarray(upper)))
-    return jax.lax.fori_loop(lower, upper, lambda i, x: _widened_like(step(i, x), carry), carry)
+    (_, carry), numbered = _stable_carry(
+        numbered, (first, carry), lambda _: (jnp.asarray(lower), jnp.asarray(upper))
+    )
+
+    def typed_step(i, old):
+        return _widened_like(numbered((varying_like(i, first), old))[1], carry)
+
+    return jax.lax.fori_loop(lower, upper, typed_step, carry)
 
 
 def scan(
@@ -102,7 +112,7 @@ def scan(
     unroll: int | bool = 1,
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan`."""
-    carry = _stable_carry(lambda carry: jax.eval_shape(step, carry, one_step(xs))[0], carry)
+    carry, step = _stable_carry(step, carry, None, one_step(xs))
 
     def typed_step(old, x):
         new, y = step(old, x)
@@ -186,25 +196,49 @@ def _widened_like(tree: PyTree, references: PyTree) -> PyTree:
 
 
 def _stable_carry(
-    step: Callable[[PyTree], PyTree],
+    step: Callable[..., PyTree],
     carry: PyTree,
     condition: Callable[[PyTree], PyTree] | None = None,
-) -> PyTree:
-    """The carry of a loop, widened until a step no longer changes its type.
+    *row: PyTree,
+) -> tuple[PyTree, Callable[..., PyTree]]:
+    """The carry of a loop, widened until a step no longer changes its type, and the step.
 
     One entry of a carry may widen another only in the next step, so this is a fixed point. It ends:
     types only widen, and a mesh has few axes.
+
+    Args:
+      step: Of the carry alone, or with `row` of both, returning the next carry and an output.
+      carry: What the loop starts with.
+      condition: What decides on its end.
+      *row: What a step of a scan sees of its arrays, abstract.
     """
     if not _is_manual():
-        return carry
+        return carry, step
     while True:
-        new = jax.eval_shape(step, carry)
+        traced, new = _traced(step, carry, *row)
+        new = new[0] if row else new
         # Devices that leave the loop at different steps end with different values.
         ending = varying_axes(() if condition is None else jax.eval_shape(condition, carry))
         wider = jax.tree.map(lambda x, y, e=ending: _widened(x, _axes(y) | e), carry, new)
         if _types(wider) == _types(carry):
-            return wider
+            return wider, traced
         carry = wider
+
+
+def _traced(function: Callable[..., PyTree], *args: PyTree) -> tuple[Callable[..., PyTree], PyTree]:
+    """A function that repeats what one did when it was traced, and its abstract results.
+
+    To know types, a loop is traced before it is built. In loops within loops the innermost would be
+    traced as often as two to the power of their number, if what was traced were not used again.
+    """
+    made, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    treedef = jax.tree.structure(shapes)
+    repeat = jax.extend.core.jaxpr_as_fun(made)
+
+    def call(*args):
+        return treedef.unflatten(repeat(*jax.tree.leaves(args)))
+
+    return call, treedef.unflatten(made.out_avals)
 
 
 def _types(tree: PyTree) -> list[frozenset[str]]:
@@ -219,7 +253,8 @@ def _agreeing(
     """The branches, with results of the same types: those of all of them, and of the condition."""
     if not _is_manual():
         return branches
-    results = [jax.tree.leaves(jax.eval_shape(branch, *operands)) for branch in branches]
+    made = [_traced(branch, *operands) for branch in branches]
+    results = [jax.tree.leaves(shapes) for _, shapes in made]
     axes = [varying_axes((condition, *leaves)) for leaves in zip(*results, strict=True)]
 
     def widening(branch):
@@ -229,4 +264,4 @@ def _agreeing(
 
         return run
 
-    return [widening(branch) for branch in branches]
+    return [widening(branch) for branch, _ in made]
