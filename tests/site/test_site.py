@@ -32,7 +32,7 @@ SEARCHES = {
     "tied embeddings": "language_models",
     "Hyperball": "fixed_norm",
     "Laplace": "operators",
-    "checkpoint": "quickstart",
+    "checkpoint": "guides/checkpoints",
     "wave function": "wave_functions",
 }
 
