@@ -49,7 +49,7 @@ within = $(if $(TIMEOUT),$(TIMEOUT) $(FOREGROUND) -k 30 $(1))
 # Two pips must not write to one environment at the same time.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-mesh notebook test test-oldest test-flags test-site pictures package lint gallery docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-rounding soak clean
+.PHONY: help demo demo-mesh notebook test test-oldest test-flags test-site pictures package lint gallery docs bench bench-peers bench-psgd bench-kfac bench-ekfac bench-family bench-cg bench-rates bench-minibatches bench-outliers bench-influence bench-laplace bench-lapack bench-busy bench-gpu test-gpu bench-scale bench-tasks bench-widths bench-rounding soak clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{sub("%", "NAME", $$1); printf "%-17s %s\n", $$1, $$2}'
@@ -164,6 +164,10 @@ bench-gpu: $(VENV)/.installed-examples ## Optimizers on the shapes of GPT-2 smal
 
 bench-tasks: $(VENV)/.installed-examples out/psgd-jax/.installed ## Every optimizer at its defaults on eight small tasks, beside tuned AdamW
 	$(call within,7200) $(RUN) benchmarks/tasks.py $(ARGS)
+
+bench-widths: $(VENV)/.installed-examples ## Whether the best learning rate moves with the width of a net
+	@mkdir -p out
+	$(call within,1800) $(RUN) benchmarks/widths.py $(ARGS)
 
 bench-scale: $(VENV)/.installed-examples ## 7 B parameters on 64 devices, by the compiler: state, collectives, operations
 	$(call within,1800) $(RUN) benchmarks/scale.py $(ARGS)

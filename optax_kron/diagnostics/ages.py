@@ -22,7 +22,7 @@ def ages(found: Found, laid: Laid | None) -> dict[str, Int[np.ndarray, " N"]]:
     count, schedule = int(number(found.state.count) or 0), found.state.schedule
     if not count:
         return {}
-    method = None if laid is None or laid.frame is None else laid.frame.method
+    method = None if laid is None else laid.method
     sizes = {} if laid is None else laid.sizes
     refreshes = _schedule_of(method, found)
     if hasattr(schedule, "since_refresh"):

@@ -228,7 +228,7 @@ def scale(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding]:
 
 def _least_gradient(found: Found, laid: Laid | None) -> float | None:
     """What an optimizer adds to the size of gradients, if it is known and in their units."""
-    method = None if laid is None or laid.frame is None else laid.frame.method
+    method = None if laid is None else laid.method
     name = {"soap": "eps", "shampoo": "eps", "kron_psgd": "damping"}.get(found.kind)
     if method is None or name is None or getattr(method, "grafting", "adam") in (None, "sgd"):
         return None
@@ -271,9 +271,9 @@ def damping(found: Found, laid: Laid | None, told: Evidence) -> Iterator[Finding
 def _given_damping(found: Found, laid: Laid | None) -> float | None:
     if "damping" in found.hyperparams:
         return number(found.hyperparams["damping"])
-    if laid is None or laid.frame is None:
+    if laid is None or laid.method is None:
         return None
-    known = laid.frame.method.damping
+    known = laid.method.damping
     return number(known(found.state.count) if callable(known) else known)
 
 

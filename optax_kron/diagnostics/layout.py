@@ -89,6 +89,11 @@ class Laid:
     frame: Any
     sizes: dict[str, tuple[int, int]]
 
+    @property
+    def method(self) -> Any:
+        """The settings of the method itself; `None` without a transformation."""
+        return None if self.frame is None else self.frame.method
+
 
 def lay_out(
     owner: str,

@@ -149,7 +149,7 @@ def factors_of_state(found: Found, laid: Laid) -> dict[str, list[Factor]]:
     """The factors of the parameters of one state, by path."""
     made: dict[str, list[Factor]] = {}
     for label in dict.fromkeys(place.label for place in laid.places):
-        stored = kept(found.stacks[label], laid.frame)
+        stored = kept(found.stacks[label], laid.method)
         arrays = [(name, axis, unpacked(on_host(x))) for name, axis, x in stored]
         for place in laid.places:
             if place.label == label:
@@ -186,16 +186,16 @@ def squared(rows: Rows) -> Rows:
     return np.square(rows) if rows.ndim == 2 else rows.conj().mT @ rows
 
 
-def kept(stack: Stack, frame: Any = None) -> Iterator[tuple[str, int, Any]]:
+def kept(stack: Stack, method: Any) -> Iterator[tuple[str, int, Any]]:
     """What a stack keeps along axes: the name, the axis, and factors [N, ...] as stored.
 
     Args:
       stack: The stack.
-      frame: The settings. Without them factors of `kron_psgd` are taken for those of Q.
+      method: The settings. Without them factors of `kron_psgd` are taken for those of Q.
     """
     kind = type(stack).__name__
     if kind == "KronStack":
-        of_p = frame is not None and psgd.degree(frame.method.geometry) == 1
+        of_p = method is not None and psgd.degree(method.geometry) == 1
         pairs = [("P" if of_p else "Q", stack.factors)]
     elif kind == "ShampooStack":
         pairs = [("S", stack.statistics), ("root", stack.roots)]

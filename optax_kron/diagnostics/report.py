@@ -238,7 +238,7 @@ def _rows_of(found: Found, layout: Laid, budget: float) -> tuple[bool, list[Para
     """The lines of what a state has in blocks, and whether some conditions are missing."""
     known, left_out, waited = {}, False, {}
     if has_values(found):
-        known, left_out = conditions(found, layout.places, budget, layout.frame)
+        known, left_out = conditions(found, layout, budget)
         waited = ages(found, layout)
     sizes = {label: _bytes_of_blocks(found, label) for label in found.stacks}
     rows = []

@@ -1,13 +1,12 @@
 """Condition numbers of what optimizers keep along the axes of blocks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Inexact
 
-from optax_kron.diagnostics.layout import Place
+from optax_kron.diagnostics.layout import Laid
 from optax_kron.diagnostics.matrices import (
     Stack,
     double,
@@ -29,14 +28,14 @@ def cost_of_spectrum(size: int) -> float:
     return size**3 * _PER_CUBE + _EACH
 
 
-def curvatures(stack: Stack, frame: Any = None) -> dict[int, tuple[str, Any]]:
+def curvatures(stack: Stack, method: Any) -> dict[int, tuple[str, Any]]:
     """By axis, what tells the condition along it, as it is stored, and its name.
 
     Of `kron_psgd` P, or Q, of which P is made, of `shampoo` and `soap` the statistic, of `kfac` and
     `ekfac` A and G; or the eigenvalues of these, where they are there.
     """
     found: dict[int, tuple[str, Any]] = {}
-    for name, axis, x in kept(stack, frame):
+    for name, axis, x in kept(stack, method):
         if name == "eigenvalues" or (name in ("P", "Q", "S", "A", "G") and axis not in found):
             found[axis] = name, x
     return found
@@ -62,25 +61,24 @@ def eigenvalues(matrices: Inexact[np.ndarray, "n d d"]) -> Float[np.ndarray, "n 
 
 
 def conditions(
-    found: Found, places: Sequence[Place], budget: float = np.inf, frame: Any = None
+    found: Found, laid: Laid, budget: float = np.inf
 ) -> tuple[dict[int, list[float | None]], bool]:
     """Condition numbers along the axes of blocks, the largest of a place.
 
     Args:
       found: The state.
-      places: Those of its parameters or layers.
+      laid: Its layout.
       budget: About how many seconds it may take; the smallest matrices come first.
-      frame: The settings, where they are known.
 
     Returns:
       By the `id` of a place, a number for each axis or `None`; and whether any was left out for its
       cost.
     """
-    made: dict[int, list[float | None]] = {id(x): [None] * len(x.axes) for x in places}
+    made: dict[int, list[float | None]] = {id(x): [None] * len(x.axes) for x in laid.places}
     jobs = []
-    for label in dict.fromkeys(place.label for place in places):
-        own = [place for place in places if place.label == label]
-        for axis, (name, x) in curvatures(found.stacks[label], frame).items():
+    for label in dict.fromkeys(place.label for place in laid.places):
+        own = [place for place in laid.places if place.label == label]
+        for axis, (name, x) in curvatures(found.stacks[label], laid.method).items():
             cost = 0.0
             if x.ndim == 3 and name != "eigenvalues":
                 cost = cost_of_spectrum(packed_size(x)) * sum(place.count for place in own)
