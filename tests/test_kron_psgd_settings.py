@@ -49,6 +49,33 @@ def test_without_damping_a_slice_of_zeros_does_not_stop_its_parameter(geometry):
     assert state.failed_refreshes == 0
 
 
+@pytest.mark.parametrize(
+    ("geometry", "size"), [(x, 1.0) for x in psgd.GEOMETRIES] + [("EQ", 1e-6), ("EQ", 1e6)]
+)
+def test_along_directions_without_a_gradient_damping_bounds_the_factors(geometry, size):
+    left, _, right = np.linalg.svd(np.random.default_rng(0).normal(size=(6, 4)))
+    grads = size * jnp.outer(left[:, 0], right[0])  # the same at every step
+    unseen = jnp.outer(left[:, 1], right[1])
+
+    @jax.jit
+    def largest(relative_damping):
+        tx = ok.scale_by_kron_psgd(
+            geometry=geometry,
+            damping=0.0,
+            relative_damping=relative_damping,
+            update_probability=1.0,
+            cache_preconditioner=False,
+        )
+        (stack,) = run(tx, grads, 3000)[0].stacks.values()
+        update = psgd.precondition([q[0] for q in stack.factors], unseen, geometry=geometry)
+        return size / grads.size**0.5 * optax.tree.norm(update)  # in units of whitened gradients
+
+    # That of white noise alone, 1 / relative_damping, but for the noise of the fit, largest in EQ.
+    assert largest(0.01) < 500
+    assert largest(0.1) < 30
+    assert largest(0.0) > 4 * largest(0.01)
+
+
 @pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
 def test_the_first_scale_is_that_of_p_in_every_geometry(geometry):
     tx = ok.scale_by_kron_psgd(init_scale=3.0, geometry=geometry, rms_clip=None, momentum=None)
@@ -68,6 +95,7 @@ def test_a_first_gradient_scaled_down_later_is_as_if_it_had_come_so(geometry):
         precond_lr=0.7,
         update_probability=1.0,
         damping=1e-9,
+        relative_damping=0.01,
         init_scale=None,
         has_init_scale=False,
         cache=False,
@@ -139,7 +167,16 @@ def test_stacked_axes_that_lack_a_parameter():
 
 
 @pytest.mark.parametrize(
-    "name", ["momentum", "damping", "rms_clip", "max_abs_clip", "init_scale", "weight_decay"]
+    "name",
+    [
+        "momentum",
+        "damping",
+        "relative_damping",
+        "rms_clip",
+        "max_abs_clip",
+        "init_scale",
+        "weight_decay",
+    ],
 )
 def test_a_schedule_where_none_is_taken(name):
     with pytest.raises(ValueError, match=f"{name} must be a number"):

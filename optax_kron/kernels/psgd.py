@@ -54,10 +54,13 @@ from optax_kron.kernels import contract, grams, linalg, triangular
 GEOMETRIES = ("EQ", "QEP", "QEQ", "Q0.5EQ1.5", "QUAD", "PRO4P", "QUAD4P")
 
 _BOUND_DECAY = 0.9
+_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
+# Where all gradients lie along few directions, factors would grow without bound along the others,
+# and what is left of the gradient there, the last steps' own doing, would fill a clipped update.
+_WHITENING_DAMPING = 0.01
 
 Factors = tuple[contract.Factor, ...]
 # Valid extent of each axis of a padded block; `None`: no padding.
-_DAMPING_FLOOR = 0.01  # in units of rounding, relative to the largest entry
 Sizes = Sequence[Int[Array, ""]] | None
 Scalar = Float[Array, ""]
 
@@ -156,6 +159,7 @@ def refit(
     geometry: str,
     precond_lr: ArrayLike,
     damping: ArrayLike,
+    relative_damping: ArrayLike,
     newton: bool,
     sizes: Sizes = None,
     precision: contract.Precision = None,
@@ -173,15 +177,17 @@ def refit(
       geometry: One of `GEOMETRIES`.
       precond_lr: Relative step.
       damping: Curvature, in units of the gradient, below which none is believed.
+      relative_damping: The same in units of the gradient's root mean square; the larger one holds.
       newton: Whether a Hessian is fitted.
       sizes: Lengths of the axes without padding.
       precision: Precision of the matrix products.
     """
     real = contract.real_dtype(gradient.dtype)
-    largest = contract.unit_of(gradient)
     # Without a floor, a slice of exact zeros would let its factor grow until P overflows.
-    floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * largest
-    damping = jnp.maximum(jnp.asarray(damping, real), floor)
+    floor = float(_DAMPING_FLOOR * jnp.finfo(real).eps) * contract.unit_of(gradient)
+    length = contract.norm(gradient, tuple(range(gradient.ndim))).reshape(())
+    relative = jnp.asarray(relative_damping, real) * length / jnp.sqrt(_count(gradient, sizes))
+    damping = jnp.maximum(jnp.maximum(jnp.asarray(damping, real), relative), floor)
     scale = initial_scale(gradient, damping, probe if newton else None, sizes)
     power, _ = powers_of_scale(geometry, len(factors))
     scale = jnp.where(initialized, 1, scale ** (-2 * power))
@@ -233,6 +239,11 @@ def square_factors(factors: Factors, *, precision: contract.Precision = None) ->
 def keeps_cache(geometry: str, asked: bool | None) -> bool:
     """Whether P is kept beside factors of Q: as asked, or by default where no half of Q is zero."""
     return degree(geometry) == 2 and (geometry != "EQ" if asked is None else bool(asked))
+
+
+def default_damping(newton: bool) -> float:
+    """The `relative_damping` where none is asked for: a fit of `|H|⁻¹` stays what it says."""
+    return 0.0 if newton else _WHITENING_DAMPING
 
 
 def cache_dtype(dtype: DTypeLike) -> jnp.dtype:

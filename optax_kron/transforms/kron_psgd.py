@@ -51,6 +51,7 @@ class KronPsgd(base.Preconditioner):
     precond_lr: PyTree  # a number, or until a step has its value, a schedule
     update_probability: PyTree  # likewise
     damping: ArrayLike
+    relative_damping: ArrayLike
     init_scale: ArrayLike | None
     has_init_scale: bool
     cache: bool
@@ -233,6 +234,7 @@ class KronPsgd(base.Preconditioner):
             geometry=self.geometry,
             precond_lr=self.precond_lr,
             damping=self.damping,
+            relative_damping=self.relative_damping,
             newton=self.is_newton,
             sizes=sizes,
             precision=self.precision,
@@ -259,10 +261,8 @@ class KronPsgd(base.Preconditioner):
 
     def _form_cache(self, stacks):
         square = functools.partial(psgd.square_factors, precision=self.precision)
-        return {
-            label: stack._replace(preconditioner=jax.vmap(square)(stack.factors))
-            for label, stack in stacks.items()
-        }
+        caches = {label: jax.vmap(square)(stack.factors) for label, stack in stacks.items()}
+        return {k: stack._replace(preconditioner=caches[k]) for k, stack in stacks.items()}
 
 
 def _update_key(state: base.KronState) -> Array:
@@ -279,6 +279,7 @@ def scale_by_kron_psgd(
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
     damping: ArrayLike = 1e-9,
+    relative_damping: ArrayLike | None = None,
     init_scale: ArrayLike | None = None,
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,
@@ -309,6 +310,8 @@ def scale_by_kron_psgd(
         it. Deterministic: they move at the first step, then whenever the shares since have added
         up to one. `None`: `update_probability_schedule()`.
       damping: curvature, in units of the gradient, below which none is believed; ≥ 0.
+      relative_damping: the same in units of the root mean square of each block's gradient, ≥ 0; the
+        larger of the two holds. `None`: 0.01 when whitening, 0 in Newton mode.
       init_scale: `Q` starts at this scale times the identity, P at its square. `None`: at the scale
         that whitens the first nonzero gradient of the block.
       rms_clip: cap of the root mean square of each parameter's update. `None`: no cap.
@@ -331,9 +334,8 @@ def scale_by_kron_psgd(
     Returns:
       A transformation. Its `update(grads, state, params=None, *, hvp_fn=None)` returns updates with
       the structure, shapes and dtypes of the gradients. A gradient that is not finite gives a zero
-      update and leaves the state as it was, but for the count of skipped steps. A block whose
-      factors would not be finite keeps the last good ones. A block whose gradient is exactly zero
-      does not move its factors.
+      update and leaves the state as it was, but for the count of skipped steps. A block whose new
+      factors would not be finite, or whose gradient is exactly zero, keeps those that it has.
 
     Raises:
       ValueError: for a setting out of range, at construction, unless it is traced; for a parameter
@@ -364,17 +366,17 @@ def scale_by_kron_psgd(
     validation.check_choice(owner, "criterion", criterion, CRITERIA)
     check("update_probability", update_probability, most=1, optional=True, schedule=True)
     check("damping", damping)
+    check("relative_damping", relative_damping, optional=True)
     check("init_scale", init_scale, open_left=True, optional=True)
     validation.check_switch(owner, "cache_preconditioner", cache_preconditioner, optional=True)
     validation.check_seed(owner, seed)
     if update_probability is None:
         arguments["update_probability"] = update_probability_schedule()
-    own = {field.name for field in dataclasses.fields(KronPsgd)} & set(arguments)
-    method = KronPsgd(
-        has_init_scale=init_scale is not None,
-        cache=psgd.keeps_cache(geometry, cache_preconditioner),
-        **{name: arguments[name] for name in own},
-    )
+    if relative_damping is None:
+        arguments["relative_damping"] = psgd.default_damping(criterion == "newton")
+    arguments["has_init_scale"] = init_scale is not None
+    arguments["cache"] = psgd.keeps_cache(geometry, cache_preconditioner)
+    method = KronPsgd(**{x.name: arguments[x.name] for x in dataclasses.fields(KronPsgd)})
     layout = blockwise(owner, blocking, momentum, momentum_dtype, rms_clip, max_abs_clip)
     return transformation(owner, method, layout, outlier_clip, factor_dtype, rounding, seed)
 
@@ -388,6 +390,7 @@ def kron_psgd(
     criterion: str = "whiten_momentum",
     update_probability: optax.ScalarOrSchedule | None = None,
     damping: ArrayLike = 1e-9,
+    relative_damping: ArrayLike | None = None,
     init_scale: ArrayLike | None = None,
     rms_clip: ArrayLike | None = 1.1,
     max_abs_clip: ArrayLike | None = None,

@@ -322,6 +322,7 @@ _PSGD_TUNABLE = {
     "momentum": 0.5,
     "precond_lr": 0.5,
     "damping": 1.0,
+    "relative_damping": 0.5,
     "rms_clip": 0.1,
     "max_abs_clip": 0.01,
     "weight_decay": 0.1,
@@ -337,7 +338,7 @@ def _psgd(name, **kwargs):
         targets=kwargs.pop("targets", _WHITENING_TARGETS),
         settings=settings,
         tunable=_PSGD_TUNABLE,
-        switched_on={"max_abs_clip": 10.0, "weight_decay": 0.01},
+        switched_on={"max_abs_clip": 10.0, "relative_damping": 0.01, "weight_decay": 0.01},
         **kwargs,
     )
 
