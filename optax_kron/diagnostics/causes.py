@@ -157,7 +157,7 @@ def _learning_rate(told: Evidence) -> Iterator[Finding]:
         "learning_rate_too_high",
         words,
         "Divide the learning rate by ten, from parameters of before the rise; warm it up; or bound "
-        "steps, by norm_constraint (kfac, ekfac) or rms_clip (kron_psgd).",
+        "steps, or bound them more, by norm_constraint (kfac, ekfac) or rms_clip (kron_psgd).",
         tuple(lost),
     )
 

@@ -11,7 +11,7 @@ from optax_kron.transforms.branch_kfac import ScaleByBranchKfacState
 from optax_kron.transforms.fixed_norm import FixedNormState
 from optax_kron.types import PyTree
 
-_COUNTERS = ("refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
+COUNTERS = ("refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
 
 
 def metrics(state: PyTree) -> dict[str, Array]:
@@ -77,7 +77,7 @@ def _of_state(found: Found) -> dict[str, Array]:
         return {"steps": state.count, "skipped_steps": state.skipped_steps}
     # "count" is also a method of tuples, for those who read the type.
     values: dict[str, Array] = {"steps": state.count}
-    values |= {name: getattr(state, name) for name in _COUNTERS if hasattr(state, name)}
+    values |= {name: getattr(state, name) for name in COUNTERS if hasattr(state, name)}
     if isinstance(state, ScaleByBranchKfacState):
         usual = [] if state.usual_norm is None else [state.usual_norm]
         values["update_norm"] = state.update_norm

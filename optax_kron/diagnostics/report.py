@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_kron.diagnostics.ages import ages
+from optax_kron.diagnostics.counters import COUNTERS
 from optax_kron.diagnostics.layout import Laid, Place, lay_out
 from optax_kron.diagnostics.matrices import has_values, why_unknown
 from optax_kron.diagnostics.spectra import conditions
@@ -20,7 +21,6 @@ from optax_kron.types import PyTree
 
 # Seconds that condition numbers may take unless all are asked for.
 _BUDGET = 0.5
-_COUNTERS = ("steps", "refreshes", "failed_refreshes", "skipped_steps", "outlier_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +221,7 @@ def _name(found: Found) -> str:
 
 def _state_row(found: Found) -> StateRow:
     state = found.state
-    values = {name: getattr(state, name, None) for name in _COUNTERS}
-    values["steps"] = state.count
+    values = {"steps": state.count, **{name: getattr(state, name, None) for name in COUNTERS}}
     counters = {k: number(x) for k, x in values.items() if x is not None}
     if found.adaptive is not None:
         metrics = found.adaptive.metrics
