@@ -213,6 +213,7 @@ def test_a_spoilt_statistic_keeps_the_last_basis_and_counts(variant, stagger):
         ({"decay": 1.0}, "soap: decay must be a number in [0, 1)"),
         ({"decay": -0.1}, "soap: decay must be a number in [0, 1)"),
         ({"relative_damping": 2.0}, "soap: relative_damping must be a number in [0, 1]"),
+        ({"pseudo_inverse": 1}, "soap: pseudo_inverse must be True or False; got 1"),
         ({"stagger": "yes"}, "soap: stagger must be True or False; got 'yes'"),
         ({"refresh_every": 0}, "soap: refresh_every must be a number in [1, inf]"),
         ({"mask": True}, "soap: mask must be a tree of bools or a function"),
@@ -235,6 +236,53 @@ def test_inverted_eigenvalues_have_a_floor():
         raised = np.maximum(values, floor * values.max())
         np.testing.assert_allclose(values / values.max(), [1.0, 1e-6], rtol=1e-5)
         np.testing.assert_allclose(np.diag(update), np.diag(G) / raised, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["kl_shampoo", "kl_soap"])
+def test_factors_of_gradients_of_low_rank_do_not_drift_apart(variant):
+    """Such as those of an embedding of which some rows are never seen."""
+    stream = np.random.default_rng(0).normal(size=(4000, 6, 5)).astype(np.float32)
+    stream[:, 1:] = 0
+    tx = scale_by_soap(variant=variant)
+    state = tx.init(jnp.asarray(stream[0]))
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, G: tx.update(G, s)[::-1], state, stream))
+    state, updates = run(state)
+    (stack,) = state.stacks.values()
+    sizes = np.array([jnp.max(x) for x in stack.values])
+    assert np.all((sizes > 0.1) & (sizes < 10))
+    assert state.failed_refreshes == 0
+    norms = np.linalg.norm(updates, axis=(1, 2))
+    assert 0.5 < np.mean(norms[-500:]) / np.mean(norms[500:1000]) < 2
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("variant", ["kl_shampoo", "kl_soap"])
+def test_with_a_pseudo_inverse_gradients_of_low_rank_move_as_their_cores_do(variant):
+    """Once the start, at multiples of the identity, is forgotten; for long, as scales could drift.
+
+    The ranks are other shares of the two axes.
+    """
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=shape))[0] for shape in [(6, 2), (5, 4)])
+    cores = jnp.asarray(rng.normal(size=(3000, 2, 4)) * np.array([3.0, 1.0, 0.5, 0.1]))
+    settings = {"variant": variant, "factor_dtype": "float64", "refresh_every": 1}
+
+    def last(stream, **more):
+        tx = scale_by_soap(**settings, **more)
+        state = tx.init(stream[0])
+        run = jax.jit(lambda state: jax.lax.scan(lambda s, G: tx.update(G, s)[::-1], state, stream))
+        state, updates = run(state)
+        (stack,) = state.stacks.values()
+        return updates[-1], [jnp.max(x) for x in stack.values]
+
+    core, core_sizes = last(cores)
+    stream = left @ cores @ right.T
+    update, sizes = last(stream, relative_damping=1e-9, pseudo_inverse=True)
+    # Bases along which values are equal are not unique, and V may differ by them at the start.
+    np.testing.assert_allclose(left.T @ update @ right, core, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(optax.tree.norm(update), optax.tree.norm(core), rtol=1e-6)
+    ratio = np.asarray(sizes) / np.asarray(core_sizes)
+    assert np.all((ratio > 0.1) & (ratio < 10))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

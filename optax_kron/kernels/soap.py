@@ -38,6 +38,7 @@ def whitened_moments(
     extents: Float[Array, " k"],
     relative_damping: ArrayLike,
     *,
+    pseudo_inverse: bool = False,
     precision: contract.Precision = None,
 ) -> tuple[list[Inexact[Array, "d d"] | None], list[Float[Array, " d"]]]:
     """Second moments of a gradient that is whitened along all axes but one.
@@ -51,6 +52,7 @@ def whitened_moments(
       gradient: G.
       extents: Lengths of the axes without padding.
       relative_damping: Least eigenvalue, relative to the largest of its axis.
+      pseudo_inverse: Whether directions below it are left out, of the moments and of d and n.
       precision: Precision of the matrix products.
 
     Returns:
@@ -58,7 +60,11 @@ def whitened_moments(
       6·n·Σd_i operations over the dense axes.
     """
     rotated = contract.into_bases(bases, gradient, precision=precision)
-    roots = [inverse_square_root(x, relative_damping) for x in values]
+    roots = [inverse_square_root(x, relative_damping, pseudo_inverse) for x in values]
+    if pseudo_inverse:
+        # Means over what is left: over all directions, moments of two axes would contradict one
+        # another where their ranks differ, and the factors drift apart without end.
+        extents = jnp.stack([jnp.maximum(jnp.sum(root > 0), 1) for root in roots])
     shares = extents / jnp.prod(extents)
     moments, diagonals = [], []
     for axis, Q in enumerate(bases):
@@ -80,10 +86,11 @@ def whiten(
     values: Sequence[Float[Array, " d"]],
     rotated: Inexact[Array, "..."],
     relative_damping: ArrayLike,
+    pseudo_inverse: bool = False,
 ) -> Inexact[Array, "..."]:
     """`S_i^-½` along every axis of a block in the eigenbases; arguments as `whitened_moments`."""
     for axis, x in enumerate(values):
-        root = inverse_square_root(x, relative_damping)
+        root = inverse_square_root(x, relative_damping, pseudo_inverse)
         rotated = contract.apply_factor(root, rotated, axis)
     return rotated
 
@@ -158,11 +165,15 @@ def first_scale(gradient: Inexact[Array, "..."], extents: Float[Array, " k"]) ->
 
 
 def inverse_square_root(
-    values: Float[Array, " d"], relative_damping: ArrayLike
+    values: Float[Array, " d"], relative_damping: ArrayLike, pseudo_inverse: bool = False
 ) -> Float[Array, " d"]:
-    """`λ^-½` of eigenvalues no less than a share of the largest; zero if all of them are zero."""
-    raised = jnp.maximum(values, jnp.asarray(relative_damping, values.dtype) * jnp.max(values))
-    is_positive = raised > 0
+    """`λ^-½` of eigenvalues no less than a share of the largest; zero if all of them are zero.
+
+    Smaller ones are raised to that share, or in a pseudo-inverse left out: zero as well.
+    """
+    least = jnp.asarray(relative_damping, values.dtype) * jnp.max(values)
+    raised = jnp.maximum(values, least)
+    is_positive = (values >= least) & (values > 0) if pseudo_inverse else raised > 0
     return jnp.where(is_positive, jax.lax.rsqrt(jnp.where(is_positive, raised, 1)), 0)
 
 
@@ -250,3 +261,27 @@ def averages(
     """`decay·old + (1 − decay)·new` of each pair of arrays; `None` stays so."""
     pairs = zip(old, new, strict=True)
     return tuple(None if x is None else decay * x + (1 - decay) * y for x, y in pairs)
+
+
+def balanced(
+    statistics: Sequence[Inexact[Array, "..."] | None], values: Sequence[Float[Array, " d"]]
+) -> tuple[tuple[Inexact[Array, "..."] | None, ...], tuple[Float[Array, " d"], ...]]:
+    """Factors of KL statistics of about one size, as only their product has a meaning.
+
+    Where gradients take another share of the directions of one axis than of the other, moments of
+    the two ask for unlike products, and without this one factor would grow and the other shrink by
+    some per cent at every step. Scales are powers of two with a product of one: they round nothing.
+
+    Args:
+      statistics: S_i per axis, whole or packed.
+      values: Their eigenvalues.
+    """
+    largest = jnp.stack([jnp.max(x) for x in values])
+    is_known = jnp.all(jnp.isfinite(largest) & (largest >= jnp.finfo(largest.dtype).tiny))
+    logarithms = jnp.log2(jnp.where(is_known, largest, 1))
+    powers = jnp.round(jnp.mean(logarithms) - logarithms)
+    powers = powers.at[-1].set(-jnp.sum(powers[:-1])).astype(jnp.int32)
+    scales = [jnp.ldexp(jnp.ones([], x.dtype), p) for x, p in zip(values, powers, strict=True)]
+    pairs = zip(scales, statistics, strict=True)
+    scaled = tuple(S if S is None else c.astype(S.dtype) * S for c, S in pairs)
+    return scaled, tuple(c * x for c, x in zip(scales, values, strict=True))

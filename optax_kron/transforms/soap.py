@@ -59,6 +59,7 @@ class Soap(base.Preconditioner):
     b2: ArrayLike
     eps: ArrayLike
     relative_damping: ArrayLike
+    pseudo_inverse: bool
     basis: str
     precision: jax.lax.PrecisionLike
     orthogonal: Orthogonalizer | None
@@ -132,12 +133,14 @@ class Soap(base.Preconditioner):
                     gradient,
                     extents,
                     self.relative_damping,
+                    pseudo_inverse=self.pseudo_inverse,
                     precision=self.precision,
                 )
                 finite &= blocks.all_finite(diagonals)
                 kept = packed.of_each(packed.keep, moments)
-                fields["statistics"] = kernels.averages(statistics, kept, rate)
-                fields["values"] = kernels.averages(values, diagonals, rate)
+                statistics = kernels.averages(statistics, kept, rate)
+                values = kernels.averages(values, diagonals, rate)
+                fields["statistics"], fields["values"] = kernels.balanced(statistics, values)
             new, failed = blocks.guarded(block, blocks.Change(fields, wanted, finite))
             initialized = block.initialized | (wanted & finite)
             return new.statistics, new.values, initialized, failed
@@ -222,7 +225,8 @@ class Soap(base.Preconditioner):
         bases = _widened(block.bases)
         rotated = contract.into_bases(bases, seen.direction, precision=self.precision)
         if block.second_moment is None:
-            rotated = kernels.whiten(_widened(block.values), rotated, self.relative_damping)
+            values, least = _widened(block.values), self.relative_damping
+            rotated = kernels.whiten(values, rotated, least, self.pseudo_inverse)
         else:
             second = block.second_moment
             second = second / blocks.ema_weight(self.b2, step.count, second.dtype)
@@ -274,6 +278,7 @@ def scale_by_soap(
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     relative_damping: ArrayLike = 1e-6,
+    pseudo_inverse: bool = False,
     basis: str = "power",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
@@ -305,7 +310,8 @@ def scale_by_soap(
       b2: decay of Adam's second moment, in [0, 1); not for "kl_shampoo".
       eps: what Adam adds to the square root of its second moment.
       relative_damping: least of the eigenvalues that are inverted, relative to the largest; KL
-        variants only.
+        variants only, as is the next one.
+      pseudo_inverse: leave smaller ones out in place of raising them.
       basis: "power", a power iteration of matrix products alone, the first from the identity; "qr",
         one by LAPACK; or "eigh", an eigendecomposition, with which "qr" begins too.
       refresh_every: steps from one refresh of the bases to the next: they come after the updates of
@@ -367,7 +373,8 @@ def scale_by_soap(
     check(owner, "eps", eps)
     check(owner, "relative_damping", relative_damping, most=1)
     validation.check_choice(owner, "basis", basis, BASES)
-    own = ("variant", "momentum", "decay", "b2", "eps", "relative_damping", "basis", "precision")
+    validation.check_switch(owner, "pseudo_inverse", pseudo_inverse)
+    own = {field.name for field in dataclasses.fields(Soap)} & set(arguments)
     schedule, orthogonal = refresh_schedule(owner, refresh_every, stagger), None
     if variant == "soap_muon":
         orthogonal = orthogonalizer(owner, "muon", None, "consistent_rms", precision=precision)
@@ -385,6 +392,7 @@ def soap(
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     relative_damping: ArrayLike = 1e-6,
+    pseudo_inverse: bool = False,
     basis: str = "power",
     refresh_every: ArrayLike = 10,
     stagger: bool = False,
