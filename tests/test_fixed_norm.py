@@ -202,3 +202,29 @@ def test_parameters_are_needed():
     tx = ok.fixed_norm(PLAIN, 0.1)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
+
+
+def test_a_mask_may_have_more_than_the_parameters():
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    mask = {"w": True, "b": True}
+    tx = optax.partition(
+        {"a": ok.fixed_norm(optax.scale_by_adam(), 0.1, mask=mask), "z": optax.sgd(0.1)},
+        {"w": "a", "b": "z"},
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(jnp.linalg.norm(params["w"] + updates["w"])) == pytest.approx(6**0.5)
+    inner = ok.fixed_norm(ok.scale_by_soap(), 0.1, mask=mask)
+    optax.tree.map_params(inner, jnp.shape, inner.init(params))
+
+
+@pytest.mark.parametrize("mask", [{"w": True}, {"w": True, "b": None}, [True, True]])
+def test_a_mask_that_lacks_a_parameter(mask):
+    tx = ok.fixed_norm(optax.scale_by_adam(), 0.1, mask=mask)
+    with pytest.raises(ValueError, match=r"fixed_norm: mask must have a bool .* at \['[wb]'\]"):
+        tx.init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+
+
+def test_integers_are_refused_by_path():
+    tx = ok.fixed_norm(optax.scale_by_adam(), 0.1)
+    with pytest.raises(ValueError, match=r"fixed_norm: .* got int32 at \['i'\]"):
+        tx.init({"w": jnp.ones((3, 2)), "i": jnp.arange(3)})

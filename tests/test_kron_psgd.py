@@ -1,5 +1,6 @@
 """What each setting of kron_psgd does, seen through the transformation."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,3 +287,19 @@ def test_an_idle_parameter_keeps_its_factors_until_its_first_gradient():
     u, state = update(gradients(w, 99), state)
     rms = jax.tree.map(lambda x: float(jnp.sqrt(jnp.mean(x**2))), u)
     assert 0.2 < rms["b"] < 1.2
+
+
+def test_newton_in_a_branch_that_closes_over_arrays():
+    """Without jax.jit gradients and state are concrete there, and what is made of them is not."""
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+    def loss_fn(params):
+        return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params))
+
+    tx = ok.kron_psgd(0.1, criterion="newton")
+    wrapped = optax.apply_if_finite(tx, 2)
+    given = jax.grad(loss_fn)(params), params, ok.hessian_vector_product(loss_fn, params)
+    updates, expected = (
+        x.update(given[0], x.init(params), given[1], hvp_fn=given[2])[0] for x in (wrapped, tx)
+    )
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)

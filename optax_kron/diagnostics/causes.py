@@ -1,11 +1,10 @@
 """What looks wrong in a run, by its cause, and what to do about it."""
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from optax_kron.diagnostics.checks import CHECKS
 from optax_kron.diagnostics.evidence import Evidence, Finding
 from optax_kron.diagnostics.layout import lay_out
+from optax_kron.diagnostics.matrices import double, on_host
 from optax_kron.diagnostics.states import check_concrete, find_states
 from optax_kron.types import PyTree
 
@@ -163,6 +163,6 @@ def _learning_rate(told: Evidence) -> Iterator[Finding]:
 
 
 def _norm(tree: PyTree) -> float:
-    leaves: Sequence[Any] = jax.tree.leaves(tree)
-    norms = [float(jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32))) for x in leaves]
+    arrays = map(on_host, jax.tree.leaves(tree))
+    norms = [np.linalg.norm(np.ravel(x).astype(double(x))) for x in arrays]
     return float(np.linalg.norm(norms)) if norms else 0.0

@@ -232,6 +232,8 @@ def _least_gradient(found: Found, laid: Laid | None) -> float | None:
     name = {"soap": "eps", "shampoo": "eps", "kron_psgd": "damping"}.get(found.kind)
     if method is None or name is None or getattr(method, "grafting", "adam") in (None, "sgd"):
         return None
+    if getattr(method, "is_newton", False):
+        return None  # added to Hessian-vector products
     return number(found.hyperparams.get(name, getattr(method, name)))
 
 

@@ -64,6 +64,11 @@ def metrics(state: PyTree) -> dict[str, Array]:
     """
     values: dict[str, Array] = {}
     for found in find_states(state):
+        if jnp.ndim(found.state.count):
+            raise ValueError(
+                "diagnostics.metrics: the state is one of an ensemble, with counters of shape "
+                f"{jnp.shape(found.state.count)}. Take jax.vmap(metrics)(state)."
+            )
         prefix = f"{found.name}/" if found.name else ""
         # Copies, for a state that is donated to the next step takes its arrays along.
         own = {k: jnp.array(x, copy=True) for k, x in _of_state(found).items()}

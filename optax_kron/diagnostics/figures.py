@@ -70,8 +70,11 @@ def plot(
         rows = summary(state, params, tx, all_conditions=True).parameters
         wanted = None if paths is None else {form for path in paths for form in spellings(path)}
         shown = [x for x in rows if wanted is None or wanted & set(x.parameter.split())]
-        if not shown:
-            raise ValueError(f"plot: there is no parameter at {', '.join(paths or ())}.")
+        known = {path for row in rows for path in row.parameter.split()}
+        missing = [path for path in paths or () if not known & set(spellings(path))]
+        if missing or not shown:
+            where = f"at {', '.join(missing)}" if missing else "to show"
+            raise ValueError(f"plot: there is no parameter {where}.")
         _draw_overview(figure, shown)
         return figure
     known = factors(state, params, tx)
@@ -104,9 +107,8 @@ def _chosen(known: dict[str, list[Factor]], paths: Sequence[str] | None) -> list
     missing = [path for path in chosen if path not in known]
     if missing or not chosen:
         what = f"of {', '.join(missing)}" if missing else "of any parameter"
-        raise ValueError(
-            f"plot: no factors are kept {what}; there are some of {', '.join(known) or 'none'}."
-        )
+        there = f"; there are some of {', '.join(known)}" if known else ""
+        raise ValueError(f"plot: no factors are kept {what}{there}.")
     return chosen
 
 

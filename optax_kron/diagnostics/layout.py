@@ -29,6 +29,7 @@ from optax_kron.layers.plan import LayerPlan
 from optax_kron.transforms import record
 from optax_kron.transforms.kron_psgd import scale_by_kron_psgd
 from optax_kron.transforms.orthogonalize import orthogonalize
+from optax_kron.transforms.preconditioner import KronState
 from optax_kron.transforms.shampoo import scale_by_shampoo
 from optax_kron.transforms.soap import scale_by_soap
 from optax_kron.types import PyTree
@@ -117,12 +118,13 @@ def lay_out(
         )
     laid = []
     for found, note in zip(states, made, strict=True):
-        fits = note is not None and _fits(note.plan, found)
+        fits = note is not None and _fits(note.plan, found) and _alike(note.state, found)
         if found.is_kron != (note is not None) or (found.is_kron and not fits):
             raise ValueError(
                 f"{owner}: the state at {'/'.join(found.keys) or 'the root'} is not one that "
-                "tx.init makes for these parameters: it has other kinds of blocks, or fewer of "
-                "them. Pass the transformation that made the state, and parameters of its shapes."
+                "tx.init makes for these parameters: it is of another optimizer, or has other "
+                "kinds of blocks, or fewer of them. Pass the transformation that made the state, "
+                "and parameters of its shapes."
             )
         laid.append(None if note is None else _laid(note.plan, note.paths, note.frame))
     return laid
@@ -143,9 +145,15 @@ def _made_by(owner: str, tx: object, params: PyTree) -> list[record.Note | None]
     def init(params):
         with record.notes() as notes:
             states = find_states(make(params))
-        # No wrapper replaces the counters of the states that it holds.
+        # No wrapper replaces the counters of the states that it holds, but for `jax.jit`.
         known = {id(note.state.count): note for note in notes}
         made.extend(known.get(id(found.state.count)) for found in states)
+        if any(found.is_kron and x is None for found, x in zip(states, made, strict=True)):
+            raise ValueError(
+                f"{owner}: nothing is known of states that tx.init makes, as jax.jit compiles it, "
+                "or a part of it. Pass a transformation whose init is not compiled: that made the "
+                "same state."
+            )
         return jnp.zeros([])
 
     with warnings.catch_warnings():
@@ -182,6 +190,16 @@ def _fits(plan: BlockPlan | LayerPlan, found: Found) -> bool:
         return not plan.leaves and found.hides_all
     counts = {k: jax.tree.leaves(x)[0].shape[0] for k, x in found.stacks.items()}
     return all(plan.filled(label) <= count for label, count in counts.items())
+
+
+def _alike(made: KronState, found: Found) -> bool:
+    """Whether a state has the stacks of the optimizer that made another."""
+    if found.hides_all:
+        return True
+    pairs = [(made.stacks[label], x) for label, x in found.stacks.items()]
+    return all(type(x) is type(y) for x, y in pairs) and all(
+        type(getattr(x, "inverse", None)) is type(getattr(y, "inverse", None)) for x, y in pairs
+    )
 
 
 def _laid(plan: BlockPlan | LayerPlan, paths: Sequence[str], frame: Any) -> Laid:

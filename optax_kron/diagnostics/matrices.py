@@ -217,6 +217,21 @@ def kept(stack: Stack, method: Any) -> Iterator[tuple[str, int, Any]]:
     yield from ((name, axis, x) for name, xs in pairs for axis, x in enumerate(xs) if x is not None)
 
 
+def are_of_q(found: Found, method: Any) -> bool:
+    """Whether factors of `kron_psgd` are known to be those of Q, or those of P known to be that.
+
+    Without settings a cached P tells, or Q upper triangular, as in the default geometry. Factors
+    that have not moved, and diagonals alone, are taken for those of the default.
+    """
+    if method is not None or found.kind != "kron_psgd":
+        return True
+    stacks = found.stacks.values()
+    if any(stack.preconditioner is not None for stack in stacks):
+        return True
+    dense = [on_host(q) for stack in stacks for q in stack.factors if q.ndim == 3]
+    return not any(np.tril(q, -1).any() for q in dense)
+
+
 def on_host(x: Any) -> np.ndarray:
     """An array as one of NumPy, of 32 bits at least.
 

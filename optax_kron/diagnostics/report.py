@@ -12,7 +12,7 @@ import optax
 from optax_kron.diagnostics.ages import ages
 from optax_kron.diagnostics.counters import COUNTERS
 from optax_kron.diagnostics.layout import Laid, Place, lay_out
-from optax_kron.diagnostics.matrices import has_values, why_unknown
+from optax_kron.diagnostics.matrices import are_of_q, has_values, why_unknown
 from optax_kron.diagnostics.spectra import conditions
 from optax_kron.diagnostics.states import Found, check_concrete, find_states, number
 from optax_kron.layers.paths import paths_of
@@ -207,6 +207,11 @@ def summary(
                 f"{_name(found)}: conditions of the largest factors were left out; "
                 "all_conditions=True finds them."
             )
+        if has_values(found) and not are_of_q(found, layout.method):
+            notes.append(
+                f"{_name(found)}: with tx there are conditions; without it, factors may be those "
+                "of Q or of P."
+            )
         unaged = all(x.age is None for x in own) and any(x.factors for x in own)
         if layout.frame is None and number(found.state.count) and unaged:
             notes.append(f"{_name(found)}: with tx there are ages of the last refresh.")
@@ -320,8 +325,11 @@ def _rows_without_blocks(
     unknown = any(x is None and found.stacks for found, x in zip(states, laid, strict=True)) or any(
         found.kind == "branch_kfac" for found in states
     )
+    normed = [path for x in states if x.kind == "fixed_norm" for path in paths_of(x.state.norms)]
     for path in [] if unknown else paths_of(params):
-        if path not in placed | seen | told:
+        if path in {*normed} - placed - seen - told:
+            yield ParameterRow(path or "(root)", note="seen by fixed_norm alone")
+        elif path not in placed | seen | told:
             yield ParameterRow(path or "(root)", note="hidden from these optimizers")
 
 

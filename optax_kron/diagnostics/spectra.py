@@ -9,6 +9,7 @@ from jaxtyping import Float, Inexact
 from optax_kron.diagnostics.layout import Laid
 from optax_kron.diagnostics.matrices import (
     Stack,
+    are_of_q,
     double,
     kept,
     on_host,
@@ -75,6 +76,8 @@ def conditions(
       cost.
     """
     made: dict[int, list[float | None]] = {id(x): [None] * len(x.axes) for x in laid.places}
+    if not are_of_q(found, laid.method):
+        return made, False
     jobs = []
     for label in dict.fromkeys(place.label for place in laid.places):
         own = [place for place in laid.places if place.label == label]

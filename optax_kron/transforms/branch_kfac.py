@@ -136,7 +136,7 @@ def scale_by_branch_kfac(
         if params is not None:
             validation.check_like(owner, updates, params)
         updates = program.as_arrays(updates)
-        _check_leaves(owner, updates)
+        validation.check_inexact(owner, updates)
         known = None if branches is None else _checked_branches(owner, branches, blocks)
         strength = damping(state.count) if callable(damping) else damping
         return program.once(
@@ -283,15 +283,6 @@ def _within(owner: str, clip: ArrayLike) -> optax.GradientTransformationExtraArg
         return jax.tree.map(bound, params, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _check_leaves(owner: str, updates: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise ValueError(
-                f"{owner}: parameters must be floating-point or complex; got "
-                f"{jnp.result_type(leaf)} at {jax.tree_util.keystr(path) or 'the root'}."
-            )
 
 
 def _checked_branches(owner: str, branches: object, blocks: ArrayLike) -> Array | None:

@@ -101,7 +101,8 @@ def fixed_norm(
       of steps. Cost: some passes over parameters and updates; a number per tensor as state.
 
     Raises:
-      ValueError: If a setting is out of its range, or `update` is called without parameters.
+      ValueError: If a setting is out of its range, a parameter is neither floating-point nor
+        complex, a mask lacks it, or `update` is called without parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -151,6 +152,7 @@ class FixedNorm:
     def init(self, params: PyTree) -> FixedNormState:
         """The norms to keep, and the inner state."""
         params = program.as_arrays(params)
+        validation.check_inexact("fixed_norm", params)
         leaves, treedef = jax.tree.flatten(params)
 
         def norm_to_keep(x: Array, stacked: int, wanted: bool) -> Array:
@@ -210,8 +212,7 @@ class FixedNorm:
         are_matrices = [sum(size > 1 for size in x.shape[n:]) > 1 for x, n in pairs]
         if self.mask is None:
             return are_matrices
-        mask = self.mask(params) if validation.is_function(self.mask) else self.mask
-        chosen = jax.tree.leaves(jax.tree.map(lambda _, kept: bool(kept), params, mask))
+        chosen = validation.mask_by_path("fixed_norm", self.mask, params)
         return [a and b for a, b in zip(are_matrices, chosen, strict=True)]
 
     def _step(self, direction, weights, norm, stacked, wanted, rate, other):

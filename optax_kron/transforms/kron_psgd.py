@@ -133,12 +133,12 @@ class KronPsgd(base.Preconditioner):
         validation.check_state(self.owner, jax.eval_shape(self.init_schedule), state.schedule)
         key = jax.random.fold_in(_update_key(state), 1)
         probe = functools.partial(probed_product, self.owner, key, updates, hvp_fn)
-        if not program.is_concrete((updates, state)):
-            return probe
-        # The product is one of this step alone. It stays outside of what is compiled once.
-        if program.once(KronPsgd._is_due_now, self, updates, state):
-            return probe()
-        return updates, updates
+        if program.is_concrete((updates, state)):
+            due = program.once(KronPsgd._is_due_now, self, updates, state)
+            if program.is_concrete(due):  # it is not in a branch that closes over arrays
+                # The product is one of this step alone, outside of what is compiled once.
+                return probe() if due else (updates, updates)
+        return probe
 
     def _is_due_now(self, updates: PyTree, state: base.KronState) -> Bool[Array, ""]:
         due, _ = is_update_due(state.schedule, self.update_probability, state.count)
@@ -310,8 +310,8 @@ def scale_by_kron_psgd(
         it. Deterministic: they move at the first step, then whenever the shares since have added
         up to one. `None`: `update_probability_schedule()`.
       damping: curvature, in units of the gradient, below which none is believed; ≥ 0.
-      relative_damping: the same in units of the root mean square of each block's gradient, ≥ 0; the
-        larger of the two holds. `None`: 0.01 when whitening, 0 in Newton mode.
+      relative_damping: the same in units of the root mean square of what each block's factors fit,
+        its momentum by default; the larger of the two holds. `None`: 0.01, in Newton mode 0.
       init_scale: `Q` starts at this scale times the identity, P at its square. `None`: at the scale
         that whitens the first nonzero gradient of the block.
       rms_clip: cap of the root mean square of each parameter's update. `None`: no cap.

@@ -148,7 +148,7 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every element of every leaf is finite; true for a tree without leaves."""
     checks, vectors = [], collections.defaultdict(list)
     for leaf in {id(leaf): jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)}.values():
-        if leaf.ndim < 2:
+        if leaf.ndim < 2 and not flow.is_sharded(jax.typeof(leaf)):
             vectors[leaf.dtype].append(leaf.ravel())
         else:
             checks.append(contract.all_finite(leaf))

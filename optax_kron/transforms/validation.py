@@ -204,6 +204,40 @@ def check_mask(owner: str, mask: Unchecked) -> None:
         )
 
 
+def check_inexact(owner: str, params: PyTree) -> None:
+    """Raise unless all parameters are real or complex numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"{owner}: parameters must be floating-point or complex; got "
+                f"{jnp.result_type(leaf)} at {jax.tree_util.keystr(path) or 'the root'}."
+            )
+
+
+def mask_by_path(
+    owner: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTree
+) -> list[bool]:
+    """For each parameter what a tree of bools, or a function that makes one, says of it.
+
+    The tree may have more, which a wrapper has masked.
+    """
+    tree = mask(params) if is_function(mask) else mask
+    known = dict(jax.tree_util.tree_leaves_with_path(tree))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if paths == [()] and () not in known:
+        return [True]  # the placeholder of optax.tree.map_params
+    chosen = []
+    for path in paths:
+        if not isinstance(known.get(path), bool | np.bool_):
+            raise ValueError(
+                f"{owner}: mask must have a bool for each parameter; at "
+                f"{jax.tree_util.keystr(path) or 'the root'} it has "
+                f"{repr(known[path]) if path in known else 'nothing'}."
+            )
+        chosen.append(bool(known[path]))
+    return chosen
+
+
 def is_function(value: Unchecked) -> bool:
     """Whether a setting is a function, and no tree that may be called, as a model may be."""
     return callable(value) and jax.tree_util.all_leaves([value])

@@ -282,3 +282,30 @@ def test_an_explanation_says_what_to_do_in_every_form():
 def test_losses_of_another_shape_are_refused_in_words():
     with pytest.raises(ValueError, match=r"losses must be \[n\], oldest first; got shape \(\)"):
         ok.diagnostics.explain(ok.soap(1e-3).init(params()), losses=1.0)
+
+
+def test_newton_mode_knows_no_scale_of_the_loss():
+    """Its damping is beside Hessian-vector products, whatever the gradients."""
+    params = {"w": jnp.full((3, 3), 0.05)}
+    tx = ok.kron_psgd(0.02, criterion="newton", damping=1e-2)
+    state, losses = tx.init(params), []
+
+    def loss_fn(params):
+        return 0.5 * jnp.sum(jnp.square(params["w"]))
+
+    for _ in range(20):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        losses.append(float(loss))
+        hvp_fn = ok.hessian_vector_product(loss_fn, params)
+        updates, state = tx.update(grads, state, params, hvp_fn=hvp_fn)
+        params = optax.apply_updates(params, updates)
+    assert not ok.diagnostics.explain(state, params, tx, losses=losses)
+
+
+def test_the_length_of_complex_updates_is_told():
+    params, updates = {"w": jnp.full((3, 2), 1 + 1j)}, {"w": jnp.full((3, 2), 1 + 100j)}
+    tx = ok.kron_psgd(1e-3)
+    found = ok.diagnostics.explain(
+        tx.init(params), params, tx, updates=updates, losses=2.0 ** np.arange(10)
+    )
+    assert "the last update is 71 times the parameters" in str(found)

@@ -210,3 +210,38 @@ def test_metrics_of_an_ensemble_are_those_of_its_members():
     members = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
     states = jax.vmap(ok.soap(1e-3).init)(members)
     assert jax.vmap(ok.diagnostics.metrics)(states)["steps"].tolist() == [0, 0]
+
+
+def test_metrics_of_an_ensemble_as_a_whole_are_refused_in_words():
+    states = jax.vmap(ok.soap(1e-3).init)(jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS))
+    with pytest.raises(ValueError, match=r"one of an ensemble.*jax\.vmap\(metrics\)"):
+        ok.diagnostics.metrics(states)
+
+
+MAKERS = {
+    "kron_psgd": ok.kron_psgd(1e-3),
+    "soap": ok.soap(1e-3),
+    "shampoo": ok.shampoo(1e-3),
+    "orthogonalize": ok.orthogonalize(momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("other", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_transformation_of_another_optimizer_is_refused_in_words(maker, other):
+    state = MAKERS[maker].init(PARAMS)
+    for function in (ok.diagnostics.summary, ok.diagnostics.factors, ok.diagnostics.explain):
+        if maker == other:
+            function(state, PARAMS, MAKERS[other])
+            continue
+        with pytest.raises(ValueError, match="it is of another optimizer"):
+            function(state, PARAMS, MAKERS[other])
+
+
+def test_a_transformation_whose_init_is_compiled():
+    tx = ok.soap(1e-3)
+    compiled = optax.GradientTransformationExtraArgs(jax.jit(tx.init), tx.update)
+    state = compiled.init(PARAMS)
+    with pytest.raises(ValueError, match=r"as jax\.jit compiles it"):
+        ok.diagnostics.summary(state, PARAMS, compiled)
+    ok.diagnostics.summary(state, PARAMS, tx)

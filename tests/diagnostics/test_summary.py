@@ -13,6 +13,7 @@ import pytest
 import rich.console
 
 import optax_kron as ok
+from optax_kron.kernels import psgd
 from optax_kron.tables import Table
 
 from ..contract.table import CORE_ROWS, mixed, regression
@@ -302,3 +303,33 @@ def test_layers_have_their_names_and_count_their_steps():
     since = ok.diagnostics.metrics(done["state"])["since_refresh"]
     assert {row.age for row in table.parameters} == {int(since)} == {2}
     assert all(None not in row.conditions for row in table.parameters)
+
+
+@pytest.mark.parametrize("geometry", psgd.GEOMETRIES)
+@pytest.mark.parametrize("cached", [None, False])
+def test_without_settings_condition_numbers_are_those_of_p_or_left_out(geometry, cached):
+    tx = ok.kron_psgd(1e-3, geometry=geometry, cache_preconditioner=cached)
+    params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+    state = tx.init(params)
+    scales = jnp.arange(1.0, 7.0)[:, None] ** 2
+
+    @jax.jit
+    def step(i, state):
+        noise = jax.random.normal(jax.random.key(i), (6, 4))
+        return tx.update({"kernel": noise * scales, "bias": noise[0]}, state, params)[1]
+
+    state = jax.lax.fori_loop(0, 20, step, state)
+    rows = {x.parameter: x for x in ok.diagnostics.summary(state, params, tx).parameters}
+    guessed = ok.diagnostics.summary(state, params)
+    for row in guessed.parameters:
+        if geometry == "EQ" or (cached is None and psgd.degree(geometry) == 2):
+            assert row.conditions == rows[row.parameter].conditions
+        else:
+            assert set(row.conditions) == {None}
+            assert any("of Q or of P" in note for note in guessed.notes)
+
+
+def test_parameters_that_fixed_norm_alone_sees():
+    tx = ok.fixed_norm(optax.scale_by_adam(), 0.1)
+    summary = ok.diagnostics.summary(tx.init({"w": jnp.ones((3, 2))}), {"w": jnp.ones((3, 2))}, tx)
+    assert [row.note for row in summary.parameters] == ["seen by fixed_norm alone"]

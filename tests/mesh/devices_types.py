@@ -167,3 +167,20 @@ def test_what_is_in_no_layer_may_be_sharded(make, fallback, mesh):
         assert abstract_types(jax.eval_shape(update, params, state)) == expected
     else:
         assert types(update(params, state)) == types((params, state))
+
+
+@pytest.mark.parametrize("name", ["fixed_norm", "orthogonalize", "kron_psgd newton", "soap"])
+def test_vectors_may_be_sharded_in_different_ways(name, mesh):
+    tx, extras = OPTIMIZERS[name]
+    specs = {"a": PartitionSpec("x"), "b": PartitionSpec(), "c": PartitionSpec("x"), "s": None}
+    params = {
+        k: jnp.ones(16, out_sharding=NamedSharding(mesh, spec))
+        if spec is not None
+        else jnp.ones(())
+        for k, spec in specs.items()
+    }
+    params["w"] = jnp.ones((16, 4), out_sharding=NamedSharding(mesh, PartitionSpec("x")))
+    given = {} if extras is None else extras(params)
+    updates, _ = tx.update(params, tx.init(params), params, **given)  # without jax.jit too
+    jax.jit(lambda g, s, p: tx.update(g, s, p, **given))(params, tx.init(params), params)
+    assert types(updates) == types(params)
