@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from optax_kron.diagnostics.states import Found, find_states
+from optax_kron.diagnostics.states import Found, check_single, find_states
 from optax_kron.kernels import contract
 from optax_kron.transforms.branch_kfac import ScaleByBranchKfacState
 from optax_kron.transforms.fixed_norm import FixedNormState
@@ -64,11 +64,7 @@ def metrics(state: PyTree) -> dict[str, Array]:
     """
     values: dict[str, Array] = {}
     for found in find_states(state):
-        if jnp.ndim(found.state.count):
-            raise ValueError(
-                "diagnostics.metrics: the state is one of an ensemble, with counters of shape "
-                f"{jnp.shape(found.state.count)}. Take jax.vmap(metrics)(state)."
-            )
+        check_single("diagnostics.metrics", found, "Take jax.vmap(metrics)(state).")
         prefix = f"{found.name}/" if found.name else ""
         # Copies, for a state that is donated to the next step takes its arrays along.
         own = {k: jnp.array(x, copy=True) for k, x in _of_state(found).items()}

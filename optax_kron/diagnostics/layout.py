@@ -150,9 +150,8 @@ def _made_by(owner: str, tx: object, params: PyTree) -> list[record.Note | None]
         made.extend(known.get(id(found.state.count)) for found in states)
         if any(found.is_kron and x is None for found, x in zip(states, made, strict=True)):
             raise ValueError(
-                f"{owner}: nothing is known of states that tx.init makes, as jax.jit compiles it, "
-                "or a part of it. Pass a transformation whose init is not compiled: that made the "
-                "same state."
+                f"{owner}: the layout that tx.init chooses is not known, as jax.jit compiles it. "
+                "Pass the same transformation with an init that is not compiled."
             )
         return jnp.zeros([])
 
@@ -194,12 +193,11 @@ def _fits(plan: BlockPlan | LayerPlan, found: Found) -> bool:
 
 def _alike(made: KronState, found: Found) -> bool:
     """Whether a state has the stacks of the optimizer that made another."""
-    if found.hides_all:
-        return True
-    pairs = [(made.stacks[label], x) for label, x in found.stacks.items()]
-    return all(type(x) is type(y) for x, y in pairs) and all(
-        type(getattr(x, "inverse", None)) is type(getattr(y, "inverse", None)) for x, y in pairs
-    )
+
+    def kind(stack):
+        return type(stack), type(getattr(stack, "inverse", None))
+
+    return found.hides_all or all(kind(made.stacks[k]) == kind(x) for k, x in found.stacks.items())
 
 
 def _laid(plan: BlockPlan | LayerPlan, paths: Sequence[str], frame: Any) -> Laid:

@@ -217,8 +217,8 @@ def kept(stack: Stack, method: Any) -> Iterator[tuple[str, int, Any]]:
     yield from ((name, axis, x) for name, xs in pairs for axis, x in enumerate(xs) if x is not None)
 
 
-def are_of_q(found: Found, method: Any) -> bool:
-    """Whether factors of `kron_psgd` are known to be those of Q, or those of P known to be that.
+def tells_q_from_p(found: Found, method: Any) -> bool:
+    """Whether it is known of which matrix the factors of `kron_psgd` are; true of other optimizers.
 
     Without settings a cached P tells, or Q upper triangular, as in the default geometry. Factors
     that have not moved, and diagonals alone, are taken for those of the default.
@@ -228,8 +228,13 @@ def are_of_q(found: Found, method: Any) -> bool:
     stacks = found.stacks.values()
     if any(stack.preconditioner is not None for stack in stacks):
         return True
-    dense = [on_host(q) for stack in stacks for q in stack.factors if q.ndim == 3]
-    return not any(np.tril(q, -1).any() for q in dense)
+    # The first that has moved tells: all are of one geometry.
+    for dense in (on_host(q) for stack in stacks for q in stack.factors if q.ndim == 3):
+        if np.tril(dense, -1).any():
+            return False
+        if np.triu(dense, 1).any():
+            return True
+    return True
 
 
 def on_host(x: Any) -> np.ndarray:

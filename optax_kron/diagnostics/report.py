@@ -12,7 +12,7 @@ import optax
 from optax_kron.diagnostics.ages import ages
 from optax_kron.diagnostics.counters import COUNTERS
 from optax_kron.diagnostics.layout import Laid, Place, lay_out
-from optax_kron.diagnostics.matrices import are_of_q, has_values, why_unknown
+from optax_kron.diagnostics.matrices import has_values, tells_q_from_p, why_unknown
 from optax_kron.diagnostics.spectra import conditions
 from optax_kron.diagnostics.states import Found, check_concrete, find_states, number
 from optax_kron.layers.paths import paths_of
@@ -207,7 +207,7 @@ def summary(
                 f"{_name(found)}: conditions of the largest factors were left out; "
                 "all_conditions=True finds them."
             )
-        if has_values(found) and not are_of_q(found, layout.method):
+        if has_values(found) and not tells_q_from_p(found, layout.method):
             notes.append(
                 f"{_name(found)}: with tx there are conditions; without it, factors may be those "
                 "of Q or of P."

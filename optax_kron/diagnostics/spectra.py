@@ -9,11 +9,11 @@ from jaxtyping import Float, Inexact
 from optax_kron.diagnostics.layout import Laid
 from optax_kron.diagnostics.matrices import (
     Stack,
-    are_of_q,
     double,
     kept,
     on_host,
     squared,
+    tells_q_from_p,
     trimmed,
     unpacked,
 )
@@ -76,7 +76,7 @@ def conditions(
       cost.
     """
     made: dict[int, list[float | None]] = {id(x): [None] * len(x.axes) for x in laid.places}
-    if not are_of_q(found, laid.method):
+    if not tells_q_from_p(found, laid.method):
         return made, False
     jobs = []
     for label in dict.fromkeys(place.label for place in laid.places):

@@ -180,8 +180,12 @@ def check_concrete(owner: str, found: Found) -> None:
             f"{owner}: the state is traced; expected arrays with values. Call it outside of "
             "jax.jit; inside of it there is ok.diagnostics.metrics."
         )
-    if np.shape(count):
+    check_single(owner, found, "Pass that of one member: jax.tree.map(lambda x: x[0], state).")
+
+
+def check_single(owner: str, found: Found, remedy: str) -> None:
+    """Raise where a state is that of many members."""
+    if shape := np.shape(found.state.count):
         raise ValueError(
-            f"{owner}: the state is one of an ensemble, with counters of shape {np.shape(count)}. "
-            "Pass that of one member: jax.tree.map(lambda x: x[0], state)."
+            f"{owner}: the state is one of an ensemble, with counters of shape {shape}. {remedy}"
         )

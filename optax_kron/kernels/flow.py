@@ -49,15 +49,6 @@ def varying_like(tree: PyTree, *references: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _widened(x, axes), tree)
 
 
-def is_sharded(kind: jax.core.AbstractValue | jax.ShapeDtypeStruct) -> bool:
-    """Whether an abstract array is cut along an explicit axis of a mesh."""
-    return any(axis is not None for axis in _spec(kind))
-
-
-def _spec(kind: jax.core.AbstractValue | jax.ShapeDtypeStruct) -> Sequence[object]:
-    return getattr(getattr(kind, "sharding", None), "spec", ())
-
-
 def zeros_like_type(
     kind: jax.core.ShapedArray | jax.ShapeDtypeStruct, leading: Sequence[int] = ()
 ) -> Array:
@@ -68,9 +59,10 @@ def zeros_like_type(
       leading: Lengths of the axes in front, which are not sharded.
     """
     shape = (*leading, *kind.shape)
-    if is_sharded(kind):
+    spec = getattr(getattr(kind, "sharding", None), "spec", ())
+    if any(axis is not None for axis in spec):
         whole = (None,) * len(leading)
-        sharded = jax.sharding.PartitionSpec(*whole, *_spec(kind))
+        sharded = jax.sharding.PartitionSpec(*whole, *spec)
         return jnp.zeros(shape, kind.dtype, out_sharding=sharded)
     return varying_like(jnp.zeros(shape, kind.dtype), kind)
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from optax_kron.kernels import contract, flow, linalg
+from optax_kron.kernels import contract, explicit, flow, linalg
 from optax_kron.types import PyTree
 
 Stack = TypeVar("Stack", bound=NamedTuple)
@@ -148,7 +148,8 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every element of every leaf is finite; true for a tree without leaves."""
     checks, vectors = [], collections.defaultdict(list)
     for leaf in {id(leaf): jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)}.values():
-        if leaf.ndim < 2 and not flow.is_sharded(jax.typeof(leaf)):
+        # Types of explicit meshes let no vectors of different shardings be laid end to end.
+        if leaf.ndim < 2 and all(axis is None for axis in explicit.spec_of(leaf)):
             vectors[leaf.dtype].append(leaf.ravel())
         else:
             checks.append(contract.all_finite(leaf))
