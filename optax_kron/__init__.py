@@ -6,6 +6,7 @@ from optax_kron.blocking import Blocking
 from optax_kron.capture.find import Layers, find_layers
 from optax_kron.capture.ggn import GaussNewton, ggn_vector_product
 from optax_kron.capture.taps import value_and_grad_with_taps
+from optax_kron.declarations import per_example
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.taps import Moments, Tap, Taps
 from optax_kron.transforms.adaptive import adaptive_ekfac, adaptive_kfac
@@ -56,6 +57,7 @@ __all__ = [
     "losses",
     "operators",
     "orthogonalize",
+    "per_example",
     "quadratic_step",
     "scale_by_branch_kfac",
     "scale_by_ekfac",

@@ -5,6 +5,7 @@ the Fisher information need it as columns s_v with `Σ_v s_v s_vᵀ = H`, exactl
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from optax_kron.kernels import contract
+from optax_kron.kernels import categorical, contract, explicit
 
 # What the names of marked losses begin with; the rest is the name of a distribution.
 MARK_PREFIX = "optax_kron_loss_"
@@ -95,21 +96,21 @@ def _per_column(x: Array) -> Array:
     return x[None] if x.ndim else x
 
 
-def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array, Array]:
-    """Logits, probabilities, and the root of the sum of the labels."""
+def _softmax_parts(operands: Operands, axis: int) -> tuple[Array, Array]:
+    """The probabilities, and the root of the sum of the labels."""
     logits, labels, *where = operands
     (where,) = where or (jnp.array(True),)
     logits = jnp.where(where, contract.widen(logits), jnp.finfo(contract.widen(logits).dtype).min)
     probabilities = jnp.where(where, jax.nn.softmax(logits, axis), 0)
     if labels.ndim < logits.ndim:
-        return logits, probabilities, jnp.ones((), logits.dtype)
+        return probabilities, jnp.ones((), logits.dtype)
     total = jnp.sum(labels.astype(logits.dtype), axis, keepdims=True, where=where)
-    return logits, probabilities, jnp.sqrt(jnp.maximum(total, 0))
+    return probabilities, jnp.sqrt(jnp.maximum(total, 0))
 
 
 def _categorical_root(noise: Columns, operands: Operands, axis: int) -> Columns:
     # With s = sqrt(p), diag(p) - p pᵀ = R Rᵀ for R = diag(s) - p sᵀ, as sᵀs = 1.
-    _, probabilities, scale = map(_per_column, _softmax_parts(operands, axis))
+    probabilities, scale = map(_per_column, _softmax_parts(operands, axis))
     weighted = jnp.sqrt(probabilities) * noise
     return scale * (weighted - probabilities * jnp.sum(weighted, axis, keepdims=True))
 
@@ -117,10 +118,12 @@ def _categorical_root(noise: Columns, operands: Operands, axis: int) -> Columns:
 def _categorical_score(
     key: Array, operands: Operands, axis: int, shape: tuple[int, ...]
 ) -> Columns:
-    logits, probabilities, scale = _softmax_parts(operands, axis)
-    batch = tuple(size for a, size in enumerate(shape, -len(shape)) if a != axis)
-    labels = jax.random.categorical(key, logits, axis, batch)
-    drawn = jax.nn.one_hot(labels, shape[axis], axis=axis, dtype=logits.dtype)
+    probabilities, scale = _softmax_parts(operands, axis)
+    last = jnp.moveaxis(probabilities, axis, -1)
+    placed = jax.sharding.PartitionSpec(None, *explicit.spec_of(last)[: last.ndim - 1])
+    draw = functools.partial(categorical.draw, samples=shape[0])
+    labels = explicit.untyped(draw, key, last, out=placed)
+    drawn = jax.nn.one_hot(labels, shape[axis], axis=axis, dtype=probabilities.dtype)
     probabilities = _per_column(probabilities)
     # Where no class counts, what was drawn does not either.
     return _per_column(scale) * (probabilities - jnp.where(probabilities > 0, drawn, 0))

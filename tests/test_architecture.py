@@ -19,6 +19,7 @@ ROOMS = [
     "blocking",
     "layers",
     "autodiff",
+    "declarations",
     "distributions",
     "operands",
     "losses",

@@ -139,14 +139,15 @@ def output_moment(
       precision: Precision of the matrix product.
 
     Returns:
-      A factor, or its diagonal, for each block. Cost: 2·V·B·N·S·d_out² operations, or
-      2·V·B·N·S·d_out.
+      A factor, or its diagonal, for each block, at least float32. Products of 16-bit gradients are
+      exact, and are added up in float32. Cost: 2·V·B·N·S·d_out² operations, or 2·V·B·N·S·d_out.
     """
     if approx == "reduce":
-        output_grads = jnp.sum(output_grads, axis=3, keepdims=True)
+        output_grads = jnp.sum(contract.widen(output_grads), axis=3, keepdims=True)
     columns, blocks, examples, _, size = output_grads.shape
     if columns == 0:
-        return contract.identities(blocks, size, output_grads.dtype, diagonal=diagonal)
+        dtype = contract.wide_dtype(output_grads.dtype)
+        return contract.identities(blocks, size, dtype, diagonal=diagonal)
     return _gram(output_grads, precision, diagonal=diagonal) / examples
 
 
@@ -157,14 +158,22 @@ def _gram(
     *,
     diagonal: bool = False,
 ) -> Factors:
-    """`Σ_v Σ_n Σ_s scale·x xᵀ` of each block, or its diagonal."""
+    """`Σ_v Σ_n Σ_s scale·x xᵀ` of each block, or its diagonal, at least float32.
+
+    The units of a GPU or TPU multiply 16-bit numbers exactly, at twice the rate of others: so these
+    are widened only where they are scaled first.
+    """
+    dtype = contract.wide_dtype(x.dtype)
+    if diagonal or not isinstance(scale, int):
+        x = contract.widen(x)
     if diagonal:
         return jnp.sum(x * scale * x, axis=(0, 2, 3))
+    multiply = {"precision": precision, "preferred_element_type": dtype}
     if x.shape[1] == 1:
         # As a product of matrices, not a stack of one: the CPU would transpose that beforehand.
         rows = x.reshape(-1, x.shape[-1])
-        return jnp.matmul((x * scale).reshape(rows.shape).T, rows, precision=precision)[None]
-    return jnp.einsum("vbnsi,vbnsj->bij", x * scale, x, precision=precision)
+        return jnp.matmul((x * scale).reshape(rows.shape).T, rows, **multiply)[None]
+    return jnp.einsum("vbnsi,vbnsj->bij", x * scale, x, **multiply)
 
 
 def second_moments(

@@ -57,8 +57,9 @@ def moments_of(
             diagonal=layer.has_diagonal_input,
             precision=precision,
         )
+    gradients = tap.output_grads
     G = kfac.output_moment(
-        tap.output_grads.astype(dtype),
+        gradients if dtype == contract.wide_dtype(gradients.dtype) else gradients.astype(dtype),
         approx=approx,
         diagonal=layer.has_diagonal_output,
         precision=precision,

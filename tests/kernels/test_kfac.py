@@ -95,6 +95,19 @@ def test_index_frequencies_are_the_diagonal_of_the_one_hot_moment(weights):
     np.testing.assert_array_equal(off_diagonal, 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"diagonal": True}, {"approx": "reduce"}])
+def test_gradients_of_16_bits_are_multiplied_exactly_and_added_in_float32(dtype, blocks, settings):
+    numbers = np.random.default_rng(0).normal(size=(2, blocks, 300, 4, 3))
+    g = jnp.asarray(numbers, dtype)
+    moment = kfac.output_moment(g, **settings)
+    assert moment.dtype == jnp.float32
+    # 2400 products, each exact in float32: their sum errs by some 2400^(1/2) roundings of 6e-8.
+    exact = kfac.output_moment(g.astype(jnp.float32), **settings)
+    np.testing.assert_allclose(moment, exact, rtol=3e-6, atol=3e-6 * float(jnp.max(exact)))
+
+
 def test_index_beyond_the_table_counts_for_nothing():
     counts = kfac.index_frequencies(jnp.array([[[[0], [7]]]]), 2, dtype=jnp.float64)
     np.testing.assert_allclose(counts, [[0.5, 0.0]])

@@ -101,7 +101,7 @@ class Batchings:
             return self._before_solve(node, batchings)
         if node.name == "shard_map":
             return self._before_shard_map(node, batchings)
-        if node.bodies:
+        if node.bodies and node.name != equations.DECLARED:
             # A program, or one of several, runs once: on all operands but the index of a branch.
             merged: list[Batching] = [None] * len(node.bodies[0].inputs)
             for body in node.bodies:

@@ -25,9 +25,10 @@ from optax_kron.capture.analysis.marks import Mark
 from optax_kron.capture.analysis.positions import Positions
 from optax_kron.capture.analysis.roles import is_lookup, shared_roles, tiles, within
 from optax_kron.capture.analysis.uses import Consumption, Use, find_uses, why_mixed
-from optax_kron.capture.program.equations import Program, Renewed
+from optax_kron.capture.program.equations import Program
 from optax_kron.capture.program.graph import Graph, Value, build
 from optax_kron.capture.program.knowledge import Knowledge
+from optax_kron.capture.program.retraced import Renewed
 from optax_kron.capture.rules.batch_axes import Read, Separate, same_examples, share_examples
 from optax_kron.capture.rules.table import integer_rule
 from optax_kron.layers.layer import Arrangement, AxisFactors, Layer, spans

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from optax_kron.capture.analysis.layers import Analysis, analyse
-from optax_kron.capture.program import equations
+from optax_kron.capture.program import retraced
 from optax_kron.capture.program.graph import trace
 from optax_kron.layers.paths import abstract, are_parameters, as_array, by_path
 from optax_kron.types import PyTree
@@ -113,7 +113,7 @@ def trace_loss(
     # analysis travels to where its program is the same.
     renewed = None
     if earlier is not None and list(earlier.leaves) == paths:
-        renewed = equations.renewed(earlier.program, program)
+        renewed = retraced.renewed(earlier.program, program)
     if earlier is None or renewed is None:
         analysis = analyse(program, paths)
     else:

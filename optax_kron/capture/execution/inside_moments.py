@@ -110,7 +110,7 @@ class InsideMoments:
 
     def _of_output_grads(self, cotangent):
         """`Σ_n Σ_s g gᵀ`, or its diagonal, of width one."""
-        g = contract.widen(self.form.output_grads(cotangent))
+        g = self.form.output_grads(cotangent)
         if self.layer.has_diagonal_output:
             return kfac.output_moment(g[None], diagonal=True)[..., None] * g.shape[1]
         return kfac.output_moment(g[None]) * g.shape[1]

@@ -12,7 +12,6 @@ Every other equation that holds a program is opaque, and bound whole, as it came
 taken for a call would run once, and give the loss of another function.
 """
 
-import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -21,10 +20,10 @@ import jax
 import jax.core
 import jax.extend as jex
 import jax.extend.core.primitives as primitives
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from optax_kron.declarations import Declared, declared_axes
 from optax_kron.distributions import MARK_PREFIX
 
 _PACKAGE = str(pathlib.Path(__file__).parents[2])
@@ -72,6 +71,8 @@ _PLACINGS = frozenset(
     """.split()  # noqa: SIM905  (a list would take a line for each)
 )
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
+# The name of a call that the user has declared to keep examples apart.
+DECLARED = "per_example"
 
 
 class Loop(NamedTuple):
@@ -105,8 +106,8 @@ def recognise(eqn: Equation) -> tuple[str, tuple[Program, ...]]:
       - "scan", "while" (the test, then the body), "cond" (a program for each branch; the first
         operand is the index), "remat" (a checkpoint);
       - "mark": a loss of `ok.losses`;
-      - "opaque": any other equation that holds a program. With programs if it is known to run one
-        of them, once, on its last operands;
+      - "opaque": any other equation that holds a program, and calls that the user has declared.
+        With programs if it is known to run one of them, once, on its last operands;
       - "plain": it holds none.
     """
     for look in (_as_scan, _as_while, _as_cond, _as_remat, _with_rules, _as_call):
@@ -120,6 +121,8 @@ def recognise(eqn: Equation) -> tuple[str, tuple[Program, ...]]:
 def name(eqn: Equation) -> str:
     """Of the primitive; one of another library that bears the name of JAX's gets another."""
     given = eqn.primitive.name
+    if declared(eqn) is not None:
+        return DECLARED
     if given == _HOLDER and "_prim" in eqn.params:
         held = type(eqn.params["_prim"]).__name__
         return held if _upgraded(eqn) is None else _UPGRADED[held]
@@ -129,6 +132,11 @@ def name(eqn: Equation) -> str:
 def settings(eqn: Equation) -> Params:
     """The parameters of an equation without a program, as its primitive names them."""
     return eqn.params
+
+
+def same_primitive(first: Equation, second: Equation) -> bool:
+    """Whether two equations are of one primitive."""
+    return first.primitive is second.primitive
 
 
 def images(eqn: Equation) -> list[int] | None:
@@ -157,13 +165,13 @@ def while_constants(eqn: Equation) -> tuple[int, int]:
 
 def solved_map(eqn: Equation) -> Program:
     """The closed program of the linear map that a `custom_linear_solve` inverts."""
-    return _closed(eqn.params["jaxprs"].matvec)
+    return closed(eqn.params["jaxprs"].matvec)
 
 
 def local_program(eqn: Equation) -> tuple[Program, Sequence, Sequence]:
     """What each device runs in a `shard_map`, and how its inputs and its outputs are cut."""
     params = eqn.params
-    return _closed(params["jaxpr"]), params["in_specs"], params["out_specs"]
+    return closed(params["jaxpr"]), params["in_specs"], params["out_specs"]
 
 
 def checkpointing(eqn: Equation) -> Params:
@@ -176,6 +184,14 @@ def checkpointing(eqn: Equation) -> Params:
 def loss_name(eqn: Equation) -> str:
     """The name of a mark, which says its distribution."""
     return eqn.params["name"]
+
+
+def declared(eqn: Equation) -> Declared | None:
+    """What the user has declared of a function, if an equation is a call of one."""
+    if not _is(eqn, "jit", "pjit"):
+        return None
+    shapes = ([_shape(x) or () for x in side] for side in (eqn.invars, eqn.outvars))
+    return declared_axes(str(eqn.params.get("name", "")), *shapes)
 
 
 def holds_program(eqn: Equation) -> bool:
@@ -213,91 +229,6 @@ def bind_with(eqn: Equation, operands: Sequence[ArrayLike], settings: Params) ->
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-# By the `id` of an equation, what stands in its place in a later trace: an equation, of a program.
-Renewed: TypeAlias = dict[int, tuple[Equation, jex.core.Jaxpr]]
-
-
-def renewed(first: Program, second: Program) -> Renewed | None:
-    """What stands in the place of each equation of a program in another trace of it.
-
-    `None` if the programs are not the same, in what an analysis looks at: equations, their settings
-    and literals, and the arrays that they close over. Of a program inside of an equation the rest
-    is not compared, as rules for derivatives are new objects in each trace: so those of the second
-    trace are to be run.
-    """
-    renewal: Renewed = {}
-    return renewal if _is_same(first, second, renewal) else None
-
-
-def _is_same(first: Program, second: Program, renewal: Renewed) -> bool:
-    same = len(first.consts) == len(second.consts)
-    same = same and all(map(operator.is_, first.consts, second.consts))
-    # Functions that JAX has traced before are the same object: then so is all in it.
-    return same and (first.jaxpr is second.jaxpr or _are_paired(first.jaxpr, second.jaxpr, renewal))
-
-
-def _are_paired(first: jex.core.Jaxpr, second: jex.core.Jaxpr, renewal: Renewed) -> bool:
-    twins: dict[Atom, Atom] = {}  # variables of the first, and those of the second in their places
-
-    def bind(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
-        twins.update(zip(ours, theirs, strict=False))
-        return [x.aval for x in ours] == [x.aval for x in theirs]
-
-    def agree(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
-        return len(ours) == len(theirs) and all(map(is_twin, ours, theirs))
-
-    def is_twin(ours: Atom, theirs: Atom) -> bool:
-        if not isinstance(ours, Literal):
-            return twins[ours] is theirs
-        equal = isinstance(theirs, Literal) and np.array_equal(ours.val, theirs.val)
-        return bool(equal and ours.aval == theirs.aval)
-
-    if not bind([*first.constvars, *first.invars], [*second.constvars, *second.invars]):
-        return False
-    for ours, theirs in zip(first.eqns, second.eqns, strict=False):
-        same = ours.primitive is theirs.primitive and agree(ours.invars, theirs.invars)
-        if not (same and _do_same(ours, theirs, renewal) and bind(ours.outvars, theirs.outvars)):
-            return False
-        renewal[id(ours)] = theirs, second
-    return len(first.eqns) == len(second.eqns) and agree(first.outvars, second.outvars)
-
-
-def _do_same(first: Equation, second: Equation, renewal: Renewed) -> bool:
-    kind, bodies = recognise(first)
-    if not bodies:
-        return _is_same_setting(first.params, second.params)
-    outline = {
-        "scan": loop,
-        "while": while_constants,
-        "remat": checkpointing,
-        "mark": loss_name,
-    }.get(kind, lambda eqn: None)
-    other_kind, others = recognise(second)
-    return (
-        (kind, len(bodies)) == (other_kind, len(others))
-        and all(
-            _is_same(ours, theirs, renewal) for ours, theirs in zip(bodies, others, strict=True)
-        )
-        and _is_same_setting(outline(first), outline(second))
-    )
-
-
-def _is_same_setting(first: object, second: object) -> bool:
-    if first is second:
-        return True
-    if _is_program(first) and _is_program(second):
-        return renewed(_closed(first), _closed(second)) is not None
-    if type(first) is not type(second):
-        return False
-    if isinstance(first, dict) and isinstance(second, dict):
-        same = first.keys() == second.keys()
-        return same and all(_is_same_setting(first[name], second[name]) for name in first)
-    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
-        return len(first) == len(second) and all(map(_is_same_setting, first, second))
-    # Arrays have no one answer: those that are not the same object count as different.
-    return (first == second) is True
-
-
 def place(*calls: Equation) -> str:
     """Where the user's code made an equation: "file.py:12 (function)", or empty.
 
@@ -331,7 +262,7 @@ def _is(eqn: Equation, *names: str) -> bool:
 def _as_scan(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "scan") or set(eqn.params) not in _SCAN:
         return None
-    body, (constants, carries, length, _, _) = _closed(eqn.params["jaxpr"]), loop(eqn)
+    body, (constants, carries, length, _, _) = closed(eqn.params["jaxpr"]), loop(eqn)
     inner = [_shape(x) for x in body.jaxpr.invars], [_shape(x) for x in body.jaxpr.outvars]
     outer = [_shape(x) for x in eqn.invars], [_shape(x) for x in eqn.outvars]
     if [len(x) for x in inner] != [len(x) for x in outer]:
@@ -348,14 +279,14 @@ def _as_while(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "while") or set(eqn.params) != _WHILE:
         return None
     return _Recognised(
-        "while", (_closed(eqn.params["cond_jaxpr"]), _closed(eqn.params["body_jaxpr"]))
+        "while", (closed(eqn.params["cond_jaxpr"]), closed(eqn.params["body_jaxpr"]))
     )
 
 
 def _as_cond(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, "cond") or "branches" not in eqn.params or not set(eqn.params) <= _COND:
         return None
-    bodies = tuple(map(_closed, eqn.params["branches"]))
+    bodies = tuple(map(closed, eqn.params["branches"]))
     if not all(_fits(eqn.invars[1:], eqn.outvars, body) for body in bodies):
         return None
     # A branch for each kind of device is not ours to choose.
@@ -365,9 +296,9 @@ def _as_cond(eqn: Equation) -> _Recognised | None:
 def _as_remat(eqn: Equation) -> _Recognised | None:
     held = _upgraded(eqn, "RematTraced")
     if held is not None:
-        body = _closed(held.jaxpr)
+        body = closed(held.jaxpr)
     elif _is(eqn, "checkpoint", "remat", "remat2") and set(eqn.params) == _REMAT:
-        body = _closed(eqn.params["jaxpr"])
+        body = closed(eqn.params["jaxpr"])
     else:
         return None
     return _Recognised("remat", (body,)) if _fits(eqn.invars, eqn.outvars, body) else None
@@ -376,9 +307,9 @@ def _as_remat(eqn: Equation) -> _Recognised | None:
 def _with_rules(eqn: Equation) -> _Recognised | None:
     held = _upgraded(eqn, "CustomJVPTraced", "CustomVJPTraced")
     if held is not None:
-        body = _closed(held.traced.jaxpr)
+        body = closed(held.traced.jaxpr)
     elif _is(eqn, *_WITH_RULES) and _WITH_RULES[eqn.primitive.name] in eqn.params:
-        body = _closed(eqn.params[_WITH_RULES[eqn.primitive.name]])
+        body = closed(eqn.params[_WITH_RULES[eqn.primitive.name]])
     else:
         return None
     if not _fits(eqn.invars, eqn.outvars, body):
@@ -392,10 +323,12 @@ def _with_rules(eqn: Equation) -> _Recognised | None:
 def _as_call(eqn: Equation) -> _Recognised | None:
     if not _is(eqn, *_CALLS):
         return None
-    held = [x for x in eqn.params.values() if _is_program(x)]
-    if len(held) != 1 or not _fits(eqn.invars, eqn.outvars, _closed(held[0])):
+    held = [x for x in eqn.params.values() if is_program(x)]
+    if len(held) != 1 or not _fits(eqn.invars, eqn.outvars, closed(held[0])):
         return None
-    return _Recognised("mark" if _is_mark(eqn) else "call", (_closed(held[0]),))
+    if declared(eqn) is not None:
+        return _Recognised("opaque", (closed(held[0]),))
+    return _Recognised("mark" if _is_mark(eqn) else "call", (closed(held[0]),))
 
 
 def _is_mark(eqn: Equation) -> bool:
@@ -423,17 +356,19 @@ def _upgraded(eqn: Equation, *names: str) -> Any:
     return held if known and type(held).__module__.partition(".")[0] == "jax" else None
 
 
-def _is_program(x: object) -> bool:
+def is_program(x: object) -> bool:
+    """Whether a parameter of an equation is a program."""
     return isinstance(x, jex.core.Jaxpr | _CLOSED)
 
 
 def _may_run(x: object) -> bool:
     if isinstance(x, tuple | list):
         return any(map(_may_run, x))
-    return _is_program(x)
+    return is_program(x)
 
 
-def _closed(jaxpr: Any) -> Program:
+def closed(jaxpr: Any) -> Program:
+    """A program with the arrays that it closes over."""
     return jaxpr if isinstance(jaxpr, _CLOSED) else _CLOSED(jaxpr, ())
 
 

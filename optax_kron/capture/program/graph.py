@@ -26,6 +26,8 @@ from jax.typing import ArrayLike
 
 from optax_kron.capture.program import equations
 from optax_kron.capture.program.equations import Equation, Literal, Params, Program
+from optax_kron.capture.program.retraced import Renewed
+from optax_kron.declarations import Declared
 from optax_kron.types import PyTree
 
 ELEMENTWISE = frozenset(
@@ -117,6 +119,11 @@ class Node:
         return equations.settings(self.eqn)
 
     @property
+    def declared(self) -> Declared | None:
+        """Where the user has declared it to hold examples."""
+        return equations.declared(self.eqn)
+
+    @property
     def images(self) -> list[int] | None:
         """Which operand each output is, unchanged; `None` if it computes something."""
         return equations.images(self.eqn)
@@ -150,7 +157,7 @@ class Node:
         """Evaluate the equation on arrays for its values."""
         return equations.bind(self.eqn, self.jaxpr, *arguments)
 
-    def renewed(self, renewal: equations.Renewed) -> "Node":
+    def renewed(self, renewal: Renewed) -> "Node":
         """The same node, with the equation that stands in its place in a later trace."""
         if id(self.eqn) not in renewal:
             return self

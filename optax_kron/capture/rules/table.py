@@ -7,7 +7,7 @@ layer.
 
 from optax_kron.capture.program.graph import Node, Operand, Value
 from optax_kron.capture.program.knowledge import IntegerRule, Knowledge
-from optax_kron.capture.rules import elementwise, indexing, layout, linear, reductions
+from optax_kron.capture.rules import elementwise, indexing, layout, linear, opaque, reductions
 from optax_kron.capture.rules.batch_axes import Batching, Mixed, Separate, merge
 from optax_kron.capture.rules.record import Primitive
 
@@ -17,6 +17,7 @@ _TABLE = {
     **linear.RECORDS,
     **indexing.RECORDS,
     **reductions.RECORDS,
+    **opaque.RECORDS,
 }
 _UNKNOWN = Primitive()
 
