@@ -88,7 +88,7 @@ ROWS = (
         _of_layers(ok.kfac),
         cycle=5,
         taps="moments",
-        note=f"taps with reduce=True, attention by XLA; {_OF_LAYERS}",
+        note=f"taps with reduce=True; {_OF_LAYERS}",
     ),
     Row("shampoo", _simple(ok.shampoo), cycle=10),
     Row(

@@ -43,6 +43,8 @@ class Bench:
         self.params = model.init(shapes, 0)
         self.gradients = [jax.tree.map(lambda x: x / 20, model.init(shapes, i)) for i in (1, 2)]
         self.tokens = [jnp.asarray(model.draw_tokens(shapes, i)) for i in (3, 4)]
+        # Of attention, in the order of preference.
+        self.attentions = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
         self.begin(0)
 
     def begin(self, rows_left):
@@ -61,7 +63,7 @@ class Bench:
     def plain_gradient(self):
         """The compiled gradient of the loss; attention by cuDNN where there is one."""
         params = jax.device_put(self.params)
-        for attention in ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",):
+        for attention in self.attentions:
             function = jax.value_and_grad(model.make_loss(self.shapes, attention))
             try:
                 program, figures = timing.compile_timed(function, params, self.tokens[0])
@@ -69,6 +71,7 @@ class Bench:
             except Exception as error:  # any: what cuDNN lacks is told in many ways
                 send(note=f"attention by {attention}: {_told(error)}")
                 continue
+            self.attentions = (attention,)
             send(gradient="plain", attention=attention, **figures)
             return lambda params, tokens: (*program(params, tokens), {})
         raise RuntimeError("the gradient of the model does not compile, or does not run")
@@ -76,13 +79,13 @@ class Bench:
     @functools.cached_property
     def layers(self):
         """Those of the loss of stacked parameters."""
-        loss_fn = model.make_loss(self.shapes, "xla")
+        loss_fn = model.make_loss(self.shapes, self.attentions[0])
         abstract = jax.eval_shape(lambda: (model.stacked(self.params, jnp.stack), self.tokens[0]))
         return ok.find_layers(loss_fn, *abstract)
 
     def gradient_with_taps(self, taps, windows, params):
         """The compiled gradient with taps, and what it gives for each of the two batches."""
-        loss_fn = model.make_loss(self.shapes, "xla")
+        loss_fn = model.make_loss(self.shapes, self.attentions[0])
         with_taps = ok.value_and_grad_with_taps(loss_fn, self.layers, reduce=taps == "moments")
 
         def gradient(params, tokens):
@@ -93,7 +96,11 @@ class Bench:
         program, figures = timing.compile_timed(gradient, params, batches[0])
         seen = jax.block_until_ready([program(params, tokens)[1:] for tokens in batches])
         figures["median_s"] = gpu_cycles.median_seconds(program, params, batches[0])
-        send(gradient=f"taps, {taps} of {len(batches[0])} windows", attention="xla", **figures)
+        send(
+            gradient=f"taps, {taps} of {len(batches[0])} windows",
+            attention=self.attentions[0],
+            **figures,
+        )
         return program, seen
 
     def inputs(self, row, params):
