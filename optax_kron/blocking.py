@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Inexact, Int
 
 from optax_kron.kernels.contract import complex_like
+from optax_kron.kernels.parts import parts
 from optax_kron.types import PyTree
 
 # A worked example: convolutions of six scanned layers, [6, 3, 3, 64, 100], with stacked_axes=1,
@@ -305,12 +306,11 @@ class BlockPlan:
           like: A tree of the plan's structure that gives the dtypes, and the empty leaves.
         """
         leaves = list(self.treedef.flatten_up_to(like))
+        counts = {label: [plan.count for _, plan in self.members(label)] for label in self.stacks}
+        found = parts(stacks, counts)
         for label in self.stacks:
-            start = 0
-            for i, plan in self.members(label):
-                blocks = stacks[label][start : start + plan.count]
+            for (i, plan), blocks in zip(self.members(label), found[label], strict=True):
                 leaves[i] = plan.join(blocks).astype(leaves[i].dtype)
-                start += plan.count
         return self.treedef.unflatten(leaves)
 
 

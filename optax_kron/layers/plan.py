@@ -24,6 +24,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from optax_kron.kernels.parts import parts
 from optax_kron.layers.cuts import Cut, cut_layer
 from optax_kron.layers.layer import Layer
 from optax_kron.layers.paths import Leaf, by_path, paths_of, spellings
@@ -118,6 +119,12 @@ class LayerPlan:
         starts = [0, *stops[:-1]]
         return list(zip(self.stacks[label], map(slice, starts, stops), strict=True))
 
+    def _parts(self, stacks: Mapping[str, Array]) -> list[tuple[Member, Array]]:
+        """The layers, and the blocks of each."""
+        counts = {label: [m.layer.blocks for m in of] for label, of in self.stacks.items()}
+        found = parts(stacks, counts)
+        return [pair for k, of in self.stacks.items() for pair in zip(of, found[k], strict=True)]
+
     @property
     def uncovered(self) -> list[str]:
         """Paths of the parameters that belong to no layer, or only in part."""
@@ -141,12 +148,11 @@ class LayerPlan:
           taps: Taps of all layers. By hand they need not know, and are not judged.
         """
         pairs: list[tuple[Array, Array]] = []
-        for label in self.stacks:
-            for m, where in self.slices(label):
-                norm = taps.gradient_norms.get(m.layer.name)
-                if norm is not None and m.is_whole:
-                    given = magnitude(blocks[label][where])
-                    pairs.append((given, jnp.asarray(norm).astype(given.dtype)))
+        for m, part in self._parts(blocks):
+            norm = taps.gradient_norms.get(m.layer.name)
+            if norm is not None and m.is_whole:
+                given = magnitude(part)
+                pairs.append((given, jnp.asarray(norm).astype(given.dtype)))
         if not pairs:
             return jnp.zeros([], bool)
         now, then = (sum(x[1:], x[0]) for x in zip(*pairs, strict=True))
@@ -168,9 +174,8 @@ class LayerPlan:
         self, leaves: dict[str, Array], stacks: Mapping[str, Float[Array, "N d_in d_out"]]
     ) -> None:
         """Replace what belongs to layers; the inverse of `take`, in place of the mapping."""
-        for label in self.stacks:
-            for m, where in self.slices(label):
-                m.layer.put(leaves, stacks[label][where])
+        for m, part in self._parts(stacks):
+            m.layer.put(leaves, part)
 
     def read_taps(self, taps: Mapping[str, Tap | Moments | Iterable[Tap | Moments]] | None) -> Taps:
         """Taps of all layers, in canonical form.
