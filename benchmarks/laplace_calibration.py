@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import optax_kron as ok
-from examples import common, data, laplace, reliability
+from examples import common, data, laplace
 
 LEVELS = tuple(float(x) for x in np.linspace(0, 2 * laplace.DEGREES, 7))  # degrees of disturbance
 NAMED = {0: "undisturbed", laplace.DEGREES: "like training", 2 * laplace.DEGREES: "twice that"}
@@ -59,7 +59,7 @@ def fit_both(params, images, labels):
 
 
 def measure(params, posteriors, samples: int, seed: int):
-    """Returns what `reliability.calibration` measures, by method and level of disturbance."""
+    """Returns what `common.calibration` measures, by method and level of disturbance."""
     keys = jax.random.split(jax.random.key(seed), samples)
     test, results = data.load_data(), {name: {} for name in COLOURS}
     images = np.tile(test.test_images, (DRAWS, 1, 1, 1))
@@ -70,7 +70,7 @@ def measure(params, posteriors, samples: int, seed: int):
     for level in track(LEVELS, "predicting"):
         shown = data.disturbed(images, level, seed + 1)
         for name, predict in predictors.items():
-            results[name][level] = reliability.calibration(np.asarray(predict(shown)), labels)
+            results[name][level] = common.calibration(np.asarray(predict(shown)), labels)
     return results
 
 

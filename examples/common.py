@@ -3,28 +3,57 @@
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from data import TRAIN_IMAGES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"adamw": "#d71", "adam": "#d71", "kron_psgd": "#1f5fa8", "kfac": "#284", "ekfac": "#8c9"}
 COLOURS |= {"shampoo": "#7b3fa0", "soap": "#c2273d", "kl_soap": "#e58fa0", "kl_shampoo": "#b79ad1"}
-COLOURS |= {"muon": "#0aa", "sgd": "#1f9fa8", "branch_kfac": "#777", "lbfgs": "#ba0"}
-COLOURS["adaptive_kfac"] = "#111"
+COLOURS |= {"sgd": "#1f9fa8", "branch_kfac": "#777", "lbfgs": "#ba0", "adaptive_kfac": "#111"}
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, training loss) by name
 
 
 def draw_curves(axes: Axes, curves: Curves) -> None:
-    """Draws training losses over steps; a name with a comma is a variant, in the same colour."""
+    """Draws training losses over steps."""
     for name, points in curves.items():
-        line = {"color": COLOURS.get(name.split(",")[0]), "ls": "--" if "," in name else "-"}
-        axes.plot(*zip(*points, strict=True), **line, lw=2, label=name)
+        axes.plot(*zip(*points, strict=True), color=COLOURS.get(name), lw=2, label=name)
     axes.set(xlabel="training step", ylabel="loss")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+class Calibration(NamedTuple):
+    """How right and how sure predictions are."""
+
+    accuracy: float
+    confidence: float  # the mean
+    nll: float  # negative log-likelihood of the labels, the mean
+    error: float  # expected calibration error: mean gap of confidence and accuracy in a bin
+    bins: np.ndarray  # accuracy in bins of equal width of confidence
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+    """Compares probabilities [images, classes] with labels [images]."""
+    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    count, confidence, hits = (np.bincount(which, w, bins) for w in (None, sure, right))
+    error = np.abs(confidence - hits).sum() / len(labels)
+    nll = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    return Calibration(right.mean(), sure.mean(), nll, error, hits / np.maximum(count, 1))
+
+
+def draw_reliability(axes: Axes, name: str, found: Calibration) -> None:
+    """Draws accuracy over confidence, beside that of a calibrated net."""
+    middle = (np.arange(len(found.bins)) + 0.5) / len(found.bins)
+    axes.bar(middle, found.bins, 0.9 / len(found.bins), label="accuracy")
+    axes.plot([0, 1], [0, 1], color="#222222", ls="--", lw=1, label="calibrated")
+    axes.set(title=f"{name}: calibration error {found.error:.3f}", xlabel="confidence", ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper left")
 
 
 def save_curves(path: Path, title: str, curves: Curves, scale: str = "log") -> None:

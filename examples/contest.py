@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import optax
 from byte_gpt import init, load_windows
-from common import add_optimizer, make_parser, positive_integer, save_curves
+from common import COLOURS, add_optimizer, draw_curves, make_parser, positive_integer, save
 from contest_training import EVERY, compile_step, train
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -55,7 +56,7 @@ CONTESTANTS = {
 
 def show(runs):
     """Prints the contestants at their best rates, fewest steps first, and returns the curves."""
-    best = {name: min(found, key=lambda run: run[0][-1]) for name, found in runs.items()}
+    best = {k: min(found, key=lambda run: min(1e9, run[0][-1])) for k, found in runs.items()}
     target = best["adamw"][0][-1]
     headings = "last loss", "ms a step", "compile, s", "factor"
     table = Table("", f"steps to {target:.3f}", *headings, box=box.SIMPLE)
@@ -68,6 +69,18 @@ def show(runs):
     return {k: [(EVERY * (i + 1), x) for i, x in enumerate(r[0])] for k, r in best.items()}
 
 
+def draw(curves, path):
+    """Writes a picture of the losses; variants are dashed, in the colour of their optimizer."""
+    figure = Figure((7, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots(subplot_kw={"title": "A small GPT on the bytes of Python's library"})
+    draw_curves(axes, curves)
+    for line in axes.lines:
+        kind, comma, _ = line.get_label().partition(",")
+        line.set(color=COLOURS.get(kind, "#0aa"), linestyle="--" if comma else "-")
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
 def main() -> None:
     """Trains with each contestant, prints the order and draws the losses."""
     parser = make_parser(__doc__, steps=100, out="contest.png")
@@ -78,9 +91,7 @@ def main() -> None:
     parser.add_argument("--contest", action="store_true", help=argparse.SUPPRESS)  # of gpt.py
     add_optimizer(parser, CONTESTANTS)
     given = parser.parse_args()
-    shape = optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, max(given.steps // 10, 1), given.steps, 1 / 20
-    )
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, given.steps // 10 or 1, given.steps, 0.05)
     windows = load_windows(given.steps, given.batch, given.context, given.seed)
     params = init(jax.random.key(given.seed), given.layers, given.width, given.context)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
@@ -91,18 +102,18 @@ def main() -> None:
     def compiled(name):
         return compile_step(CONTESTANTS[name], rate, params, windows[0])
 
-    chosen = list(CONTESTANTS) if given.optimizer == "all" else ["adamw", given.optimizer]
-    runs, names = {}, list(dict.fromkeys(chosen))
+    runs, chosen = {}, ("adamw", given.optimizer)
+    names = [name for name in CONTESTANTS if given.optimizer == "all" or name in chosen]
     with ThreadPoolExecutor(given.threads) as pool, Progress() as bars:
+        programs = list(pool.map(compiled, names))  # before any step is timed
         bar = bars.add_task("", total=len(names) * len(given.factors))
-        for name, (step, state, seconds) in zip(names, pool.map(compiled, names), strict=True):
+        for name, (step, state, seconds) in zip(names, programs, strict=True):
             for factor in given.factors:
                 losses, milliseconds = train(step, factor, params, state, windows)
                 runs.setdefault(name, []).append((losses, milliseconds, seconds, factor))
                 bars.print(f"{name}, rates times {factor:g}: ends at {losses[-1]:.3f}")
                 bars.advance(bar)
-    curves = show(runs)
-    save_curves(given.out, "A small GPT on the bytes of Python's library", curves, "linear")
+    draw(show(runs), given.out)
 
 
 if __name__ == "__main__":

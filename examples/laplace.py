@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import image_count, make_parser, positive_integer, save
+from common import calibration, draw_reliability, image_count, make_parser, positive_integer, save
 from data import disturbed, load_data
 from matplotlib.figure import Figure
-from reliability import calibration, draw_reliability
 
 import optax_kron as ok
 
