@@ -47,22 +47,26 @@ def per_example(
     works on whole batches. Layers before it are found then; parameters that are used inside of it
     have no Kronecker factors. Values and derivatives are those of `fn`.
 
-    The declaration is checked as all layers are, on numbers: one that is not true loses the layers
-    before the function again, or raises, as `find_layers` says.
+    The declaration is checked as all layers are, on numbers: with the loss of some examples alone,
+    and for every two of them with that of one and not of the other. One that is not true loses the
+    layers before the function again, or raises, as `find_layers` says.
 
     Args:
       fn: A function of arrays, or pytrees of them. Values that are not arrays are passed on.
       in_axes: The axis that counts the examples, in each positional argument; `None` for what all
         examples share; as in `jax.vmap`, an integer, or a tuple with an integer, `None` or a pytree
-        of them for each argument. Keyword arguments are shared by all examples.
+        of them for each argument. All examples share keyword arguments, and what `fn` closes over.
       out_axes: The same of the outputs.
 
     Returns:
-      The same function, declared. Cost: none at run time.
+      The same function, declared. A `jax.vmap` of it is not; declare the `vmap`. As inside of any
+      `jax.jit`, Flax's NNX cannot change variables there. Cost: none inside of `jax.jit`; outside
+      of it a call that is differentiated or mapped is compiled anew each time.
 
     Raises:
-      ValueError: When it is called, if an axis is not there, or if arguments and outputs do not
+      ValueError: When it is traced, if an axis is not there, or if arguments and outputs do not
         have one number of examples.
+      TypeError: If an output is no array.
 
     Examples:
       >>> import jax
@@ -80,49 +84,70 @@ def per_example(
         leaves, structure = jax.tree.flatten((args, kwargs))
         if not any(isinstance(x, jax.core.Tracer) for x in leaves):
             return fn(*args, **kwargs)
-        axes = (*_spread(in_axes, args, "in_axes"), *[None] * len(jax.tree.leaves(kwargs)))
+        axes = _spread(in_axes, args, "in_axes") + [None] * len(jax.tree.leaves(kwargs))
         is_array = [isinstance(x, Array | np.ndarray) for x in leaves]
         arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
-        in_ = [a for a, is_one in zip(axes, is_array, strict=True) if is_one]
-        trees = []
+        others = [x for x, is_one in zip(leaves, is_array, strict=True) if not is_one]
+        held = [a for a, is_one in zip(axes, is_array, strict=True) if is_one]
 
         def flat(*arrays):
-            given = iter(arrays)
-            filled = [
-                next(given) if is_one else x for x, is_one in zip(leaves, is_array, strict=True)
-            ]
-            args, kwargs = structure.unflatten(filled)
-            results, tree = jax.tree.flatten(fn(*args, **kwargs))
-            trees.append(tree)
-            return tuple(map(jnp.asarray, results))
+            sides = {True: iter(arrays), False: iter(others)}
+            args, kwargs = structure.unflatten([next(sides[is_one]) for is_one in is_array])
+            return _arrays(fn(*args, **kwargs))
 
-        shapes = jax.eval_shape(flat, *arrays)
-        out = _spread(out_axes, trees[0].unflatten(shapes), "out_axes")
-        inputs = _counted("argument", arrays, in_)
-        outputs = _counted("output", shapes, out)
+        program, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+        inputs = _counted("argument", arrays, held)
+        outputs = _counted("output", jax.tree.leaves(shapes), _spread(out_axes, shapes, "out_axes"))
         lengths = {x.shape[a] for x, a in (*inputs, *outputs) if a is not None}
         if len(lengths) > 1:
             raise ValueError(
                 f"per_example: the axes of examples have to be of one length; got {sorted(lengths)}"
             )
-        flat.__name__ = "_".join([PREFIX, *map(_code, inputs), "to", *map(_code, outputs)])
-        return trees[0].unflatten(jax.jit(flat)(*arrays))
+
+        def named(closed_over, *arrays):
+            return jax.core.eval_jaxpr(program.jaxpr, closed_over, *arrays)
+
+        shared = ["none"] * len(program.consts)
+        names = [PREFIX, *shared, *map(_code, inputs), "to", *map(_code, outputs)]
+        named.__name__ = "_".join(names)
+        made = jax.jit(named)(program.consts, *arrays)
+        return jax.tree.unflatten(jax.tree.structure(shapes), made)
 
     return declared
 
 
+def _arrays(results: PyTree) -> PyTree:
+    """What a function returns, as arrays."""
+    for path, x in jax.tree_util.tree_leaves_with_path(results):
+        if not isinstance(x, Array | np.ndarray | np.generic | bool | int | float | complex):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"per_example: outputs must be arrays; got {x!r} at {where or 'the top'}"
+            )
+    return jax.tree.map(jnp.asarray, results)
+
+
 def _spread(axes: PyTree, tree: PyTree, name: str) -> list[int | None]:
     """The axis of every leaf of a tree, from a prefix of it."""
-    try:
-        return jax.tree.leaves(
-            jax.tree.broadcast(axes, tree, is_leaf=lambda x: x is None),
-            is_leaf=lambda x: x is None,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"per_example: {name} must be an integer, None, or a pytree of them that the "
-            f"{'arguments' if name == 'in_axes' else 'outputs'} have as a prefix; got {axes!r}"
-        ) from error
+    axes = tuple(axes) if isinstance(axes, list) and isinstance(tree, tuple) else axes
+    found: list[int | None] = []
+    wrong = [x for x in jax.tree.leaves(axes) if isinstance(x, bool) or not hasattr(x, "__index__")]
+    if not wrong:
+        try:
+            jax.tree.map(
+                lambda axis, x: found.extend([axis] * len(jax.tree.leaves(x))),
+                axes,
+                tree,
+                is_leaf=lambda x: x is None,
+            )
+            return found
+        except ValueError:
+            pass
+    whose = "arguments" if name == "in_axes" else "outputs"
+    raise ValueError(
+        f"per_example: {name} must be an integer, None, or a pytree of them that the {whose} have "
+        f"as a prefix; got {axes!r}"
+    )
 
 
 def _counted(what: str, arrays: Sequence, axes: Sequence[int | None]) -> list[tuple]:

@@ -48,9 +48,13 @@ def _passed(
 ) -> tuple[Int[Array, "V ..."], Float[Array, "V ..."]]:
     """The first place where the cumulative sum is above a target, and the target within it."""
     sums = jnp.cumsum(masses, axis=-1)
-    # A target that was rounded up to the whole sum would pass it, and what follows of mass zero.
-    target = jnp.minimum(target, jnp.nextafter(sums[..., -1], jnp.zeros_like(sums[..., -1])))
+    # Sums of many numbers are those of a tree: by rounding, one may be larger than that before it
+    # where there is no mass; and a target that is rounded up to the largest passes all of them.
+    has_mass = masses > 0
+    top = jnp.max(jnp.where(has_mass, sums, 0), axis=-1)
+    target = jnp.minimum(target, jnp.nextafter(top, jnp.zeros_like(top)))
     below = sums <= target[..., None]
-    before = jnp.max(jnp.where(below, sums, 0), axis=-1)
-    # Where there is no mass at all, and for NaN, the last place.
-    return jnp.minimum(jnp.sum(below, axis=-1), masses.shape[-1] - 1), target - before
+    last = masses.shape[-1] - 1  # where there is no mass at all, and for NaN
+    numbers = jnp.arange(last + 1).reshape(*[1] * (masses.ndim - 1), -1)
+    place = jnp.min(jnp.where(has_mass & ~below, numbers, last), axis=-1)
+    return place, target - jnp.max(jnp.where(below, sums, 0), axis=-1)

@@ -163,12 +163,12 @@ def _gram(
     The units of a GPU or TPU multiply 16-bit numbers exactly, at twice the rate of others: so these
     are widened only where they are scaled first.
     """
-    dtype = contract.wide_dtype(x.dtype)
     if diagonal or not isinstance(scale, int):
         x = contract.widen(x)
     if diagonal:
         return jnp.sum(x * scale * x, axis=(0, 2, 3))
-    multiply = {"precision": precision, "preferred_element_type": dtype}
+    added_in = jnp.float32 if jnp.finfo(x.dtype).bits < 32 else None
+    multiply = {"precision": precision, "preferred_element_type": added_in}
     if x.shape[1] == 1:
         # As a product of matrices, not a stack of one: the CPU would transpose that beforehand.
         rows = x.reshape(-1, x.shape[-1])

@@ -164,12 +164,19 @@ def test_values_outside_of_a_trace_are_those_of_the_function():
         ({"out_axes": 7}, r"output 0 has shape \(4, 5, 6\), and no axis 7"),
         ({"in_axes": (0, 1, 0)}, r"of one length; got \[4, 5\]"),
         ({"in_axes": (0, 0)}, "in_axes must be an integer, None, or a pytree"),
+        ({"in_axes": 0.0}, "in_axes must be an integer, None, or a pytree"),
+        ({"in_axes": True}, "in_axes must be an integer, None, or a pytree"),
         ({"out_axes": (0, 0)}, "out_axes must be an integer, None, or a pytree"),
     ],
 )
 def test_errors(axes, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(ok.per_example(plain_attention, **axes), X, X, X)
+
+
+def test_outputs_must_be_arrays():
+    with pytest.raises(TypeError, match=r"outputs must be arrays; got 'a' at \[1\]"):
+        jax.eval_shape(ok.per_example(lambda x: (x, "a")), X)
 
 
 # ------------------------------------------------------------------------------ cuDNN's attention
@@ -230,3 +237,56 @@ def test_keys_in_pages_may_be_shared():
         lambda q, k, v: FUSED.bind(q, k, v, *empty, *pages)[0],
     )
     assert names(ok.find_layers(attention_loss(fused), PARAMS, X, Y)) == {"q", "o"}
+
+
+MIXING = {
+    "sums of those before": lambda h: jnp.cumsum(h, axis=0),
+    "the one before": lambda h: h + jnp.concatenate([0 * h[:1], h[:-1]]),
+    "the last but one": lambda h: h.at[-1].add(h[-2]),
+    "all but the first": lambda h: jnp.concatenate([h[:1], h[1:] - h[1:].mean(0)]),
+    "two that change places": lambda h: h[np.array([0, 1, 3, 2])],
+}
+
+
+@pytest.mark.parametrize("fn", MIXING.values(), ids=MIXING)
+def test_whichever_examples_mix_is_found_out(fn):
+    def loss_fn(params, x, y):
+        return ok.losses.squared_error(ok.per_example(fn)(x @ params["q"]) @ params["o"], y).mean()
+
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    assert names(layers) == {"o"}
+    assert "examples mix" in str(layers)
+
+
+def test_none_and_what_a_function_closes_over():
+    def loss_fn(params, x, y):
+        def kernel(h, bias, mask):
+            assert bias is None
+            return attention(h, h, h @ params["v"]), mask
+
+        h, none = ok.per_example(kernel, in_axes=[0, 0, 0])(x @ params["q"], None, None)
+        assert none is None
+        return ok.losses.squared_error(h @ params["o"], y).mean()
+
+    layers = ok.find_layers(loss_fn, PARAMS, X, Y)
+    assert names(layers) == set("qo")
+
+
+def test_a_function_is_traced_once():
+    calls = []
+
+    def fn(x):
+        calls.append(x)
+        return 2 * x
+
+    jax.make_jaxpr(ok.per_example(ok.per_example(ok.per_example(fn))))(X)
+    assert len(calls) == 1
+
+
+def test_what_is_shared_is_said_to_be():
+    def by_keyword(q, k, v):
+        return ok.per_example(lambda *, q, k, v: attention(q, k, v))(q=q, k=k, v=v)
+
+    layers = ok.find_layers(loss_of(by_keyword), PARAMS, X, Y)
+    assert names(layers) == {"o"}
+    assert "was told that all examples share it" in str(layers)

@@ -31,6 +31,7 @@ from optax_kron.capture.execution.agreement import ValueAndGrads
 from optax_kron.capture.execution.assemble import Recorded, assembled, layer_taps
 from optax_kron.capture.execution.pullback import Linearized, linearize
 from optax_kron.capture.execution.weights import LossWeights, added
+from optax_kron.capture.program.graph import Graph
 from optax_kron.capture.program.widening import has_narrow, wide
 from optax_kron.kernels import contract, explicit
 from optax_kron.layers.layer import Layer
@@ -213,7 +214,6 @@ def _deviations(
     ]
     none = jnp.zeros_like(linearized.outputs[0])
     params, of_all, _ = linearized.pull(none, everything)
-    _, of_one, _ = linearized.pull(none, _of_first(marks, everything))
     leaves = dict(zip(analysis.leaves, explicit.whole(params), strict=True))
 
     def all_taps(gradients: Sequence[Array], weights: Sequence[Array]) -> list[tuple[Tap, ...]]:
@@ -222,18 +222,46 @@ def _deviations(
         recorded = Recorded(analysis, linearized, columns, loss_weights)
         return assembled(recorded, lambda r: [layer_taps(x, r) for x in analysis.layers])
 
-    # Who belongs to the first example is who would weigh something if it alone did.
-    first_weights = _of_first(marks, [jnp.ones_like(w) for w in weights])
-    made = all_taps(of_all, weights), all_taps(of_one, weights), all_taps(of_one, first_weights)
+    def leaks(chosen: Sequence[Array | np.ndarray]) -> list[Float[Array, ""]]:
+        """By how much the loss of some examples has output-gradients of others, of each layer."""
+        _, of_some, _ = linearized.pull(none, _of_chosen(marks, everything, chosen))
+        # Who belongs to them is who would weigh something if they alone did.
+        own = _of_chosen(marks, [jnp.ones_like(w) for w in weights], chosen)
+        made = zip(all_taps(of_some, weights), all_taps(of_some, own), taps, strict=True)
+        return [jnp.max(jnp.stack(list(map(_leak, *of_layer)))) for of_layer in made]
+
+    taps = all_taps(of_all, weights)
+    choices = _choices(marks, analysis.graph)
+    if all(len(chosen) == 1 for chosen in choices):
+        mixed = leaks([chosen[0] for chosen in choices])
+    else:
+        mixed = [jnp.max(x) for x in jax.lax.map(leaks, choices)]
     found = {}
-    for captured, taps, of_first, owners in zip(analysis.layers, *made, strict=True):
+    for captured, of_layer, leak in zip(analysis.layers, taps, mixed, strict=True):
         expected = contract.widen(captured.layer.take(leaves))
-        leak = [
-            _relative(_of_others(tap, owner), every.output_grads)
-            for tap, every, owner in zip(of_first, taps, owners, strict=True)
-        ]
-        found[captured.layer.name] = _off(captured, expected, taps, jnp.max(jnp.stack(leak)))
+        found[captured.layer.name] = _off(captured, expected, of_layer, leak)
     return found
+
+
+def _choices(marks: Sequence[Mark], graph: Graph) -> list[Bool[np.ndarray, "K N"]]:
+    """Which examples of each mark have a loss, K times.
+
+    The first one, as rules leave no doubt but which axis counts them. Where the user has declared a
+    function, those with a bit of their number set, or not: of any two, once only one of them has a
+    loss, and once only the other.
+    """
+    if not marks or not _declares(graph):
+        return [np.arange(mark.examples)[None] == 0 for mark in marks]
+    bits = max((mark.examples - 1).bit_length() for mark in marks) or 1
+    halves = [np.arange(mark.examples) >> np.arange(bits)[:, None] & 1 for mark in marks]
+    return [np.concatenate([half == 1, half == 0]) for half in halves]
+
+
+def _declares(graph: Graph) -> bool:
+    """Whether the user has declared a function of a program to keep examples apart."""
+    return any(
+        node.declared is not None or any(map(_declares, node.bodies)) for node in graph.nodes
+    )
 
 
 def _off(
@@ -251,18 +279,25 @@ def _off(
     return _Deviations(kernel, bias, leak, jnp.all(jnp.isfinite(expected)))
 
 
-def _of_first(marks: Sequence[Mark], cotangents: Sequence[Array]) -> list[Array]:
-    """The cotangents of the first example of each mark alone."""
+def _of_chosen(
+    marks: Sequence[Mark], cotangents: Sequence[Array], chosen: Sequence[Array | np.ndarray]
+) -> list[Array]:
+    """The cotangents of some examples of each mark alone."""
     kept = []
-    for mark, cotangent in zip(marks, cotangents, strict=True):
+    for mark, cotangent, examples in zip(marks, cotangents, chosen, strict=True):
         elements = mark.elements
-        first = np.zeros(elements.size, bool)
-        first[elements[0]] = True
+        owners = np.empty(elements.size, int)
+        owners[elements] = np.arange(len(elements))[:, None]
         # Logits may have more axes than the losses. Chosen by element, they stay where they are.
         of_losses = cotangent.shape[: len(mark.scans) + len(mark.shape)]
-        first = first.reshape(*of_losses, *[1] * (cotangent.ndim - len(of_losses)))
-        kept.append(jnp.where(first, cotangent, 0))
+        owners = owners.reshape(*of_losses, *[1] * (cotangent.ndim - len(of_losses)))
+        kept.append(jnp.where(examples[owners], cotangent, 0))
     return kept
+
+
+def _leak(tap: Tap, owner: Tap, every: Tap) -> Float[Array, ""]:
+    """By how much a tap has output-gradients of examples that another does not belong to."""
+    return _relative(_of_others(tap, owner), every.output_grads)
 
 
 def _of_others(tap: Tap, owner: Tap) -> Shaped[Array, "V B N S d_out"]:

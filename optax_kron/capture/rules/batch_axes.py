@@ -211,7 +211,9 @@ class Mixed:
         if self.shared and self.node:
             return f"all examples share what it makes, in {self.node.name}"
         if self.node and self.node.name in _CLOSED:
-            return f"{self.node.name} may mix examples; ok.per_example says that it does not"
+            return f"{self.node.name} may mix examples; if not, ok.per_example says so"
+        if self.node and self.node.declared:
+            return "ok.per_example was told that all examples share it, or of another axis"
         return self.reason or (f"{self.node.name} mixes examples" if self.node else "mixed")
 
 
