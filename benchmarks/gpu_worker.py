@@ -43,8 +43,6 @@ class Bench:
         self.params = model.init(shapes, 0)
         self.gradients = [jax.tree.map(lambda x: x / 20, model.init(shapes, i)) for i in (1, 2)]
         self.tokens = [jnp.asarray(model.draw_tokens(shapes, i)) for i in (3, 4)]
-        # Of attention, in the order of preference.
-        self.attentions = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
         self.begin(0)
 
     def begin(self, rows_left):
@@ -57,36 +55,34 @@ class Bench:
         if time.monotonic() > self.until:
             raise TimeoutError(f"over {self.limit:g} s, or the time for all is over")
 
-    # -------------------------------------------------------------------------------- gradients
-
     @functools.cached_property
     def plain_gradient(self):
         """The compiled gradient of the loss; attention by cuDNN where there is one."""
         params = jax.device_put(self.params)
-        for attention in self.attentions:
-            function = jax.value_and_grad(model.make_loss(self.shapes, attention))
+        for attention in ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",):
+            self.attention, self.loss_fn = attention, model.make_loss(self.shapes, attention)
+            function = jax.value_and_grad(self.loss_fn)
             try:
                 program, figures = timing.compile_timed(function, params, self.tokens[0])
                 figures["median_s"] = gpu_cycles.median_seconds(program, params, self.tokens[0])
             except Exception as error:  # any: what cuDNN lacks is told in many ways
                 send(note=f"attention by {attention}: {_told(error)}")
                 continue
-            self.attentions = (attention,)
             send(gradient="plain", attention=attention, **figures)
             return lambda params, tokens: (*program(params, tokens), {})
         raise RuntimeError("the gradient of the model does not compile, or does not run")
 
     @functools.cached_property
     def layers(self):
-        """Those of the loss of stacked parameters."""
-        loss_fn = model.make_loss(self.shapes, self.attentions[0])
+        """Those of the loss of stacked parameters, with the attention of the plain gradient."""
+        assert self.plain_gradient
         abstract = jax.eval_shape(lambda: (model.stacked(self.params, jnp.stack), self.tokens[0]))
-        return ok.find_layers(loss_fn, *abstract)
+        return ok.find_layers(self.loss_fn, *abstract)
 
     def gradient_with_taps(self, taps, windows, params):
         """The compiled gradient with taps, and what it gives for each of the two batches."""
-        loss_fn = model.make_loss(self.shapes, self.attentions[0])
-        with_taps = ok.value_and_grad_with_taps(loss_fn, self.layers, reduce=taps == "moments")
+        moments = taps == "moments"
+        with_taps = ok.value_and_grad_with_taps(self.loss_fn, self.layers, reduce=moments)
 
         def gradient(params, tokens):
             loss, grads, taps = with_taps(params, tokens, key=jax.random.key(0))
@@ -96,11 +92,8 @@ class Bench:
         program, figures = timing.compile_timed(gradient, params, batches[0])
         seen = jax.block_until_ready([program(params, tokens)[1:] for tokens in batches])
         figures["median_s"] = gpu_cycles.median_seconds(program, params, batches[0])
-        send(
-            gradient=f"taps, {taps} of {len(batches[0])} windows",
-            attention=self.attentions[0],
-            **figures,
-        )
+        told = f"taps, {taps} of {len(batches[0])} windows"
+        send(gradient=told, attention=self.attention, **figures)
         return program, seen
 
     def inputs(self, row, params):
@@ -113,8 +106,6 @@ class Bench:
             except Exception as error:  # too little memory, above all
                 send(note=f"{row.name}: no training, as its gradient failed: {_told(error)}")
         return None, self.gradient_with_taps(row.taps, _FEW, params)[1]
-
-    # ----------------------------------------------------------------------------------- a row
 
     def measure(self, row, *, train, dtypes):
         """Send all figures of one optimizer."""
