@@ -306,10 +306,10 @@ class BlockPlan:
           like: A tree of the plan's structure that gives the dtypes, and the empty leaves.
         """
         leaves = list(self.treedef.flatten_up_to(like))
-        counts = {label: [plan.count for _, plan in self.members(label)] for label in self.stacks}
-        found = parts(stacks, counts)
-        for label in self.stacks:
-            for (i, plan), blocks in zip(self.members(label), found[label], strict=True):
+        members = {label: self.members(label) for label in self.stacks}
+        counts = {label: [plan.count for _, plan in of] for label, of in members.items()}
+        for label, found in parts(stacks, counts).items():
+            for (i, plan), blocks in zip(members[label], found, strict=True):
                 leaves[i] = plan.join(blocks).astype(leaves[i].dtype)
         return self.treedef.unflatten(leaves)
 

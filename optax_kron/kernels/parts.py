@@ -6,6 +6,7 @@ at an index that is a value of the program are equal computations where shapes a
 one kernel, whatever is fused with them.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -49,7 +50,7 @@ def parts(
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
-    return [sum(counts[:i]) for i in range(len(counts))]
+    return [end - count for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
 
 def _as_values(numbers: Sequence[int]) -> Sequence[Array]:

@@ -47,6 +47,19 @@ def test_every_number_has_a_label_of_positive_probability(classes):
     assert labels.max() < classes
 
 
+def test_no_label_without_mass_where_sums_of_many_are_rounded():
+    """Sums of more than 128 numbers are those of a tree: they grow where nothing is added, too."""
+    p = RNG.exponential(size=(100, 1000)) * (RNG.random((100, 1000)) < 0.5)
+    p = jnp.asarray(p, jnp.float32)
+    sums = jnp.cumsum(p, axis=-1)
+    row, place = np.nonzero((jnp.diff(sums) > 0) & (p[:, 1:] == 0))
+    assert len(row)
+    # Of targets just where the sum grows without mass.
+    labels, left = categorical._passed(p[row], sums[row, place])
+    assert (p[row, labels] > 0).all()
+    assert (left >= 0).all()
+
+
 def test_no_mass_and_nan_have_some_label():
     p = jnp.array([[0.0] * 200, [jnp.nan] * 200])
     labels = categorical.draw(jax.random.key(0), p, 5)
@@ -59,7 +72,8 @@ def test_float64_and_programs():
     draw = jax.jit(categorical.draw, static_argnums=2)
     labels = draw(jax.random.key(1), p, 4)
     np.testing.assert_array_equal(labels, categorical.draw(jax.random.key(1), p, 4))
-    assert jax.random.uniform(jax.random.key(1), (), p.dtype).dtype == jnp.float64
+    # Its random numbers have 64 bits too.
+    assert "bit_width=64" in str(jax.make_jaxpr(draw, static_argnums=2)(jax.random.key(1), p, 4))
 
 
 def test_one_random_number_for_a_label():
